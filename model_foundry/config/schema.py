@@ -1,0 +1,212 @@
+"""The frozen schema of every command's configuration. The text under a field is its help everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelSection(Section):
+    name: str = "smollm2-135m-instruct"
+    """A known name, a Hugging Face folder, a GGUF file, a run directory or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of the weights. auto: bfloat16 where the device multiplies it natively, else float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run. auto: CUDA, then MPS, then the CPU."""
+    implementation: Literal["auto", "native", "transformers"] = "auto"
+    """auto: our decoder where it knows the architecture, transformers elsewhere."""
+    template: str = "auto"
+    """Chat template: auto (the model's own), chatml, llama3, alpaca, or the path of a .jinja file."""
+
+
+class LoraSection(Section):
+    enabled: bool = True
+    """Train a low-rank adapter; false trains every weight."""
+    r: PositiveInt = 16
+    """Rank of the update."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Module name endings, a regular expression over full names, or all-linear (every linear layer but the head)."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adaptation (Liu et al. 2024)."""
+
+
+class DataSection(Section):
+    train_file: Path | None = None
+    """Training rows, JSONL. Required to train."""
+    validation_file: Path | None = None
+    """Validation rows for the loss during training."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "input_output", "prompt_completion", "text"
+    ] = "auto"
+    """Row format; auto detects it from the first row and says which it was."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest row in tokens."""
+    overlength: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a longer row. Every case is counted and reported."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Whose tokens carry the loss; an assistant turn includes its end-of-turn token."""
+    packing: bool = False
+    """Fill batches by tokens instead of rows: each batch holds batch_size bins of max_length tokens."""
+    shuffle: bool = True
+    """Shuffle every epoch by seed."""
+
+
+class TrainingSection(Section):
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows; ignored when max_steps is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: PositiveInt = 8
+    """Rows (bins with packing) a forward and backward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Passes an optimizer step. 1 × 8 equals 8 × 1 up to rounding."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape after warm-up. wsd: warm-up, stable, linear decay over the last decay_ratio."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up; default warmup_ratio of all steps."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps that warm up when warmup_steps is not given."""
+    decay_ratio: Fraction = 0.2
+    """Share of the steps that decay under wsd."""
+    min_lr_ratio: Fraction = 0.0
+    """The schedule ends at this share of learning_rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's second-moment decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the global gradient norm here; 0 switches clipping off."""
+    max_skipped_steps: NonNegativeInt = 5
+    """Stop with an error after this many steps with NaN or infinite gradients in a row."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Split a pass into pieces of at most this many tokens (same gradients up to rounding); default no splitting."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more arithmetic."""
+    num_threads: PositiveInt | None = None
+    """CPU threads; default every core. Part of what makes a CPU run bit-reproducible."""
+    save_steps: NonNegativeInt = 50
+    """Save a checkpoint every so many steps; 0 saves only the end."""
+    save_schedule: Literal["linear", "log", "explicit"] = "linear"
+    """linear: every save_steps. log: at powers of two. explicit: at save_at."""
+    save_at: tuple[PositiveInt, ...] = ()
+    """Steps to save at under the explicit schedule."""
+    save_total_limit: PositiveInt | None = 2
+    """Keep this many newest checkpoints beside final; null keeps all."""
+    eval_steps: NonNegativeInt = 0
+    """Measure the validation loss every so many steps; 0 only at the start and the end."""
+
+
+class EvaluationSection(Section):
+    file: Path | None = None
+    """Held-out questions with expected answers (JSONL, prompt/answer); asked before and after training."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer in tokens."""
+    batch_size: PositiveInt = 16
+    """Questions answered at once."""
+    system: str | None = None
+    """System message put before every question."""
+
+
+class CriteriaSection(Section):
+    loss_fall: Annotated[float, Field(ge=0, lt=1)] | None = 0.05
+    """The training loss must fall by more than this share; null does not check."""
+    answers_improved: Fraction | None = 0.30
+    """More than this share of held-out answers must improve, beyond the noise floor; null does not check."""
+    memory_saving: Fraction | None = 0.30
+    """LoRA must use this share less memory than full fine-tuning, both measured; null does not check."""
+    parameters_changed: Fraction | None = 0.80
+    """More than this share of LoRA parameters must change; null does not check."""
+    replay_steps: NonNegativeInt = 0
+    """Repeat up to this many last steps from a saved checkpoint and require the same bits; 0 does not check."""
+
+
+class LoggingSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Console level; the run's own log always holds everything."""
+    log_steps: PositiveInt = 1
+    """Print a plain progress line every so many steps where there is no terminal; metrics.jsonl has every step."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers beside metrics.jsonl."""
+    project: str = "model-foundry"
+    """Project or experiment name for the trackers."""
+
+
+class TrainConfig(Section):
+    """Everything `foundry train` reads."""
+
+    method: Literal["sft"] = "sft"
+    """Training method. sft: supervised fine-tuning."""
+    run_dir: Path = Path("runs/run")
+    """Where the run lives."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds initialisation, order and sampling."""
+    model: ModelSection = ModelSection()
+    """The model to start from."""
+    lora: LoraSection = LoraSection()
+    """Low-rank adaptation."""
+    data: DataSection = DataSection()
+    """Training and validation rows."""
+    training: TrainingSection = TrainingSection()
+    """Optimisation, schedule and checkpoints."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """Questions asked before and after."""
+    criteria: CriteriaSection = CriteriaSection()
+    """What counts as success; a criterion that fails makes the exit code 1."""
+    logging: LoggingSection = LoggingSection()
+    """Console, log files and trackers."""
+
+
+class EvaluateConfig(Section):
+    """Everything `foundry evaluate` reads."""
+
+    model: ModelSection = ModelSection()
+    """The model, run or checkpoint to ask."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """The questions."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds the bootstrap."""
+
+
+class ChatConfig(Section):
+    """Everything `foundry chat` reads."""
+
+    model: ModelSection = ModelSection()
+    """The model, run or checkpoint to talk to."""
+    prompt: str | None = None
+    """Ask this once, print the answer and exit."""
+    system: str | None = None
+    """System message."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the distribution to sample from."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds the sampling."""

@@ -1,0 +1,148 @@
+"""Values that cross module borders. Frozen, no behaviour beyond checking themselves, numpy only.
+
+Shapes: T tokens of one row, N tokens of a packed batch, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` is system, user, assistant or tool; `extra` holds what a template may also read."""
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One row for the engine, already shifted: `loss_inputs[...][t]` belongs to the token after `tokens[t]`.
+
+    Attributes:
+        tokens: int32 [T], the model's input.
+        loss_inputs: arrays of length T; `target_tokens` int32 and `weights` float32 for cross-entropy,
+            plus what other losses need (`logprobs`, `advantages`).
+    """
+
+    tokens: np.ndarray
+    loss_inputs: Mapping[str, np.ndarray]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @staticmethod
+    def from_row(ids: np.ndarray, weights: np.ndarray) -> Datum:
+        """Shift a rendered row (ids int32 [T+1], weights float32 [T+1]) into inputs and targets."""
+        return Datum(
+            tokens=np.ascontiguousarray(ids[:-1], dtype=np.int32),
+            loss_inputs={
+                "target_tokens": np.ascontiguousarray(ids[1:], dtype=np.int32),
+                "weights": np.ascontiguousarray(weights[1:], dtype=np.float32),
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation by PEFT's names (Hu et al. 2021; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024)."""
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamParams:
+    """Hyper-parameters of one AdamW step (Loshchilov and Hutter 2019). `grad_clip_norm` 0 means no clipping."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBackwardOutput:
+    """What a pass measured.
+
+    Attributes:
+        loss_sum: sum over tokens of weight × token loss (never a mean).
+        logprobs: one float32 [T] array a datum, the log-probability of each target in nats;
+            NaN where it was not asked for (see `Engine.forward_backward`).
+        num_micro_batches: pieces the batch was computed in; more than planned means out-of-memory was survived.
+    """
+
+    loss_sum: float
+    logprobs: tuple[np.ndarray, ...]
+    num_micro_batches: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStepOutput:
+    """`grad_norm` is the global L2 norm before clipping; `skipped` when it was not finite and nothing changed."""
+
+    grad_norm: float
+    skipped: bool
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to continue a prompt. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    """A continuation: tokens int32 [T] (the stop token included), logprobs float32 [T], reason `stop` or `length`."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stop_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One measured claim: what was measured, the bound it must meet, and the evidence."""
+
+    name: str
+    passed: bool
+    value: float | str | None
+    bound: str
+    evidence: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "value": self.value,
+            "bound": self.bound,
+            "evidence": self.evidence,
+        }
