@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Creates .venv from the lock. Called by `make setup`; running it again repairs or updates what is there.
+# Knows nothing of where packages come from: pip's own configuration decides.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+readonly venv=.venv lock=locks/requirements.txt
+readonly unfinished=$venv/.setup-unfinished done_stamp=$venv/.setup-done log=$venv/setup.log
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$@" >&2; exit 3; }
+
+# Prints the first Python that is new enough and able to make an environment.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3.14 python3 python; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# An environment is kept when it was finished, in this very folder, and its Python still runs: scripts hold absolute
+# paths, and a pip that was killed can leave a package that looks installed and is not.
+reusable() {
+  [ ! -e "$unfinished" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 \
+    && { [ ! -e "$done_stamp" ] || [ "$(cat "$done_stamp")" = "$PWD" ]; }
+}
+
+install() {
+  local title=$1
+  shift
+  say "$title"
+  if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >>"$log" 2>&1 </dev/null; then
+    tail -n 20 "$log" >&2
+    fail "installing failed; the whole output is in $log" "check the network and free disk space (2 GB), then run 'make setup' again"
+  fi
+}
+
+# Two `make` at once: the second waits for the first instead of taking its half-made environment away.
+wait_for_other() {
+  local other
+  while other=$(cat "$unfinished" 2>/dev/null) && [ -n "$other" ] && [ "$other" != $$ ] \
+    && ps -p "$other" -o args= 2>/dev/null | grep -q 'setup\.sh'; do
+    [ "${said_waiting:-}" ] || say "another setup (process $other) is at work; waiting"
+    said_waiting=1
+    sleep 1
+  done
+  [ -z "${said_waiting:-}" ] || [ ! -e "$done_stamp" ] || exit 0
+}
+
+started=$SECONDS
+wait_for_other
+if ! reusable; then
+  python=$(find_python) || fail "Python 3.11 or newer with the venv module is needed, and none was found" \
+    "Debian and Ubuntu: apt-get install python3 python3-venv    macOS: brew install python@3.12" \
+    "or name one: make setup PYTHON=/path/to/python3"
+  say "creating $venv with $("$python" --version) ($(command -v "$python"))"
+  rm -rf "$venv"
+  mkdir "$venv"
+  echo $$ >"$unfinished"
+  "$python" -m venv "$venv"
+fi
+echo $$ >"$unfinished"
+rm -f "$done_stamp"
+: >"$log"
+# torch first and alone: with an exact pin pip takes the build meant for this machine before anything else can ask for another.
+install "installing $(grep '^torch==' "$lock") (the largest part; a minute or more)" --constraint "$lock" "$(grep '^torch==' "$lock")"
+install "installing $(grep -c '==' "$lock") pinned packages" --requirement "$lock"
+install "installing model_foundry itself, editable" --no-deps --no-build-isolation --editable .
+"$venv/bin/python" -m pip check >>"$log" 2>&1 || fail "installed packages contradict each other: $(tail -n 3 "$log")"
+rm -f "$unfinished"
+printf '%s\n' "$PWD" >"$done_stamp"
+say "done in $((SECONDS - started)) s; the command is $venv/bin/foundry"
