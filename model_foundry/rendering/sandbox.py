@@ -1,0 +1,359 @@
+"""Run a chat template that may be hostile: no way to Python's internals, and a bound on work, memory and output.
+
+Templates come with downloaded models, so they are other people's code. jinja2's sandbox keeps them away from
+attributes and files; it does not keep them from running for ever or filling the memory. Here every loop iteration,
+macro, call and filter draws on one budget for the rendering, everything that can make something big out of something
+small is measured first, and only filters and methods that chat templates use exist.
+
+What it computes is what `transformers` computes: same whitespace rules, same globals, same `tojson`.
+Knows nothing of tokens or roles.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from types import BuiltinMethodType
+from typing import Any, ClassVar
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
+
+from model_foundry.errors import TemplateError
+from model_foundry.rendering.budget import Budget
+
+MAX_TEMPLATE_CHARS = 200_000
+MAX_INTEGER_BITS = 1_024
+
+# Private characters around what `{% generation %}` blocks print; the caller takes them out again.
+GENERATION_START = "\U0010fff0"
+GENERATION_END = "\U0010fff1"
+
+FILTERS = """
+    abs capitalize count d default dictsort e escape first float groupby indent int items join last length list lower
+    map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim unique
+    upper wordcount
+"""
+GLOBALS = ("cycler", "joiner")
+_STR_METHODS = """
+    capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier
+    islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix
+    replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+"""
+METHODS: dict[type, frozenset[str]] = {
+    str: frozenset(_STR_METHODS.split()),
+    list: frozenset({"copy", "count", "index"}),
+    tuple: frozenset({"count", "index"}),
+    dict: frozenset({"copy", "get", "items", "keys", "values"}),
+    float: frozenset({"is_integer"}),
+}
+_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
+_WIDE_FORMAT = re.compile(r"\{[^{}]*(?:\{|:[^{}]*\d{4})")
+
+
+class _Guard(NodeTransformer):
+    """Puts a budget step into everything that repeats, and measures containers and `~` where they are made."""
+
+    def _with_step(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(self._filter(nodes.Const(0), "guard step"), lineno=node.lineno))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = visit_Block = _with_step
+
+    def visit_Output(self, node: nodes.Output) -> Any:
+        self.generic_visit(node)
+        num_chars = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
+        if num_chars == 0:
+            return node
+        emit = self._filter(nodes.Const(num_chars, lineno=node.lineno), "guard emit")
+        return [nodes.ExprStmt(emit, lineno=node.lineno), node]
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return self._filter(nodes.List(node.nodes, lineno=node.lineno), "guard concat")
+
+    def _measured(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        plain = all(isinstance(child, (nodes.Const, nodes.TemplateData)) for child in node.iter_child_nodes())
+        if plain or getattr(node, "ctx", "load") != "load":
+            return node
+        return self._filter(node, "guard weigh")
+
+    visit_List = visit_Tuple = visit_Dict = _measured
+
+    @staticmethod
+    def _filter(node: Any, name: str) -> nodes.Filter:
+        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}…{% endgeneration %}`: marks what the assistant writes, as transformers' templates may."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (
+            nodes.Output([nodes.TemplateData(mark)], lineno=lineno) for mark in (GENERATION_START, GENERATION_END)
+        )
+        return nodes.Scope([start, *body, end], lineno=lineno)
+
+
+class _SafeNamespace(Namespace):
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the attributes
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _refuse_private_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox as transformers sets it up, with the budget drawn in."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, now: datetime) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # constants are folded while compiling, when no budget holds
+            extensions=[_GenerationBlock, LoopControlExtension],
+            finalize=self._finalize,
+        )
+        self.budget = Budget(0)
+        allowed = {name: self.filters[name] for name in FILTERS.split()} | {"tojson": _to_json}
+        self.filters = {name: self._guarded(name, function) for name, function in allowed.items()}
+        self.filters |= {
+            "guard step": lambda _: self.budget.step(),
+            "guard emit": lambda num_chars: self.budget.emit(num_chars),
+            "guard concat": self._concat,
+            "guard weigh": self._weighed,
+        }
+        self.globals = {name: self.globals[name] for name in GLOBALS} | {
+            "range": self._range,
+            "dict": dict,
+            "namespace": _SafeNamespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda pattern: now.strftime(str(pattern)[:1000]),
+        }
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        return _Guard().visit(super()._parse(source, name, filename))
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise SecurityError(f"the chat template may not read {attribute!r} of a {type(obj).__name__}")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            if isinstance(left, str) and isinstance(right, str):
+                self.budget.allow(len(left) + len(right))
+                return left + right
+            if isinstance(left, (list, tuple)):
+                self.budget.allow(self.budget.weigh(left) + self.budget.weigh(right))
+        elif operator == "*":
+            self._allow_product(left, right)
+        elif operator == "**":
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_INTEGER_BITS:
+                raise SecurityError("the chat template computes too big a number")
+        elif isinstance(left, str):
+            if _WIDE_PERCENT.search(left):
+                raise SecurityError("the chat template pads a text too widely")
+            self.budget.allow(len(left) + self.budget.weigh(right))
+        return self.binop_table[operator](left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        self, method = __self, __obj
+        self.budget.step()
+        method = getattr(method, "__wrapped__", method)  # jinja2 wraps str.format in a function of its own
+        if isinstance(method, BuiltinMethodType):
+            owner, name = method.__self__, method.__name__
+            if name not in METHODS.get(type(owner), ()):
+                raise SecurityError(f"chat templates may not call {name!r} of a {type(owner).__name__}")
+            if isinstance(owner, str):
+                self._allow_str_method(owner, name, args, kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return self._weighed(result)
+
+    def _allow_product(self, left: Any, right: Any) -> None:
+        if isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
+                raise SecurityError("the chat template computes too big a number")
+            return
+        for value, times in ((left, right), (right, left)):
+            if isinstance(value, (str, list, tuple)) and isinstance(times, int):
+                self.budget.allow(self.budget.weigh(value) * max(times, 0))
+
+    def _allow_str_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if name == "replace":
+            self._allow_replace(text, *args, **kwargs)
+        elif name == "join":
+            self._allow_join(text, *args)
+        elif name == "format":
+            if _WIDE_FORMAT.search(text):
+                raise SecurityError("the chat template pads a text too widely")
+            arguments = self.budget.weigh([list(args), kwargs])
+            self.budget.allow(len(text) + text.count("{") * arguments)
+        else:
+            self.budget.allow(len(text))
+
+    def _allow_replace(self, text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
+        text, old, new = str(text), str(old), str(new)
+        self.budget.allow(len(text) + text.count(old) * len(new))
+
+    def _allow_join(self, separator: str, values: Any = ()) -> None:
+        if isinstance(values, (list, tuple)):
+            self.budget.allow(self.budget.weigh(values) + len(values) * len(separator))
+
+    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that draws on the budget. `wraps` keeps jinja2's mark for filters that take the environment."""
+        position = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.budget.step()
+            values = args[position:]
+            checked = self._check_filter(name, values, kwargs)
+            return self._weighed(function(*args[:position], *checked, **kwargs))
+
+        return guarded
+
+    def _check_filter(self, name: str, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        if name in ("first", "length", "count", "last", "default", "d", "trim", "items"):
+            return values
+        value, options = values[0], [*values[1:], *kwargs.values()]
+        if any(isinstance(option, int) and abs(option) > 1_000 for option in options if name != "sum"):
+            raise SecurityError(f"the chat template gives too big a number to the filter {name!r}")
+        if name == "sum" and any(isinstance(option, (list, tuple)) for option in options):
+            raise SecurityError("chat templates may only sum numbers")
+        if name == "join":
+            value = list(value)
+            separator = options[0] if options and isinstance(options[0], str) else ""
+            self._allow_join(separator, value)
+        elif name == "replace":
+            self._allow_replace(value, *options)
+        elif name == "indent":
+            width = options[0] if options else 4
+            each = len(width) if isinstance(width, str) else int(width)
+            self.budget.allow(len(str(value)) + (1 + str(value).count("\n")) * each)
+        else:
+            self.budget.weigh(value)
+        return (value, *values[1:])
+
+    def _concat(self, values: list[Any]) -> str:
+        self._allow_join("", values)
+        return "".join([str(value) for value in values])
+
+    def _weighed(self, value: Any) -> Any:
+        if isinstance(value, str):
+            self.budget.allow(len(value))
+        elif isinstance(value, (list, tuple, dict)):
+            self.budget.weigh(value)
+        return value
+
+    @pass_context  # so that nothing is folded while compiling
+    def _finalize(self, context: Any, value: Any) -> Any:
+        if isinstance(value, str):
+            self.budget.emit(len(value))
+        elif isinstance(value, (list, tuple, dict)):
+            self.budget.emit(self.budget.weigh(value))
+        return value
+
+    def _range(self, *args: Any) -> range:
+        numbers = range(*args)
+        self.budget.allow(len(numbers))
+        return numbers
+
+
+class CompiledTemplate:
+    """A chat template ready to run. Thread-safe: one rendering at a time.
+
+    Args:
+        source: the Jinja text.
+        name: what to call it in errors.
+        now: the time `strftime_now` tells, fixed so that the same data gives the same tokens all through a run.
+
+    Raises:
+        TemplateError: the template is too long or is not valid Jinja.
+    """
+
+    def __init__(self, source: str, *, name: str, now: datetime) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TemplateError(f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters", where=name)
+        self._environment = _Environment(now)
+        try:
+            self._template = self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            what = f"the chat template is not valid: {error.message}"
+            raise TemplateError(what, where=f"{name}:{error.lineno}") from error
+        except (RecursionError, MemoryError, SyntaxError, ValueError, TypeError) as error:
+            raise TemplateError("the chat template cannot be compiled: it is nested too deeply", where=name) from error
+
+    def render(self, variables: Mapping[str, Any], *, num_input_chars: int) -> str:
+        """The rendered text.
+
+        Args:
+            variables: plain data only (dict, list, str, numbers, None).
+            num_input_chars: size of that data, which the output may exceed eightfold.
+
+        Raises:
+            TemplateError: the template raised, failed, or overstepped what a template may do.
+        """
+        with self._lock:
+            self._environment.budget = Budget(num_input_chars)
+            try:
+                return self._template.render(variables)
+            except SecurityError as error:
+                raise TemplateError(str(error), where=self._place(error), hint="Use a template you trust") from error
+            except jinja2.TemplateError as error:
+                raise TemplateError(f"the chat template refuses the row: {error}", where=self._place(error)) from error
+            except (RecursionError, MemoryError) as error:
+                raise TemplateError("the chat template does not come to an end", where=self.name) from error
+            except Exception as error:  # any Python error the template's expressions can cause
+                what = f"the chat template fails with {type(error).__name__}: {error}"
+                raise TemplateError(what, where=self._place(error)) from error
+
+    def _place(self, error: BaseException) -> str:
+        """The template's name and, where jinja2's rewritten traceback has it, the line."""
+        line, frame = None, error.__traceback__
+        while frame is not None:
+            if frame.tb_frame.f_code.co_filename == "<template>":
+                line = frame.tb_lineno
+            frame = frame.tb_next
+        return self.name if line is None else f"{self.name}:{line}"
+
+
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters, which would reach the model.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse_private_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"chat templates may not set {name!r} on a namespace")
