@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class InputFile:
+    """Marks a file that must exist and may be written relative to the YAML that names it."""
+
+
+InputPath = Annotated[Path, InputFile]
+TemplateName = Annotated[str, InputFile]
 
 
 class Section(BaseModel):
@@ -18,6 +27,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are not numbers")
+        return value
+
+
+def broken_rule(field: str, message: str) -> PydanticCustomError:
+    """A rule between fields that does not hold; `field` (dotted from another section) is where the error points."""
+    return PydanticCustomError("rule", "{message}", {"field": field, "message": message})
 
 
 class ModelSection(Section):
@@ -29,7 +50,7 @@ class ModelSection(Section):
     """Where to run. auto: CUDA, then MPS, then the CPU."""
     implementation: Literal["auto", "native", "transformers"] = "auto"
     """auto: our decoder where it knows the architecture, transformers elsewhere."""
-    template: str = "auto"
+    template: TemplateName = "auto"
     """Chat template: auto (the model's own), chatml, llama3, alpaca, or the path of a .jinja file."""
 
 
@@ -51,13 +72,11 @@ class LoraSection(Section):
 
 
 class DataSection(Section):
-    train_file: Path | None = None
+    train_file: InputPath | None = None
     """Training rows, JSONL. Required to train."""
-    validation_file: Path | None = None
+    validation_file: InputPath | None = None
     """Validation rows for the loss during training."""
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "input_output", "prompt_completion", "text"
-    ] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "input_output", "prompt_completion", "text"] = "auto"
     """Row format; auto detects it from the first row and says which it was."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""
@@ -121,9 +140,23 @@ class TrainingSection(Section):
     eval_steps: NonNegativeInt = 0
     """Measure the validation loss every so many steps; 0 only at the start and the end."""
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.save_schedule == "explicit" and not self.save_at:
+            raise broken_rule("save_schedule", "training.save_schedule explicit needs training.save_at")
+        if self.save_at and self.save_schedule != "explicit":
+            raise broken_rule("save_at", "training.save_at is read only with training.save_schedule explicit")
+        if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
+            raise broken_rule(
+                "warmup_steps", f"training.warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}"
+            )
+        if self.lr_scheduler == "wsd" and self.warmup_steps is None and self.warmup_ratio + self.decay_ratio > 1:
+            raise broken_rule("decay_ratio", "training.warmup_ratio and training.decay_ratio add up to more than 1")
+        return self
+
 
 class EvaluationSection(Section):
-    file: Path | None = None
+    file: InputPath | None = None
     """Held-out questions with expected answers (JSONL, prompt/answer); asked before and after training."""
     max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
@@ -181,6 +214,12 @@ class TrainConfig(Section):
     logging: LoggingSection = LoggingSection()
     """Console, log files and trackers."""
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.training.eval_steps and self.data.validation_file is None:
+            raise broken_rule("training.eval_steps", "training.eval_steps needs data.validation_file")
+        return self
+
 
 class EvaluateConfig(Section):
     """Everything `foundry evaluate` reads."""
@@ -210,3 +249,7 @@ class ChatConfig(Section):
     """Nucleus of the distribution to sample from."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the sampling."""
+
+
+COMMAND_SCHEMAS: dict[str, type[Section]] = {"train": TrainConfig, "evaluate": EvaluateConfig, "chat": ChatConfig}
+"""The schema of each command that takes a configuration."""
