@@ -1,0 +1,67 @@
+"""What a run directory, a checkpoint or an adapter folder says about its model.
+
+It knows the layout `runs/<run>/checkpoints/<name>/{adapter|model}/` and nothing of how models are found.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model_foundry.errors import CheckpointError, ModelError
+from model_foundry.models.folder import read_json
+
+PARTS = ("adapter", "model")
+
+
+def checkpoint_of_run(run: Path) -> tuple[Path, list[str]]:
+    """The run's final checkpoint, else its newest that verifies, and what there is to say about the choice.
+
+    Raises:
+        ModelError: it has none.
+    """
+    from model_foundry.checkpoint.manifest import verify_manifest
+
+    root = run / "checkpoints"
+    found = [path for path in root.iterdir() if checkpoint_part(path) is not None] if root.is_dir() else []
+    steps = sorted((path for path in found if path.name != "final"), key=lambda path: path.name, reverse=True)
+    notes: list[str] = []
+    for path in [*(path for path in found if path.name == "final"), *steps]:
+        try:
+            verify_manifest(path)
+        except CheckpointError as error:
+            notes.append(f"{path}: skipped ({error.what})")
+            continue
+        if path.name != "final":
+            notes.append(f"{run}: the run has not finished; using {path.name}")
+        return path, notes
+    hint = notes[-1] if notes else "Train it first, or resume it with: foundry resume RUN"
+    raise ModelError("the run has no checkpoint that can be used", where=str(run), hint=hint)
+
+
+def checkpoint_part(checkpoint: Path) -> Path | None:
+    """The `adapter` or `model` folder of a checkpoint, or None."""
+    return next((checkpoint / part for part in PARTS if (checkpoint / part).is_dir()), None)
+
+
+def run_base(adapter: Path) -> str | None:
+    """The base model as the run's configuration names it, for an adapter inside a run; else None."""
+    run = adapter.parent.parent.parent
+    if adapter.parent.parent.name != "checkpoints" or not (run / "run.json").is_file():
+        return None
+    config = read_json(run / "run.json").get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    name = model.get("name") if isinstance(model, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def adapter_base(adapter: Path) -> str:
+    """The base model that `adapter_config.json` names; a path beside the adapter is taken from there.
+
+    Raises:
+        ModelError: it names none.
+    """
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        what = "base_model_name_or_path is missing, so the model under this adapter is not known"
+        raise ModelError(what, where=str(adapter / "adapter_config.json"))
+    return str(adapter / base) if not Path(base).exists() and (adapter / base).is_dir() else base
