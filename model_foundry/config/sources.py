@@ -87,7 +87,8 @@ def _nearby(path: Path) -> str:
     like = close(path.name, names, cutoff=0.5)
     if like:
         return f"Did you mean {folder / like}?"
-    return f"{folder} holds {', '.join(names[:5])}" if names else f"{folder} holds no .yaml file"
+    shown = "The working directory" if folder == Path() else str(folder)
+    return f"{shown} holds {', '.join(names[:5])}" if names else f"{shown} holds no .yaml file"
 
 
 def _parent_names(parents: Node | None) -> list[str]:

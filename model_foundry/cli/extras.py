@@ -1,0 +1,15 @@
+"""Which extra brings which optional package. `pyproject.toml` declares the same; a test compares them."""
+
+from __future__ import annotations
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": ("torch", "transformers", "gguf", "huggingface_hub", "filelock", "psutil"),
+    "track": ("tensorboard", "wandb", "mlflow"),
+}
+"""Extra -> the modules it makes importable."""
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra that brings a module, None when no extra does."""
+    root = (module or "").partition(".")[0]
+    return next((extra for extra, modules in EXTRAS.items() if root in modules), None)

@@ -1,0 +1,98 @@
+"""The command `foundry`: a table of verbs, each loaded only when it is asked for.
+
+Imports click and nothing else, so that `--help` is instant. Errors end here: `cli.errors` words them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from model_foundry import __version__
+from model_foundry.cli.errors import exit_code_of
+from model_foundry.errors import UsageError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("model_foundry.cli.train:command", "Fine-tune a model, and prove that it improved."),
+    "resume": ("model_foundry.cli.resume:command", "Go on with a run where its last checkpoint left it."),
+    "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
+    "chat": ("model_foundry.cli.chat:command", "Talk to a model or a run."),
+    "models": ("model_foundry.cli.models:command", "Fetch, list and describe models."),
+    "config": ("model_foundry.cli.config:command", "Check a configuration, print its schema."),
+    "verify": ("model_foundry.cli.verify:command", "Prove that a run resumes and repeats to the last bit."),
+    "runs": ("model_foundry.cli.runs:command", "List runs and compare them."),
+    "report": ("model_foundry.cli.report:command", "Write a run's report again."),
+    "doctor": ("model_foundry.cli.doctor:command", "Say what this machine has and what is missing."),
+}
+"""Verb -> (module:attribute of its click command, help line)."""
+
+EPILOG = "foundry VERB --help says more. Docs: docs/configuration.md, docs/cli.md."
+
+
+class LazyGroup(click.Group):
+    """Lists the verbs from the table; imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, _, attribute = VERBS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command.name = cmd_name
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if word not in VERBS and not word.startswith("-"):
+            near = difflib.get_close_matches(word, VERBS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}"
+            raise UsageError(f"there is no verb '{word}'", hint=hint)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+        """Run a command line and leave with its exit code; every error becomes one paragraph.
+
+        A verb's integer result is its exit code.
+        """
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+        as_json = "--json" in arguments
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character must not end a run
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            with self.make_context(prog_name or "foundry", arguments) as context:
+                result = self.invoke(context)
+            sys.stdout.flush()
+            code = result if isinstance(result, int) else 0
+        except BaseException as error:
+            code = exit_code_of(error, as_json=as_json, arguments=arguments)
+        sys.exit(code)
+
+
+@click.command(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    subcommand_metavar="VERB [CONFIG] [KEY=VALUE]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="model-foundry", message="%(prog)s %(version)s")
+def main() -> None:
+    """Train, fine-tune and ship language models, with proof at every hand-over.
+
+    CONFIG is a YAML file and KEY=VALUE overrides one field of it, for example:
+    foundry train examples/demo/demo.yaml training.learning_rate=5e-5
+    """
