@@ -1,0 +1,1 @@
+"""Checkpoints that are complete or absent: atomic writes, manifests, schedules, retention, verification."""
