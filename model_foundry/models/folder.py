@@ -6,7 +6,9 @@ It does not know architectures. torch is imported only where tensors are.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -279,8 +281,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         seen.add(plain[name].untyped_storage().data_ptr())
     try:
         save_file(plain, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    except SafetensorError as error:  # it hides the system's error number, and a full disk needs to be told apart
+        number = errno.ENOSPC if "os error 28" in str(error).lower() or "no space" in str(error).lower() else errno.EIO
+        raise OSError(number, f"{os.strerror(number)} ({error})", str(path)) from error
     path.chmod(0o644)
 
 
