@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from model_foundry.checkpoint.atomic import TEMPORARY_PREFIX, atomic_directory
+from model_foundry.checkpoint.manifest import hash_file
 from model_foundry.errors import MissingExtraError, ModelError
 from model_foundry.models.folder import write_json
-from model_foundry.models.hashes import cache_home, sha256_of
+from model_foundry.models.hashes import cache_home
 
 MANIFEST = "foundry-model.json"
 LOCK_TIMEOUT_S = 3600.0
@@ -39,6 +40,10 @@ class CacheEntry:
     @property
     def num_bytes(self) -> int:
         return sum(int(facts["bytes"]) for facts in self.files.values())
+
+    def discard(self) -> None:
+        """Take the entry out of the cache, by its manifest: what has none counts as absent."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
 
 
 def entry_folder(key: str, *, home: Path | None = None) -> Path:
@@ -70,7 +75,7 @@ def damage(entry: CacheEntry, *, hashes: bool = False) -> str | None:
             return f"{name} is missing"
         if (size := path.stat().st_size) != facts["bytes"]:
             return f"{name} has {size} bytes instead of {facts['bytes']}"
-        if hashes and sha256_of(path) != facts["sha256"]:
+        if hashes and hash_file(path).sha256 != facts["sha256"]:
             return f"{name} has another sha256 than when it was stored"
     return None
 
@@ -123,7 +128,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _write_manifest(folder: Path, name: str, provenance: Mapping[str, Any]) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path).sha256}
         for path in sorted(folder.iterdir())
         if path.is_file()
     }

@@ -19,10 +19,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from model_foundry.checkpoint.manifest import hash_file
 from model_foundry.errors import MissingExtraError, ModelError, ModelNotFoundError
 from model_foundry.models.folder import INDEX, SINGLE, TOKENIZER_FILES, portable_config, read_config, write_json
 from model_foundry.models.gguf import convert_gguf
-from model_foundry.models.hashes import sha256_of
 
 PROBE_TIMEOUT_S = 3.0
 PIP_TIMEOUT_S = 1800.0
@@ -125,7 +125,7 @@ def fetch_from_hub(info: Any, folder: Path, *, say: Say, endpoint: str | None = 
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"downloading {name} failed ({first})", where=info.id, hint=HUB_HINT) from error
         expected = getattr(siblings[name].lfs, "sha256", None)
-        if expected is not None and sha256_of(folder / name) != expected:
+        if expected is not None and hash_file(folder / name).sha256 != expected:
             raise ModelError(f"{name} arrived with another sha256 than the hub states", where=info.id)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's own notes
     write_json(folder / "config.json", portable_config(read_config(folder)))

@@ -11,10 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model_foundry.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from model_foundry.errors import ModelError, ModelNotFoundError
 from model_foundry.models import fetch
 from model_foundry.models.cache import CacheEntry, Say, entry_folder, fill, list_entries, usable
@@ -181,12 +182,21 @@ class _Finder:
             checkpoint, notes = checkpoint_of_run(path)
             for note in notes:
                 self.say(note)
-            return replace(self._directory(name, checkpoint), name=name)
+            return self._checkpoint(name, checkpoint)
         if (path / "adapter_config.json").exists():
             return self._adapter(name, path)
-        if (part := checkpoint_part(path)) is not None:
-            return self._adapter(name, part) if part.name == "adapter" else _model_folder(name, part)
+        if checkpoint_part(path) is not None:
+            if (path / MANIFEST_NAME).exists():
+                verify_manifest(path)
+            return self._checkpoint(name, path)
         return _model_folder(name, path)
+
+    def _checkpoint(self, name: str, checkpoint: Path) -> ModelSource:
+        """A checkpoint whose bytes have been verified."""
+        part = checkpoint_part(checkpoint)
+        if part is None:
+            raise ModelError("it holds neither adapter/ nor model/", where=str(checkpoint))
+        return self._adapter(name, part) if part.name == "adapter" else _model_folder(name, part)
 
     def _adapter(self, name: str, adapter: Path) -> ModelSource:
         if not (adapter / "adapter_model.safetensors").is_file():

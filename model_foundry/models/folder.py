@@ -6,18 +6,16 @@ It does not know architectures. torch is imported only where tensors are.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_foundry.checkpoint.atomic import atomic_directory
-from model_foundry.errors import ModelError
+from model_foundry.checkpoint.tensors import TensorEntry, read_entries, write_tensors
+from model_foundry.errors import CheckpointCorruptError, ModelError
 from model_foundry.models.hashes import file_sha256
 
 if TYPE_CHECKING:
@@ -29,10 +27,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+_FETCH_AGAIN = "Fetch or copy it again."
 _PICKLE_HINT = (
     "Convert it once where you trust it, with "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER) of transformers."
@@ -79,7 +74,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise ModelError(f"it holds no weights ({SINGLE} or {INDEX})", where=str(folder))
     for name in names:
         if not (folder / name).is_file():
-            raise ModelError(f"the weight file {name} is missing", where=str(folder), hint="Fetch the folder again.")
+            raise ModelError(f"the weight file {name} is missing", where=str(folder), hint=_FETCH_AGAIN)
     return tuple(folder / name for name in names)
 
 
@@ -93,47 +88,27 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (safetensors dtype such as `BF16`, shape), from the files' headers alone; no torch, no weights read.
+def stored_tensors(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor's dtype (safetensors' name, such as `BF16`), shape and place, from the headers alone.
 
     Raises:
         ModelError: a file is missing, truncated or not safetensors, or the index does not match the shards.
     """
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: dict[str, TensorEntry] = {}
     for path in weight_files(folder):
-        header, size = _header(path), path.stat().st_size
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        expected = 8 + _header_bytes(path) + end
-        if size != expected:
-            raise ModelError(f"it has {size} bytes instead of {expected}", where=str(path), hint="Fetch it again.")
-        found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        try:
+            entries = read_entries(path)
+        except CheckpointCorruptError as error:
+            raise ModelError(f"it {error.what}", where=str(path), hint=_FETCH_AGAIN) from error
+        end = max((entry.end for entry in entries.values()), default=0)
+        if (size := path.stat().st_size) < end:
+            what = f"it is truncated: {size} bytes instead of {end}"
+            raise ModelError(what, where=str(path), hint=_FETCH_AGAIN)
+        found |= entries
     if (folder / INDEX).exists() and (lost := set(_weight_map(folder)) ^ set(found)):
-        example = sorted(lost)[0]
-        raise ModelError(f"index and shards disagree about {len(lost)} tensors, {example} first", where=str(folder))
+        what = f"index and shards disagree about {len(lost)} tensors, {min(lost)} first"
+        raise ModelError(what, where=str(folder), hint=_FETCH_AGAIN)
     return found
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > min(100_000_000, path.stat().st_size - 8):
-        raise ModelError("it is truncated or not a safetensors file", where=str(path), hint="Fetch it again.")
-    return length
-
-
-def _header(path: Path) -> dict[str, Any]:
-    length = _header_bytes(path)
-    with path.open("rb") as file:
-        file.seek(8)
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            (_, _), _, _ = entry["data_offsets"], entry["dtype"], entry["shape"]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ModelError("its safetensors header is damaged", where=str(path), hint="Fetch it again.") from error
-    return header
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,7 +126,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(f"it cannot be read ({error})", where=str(path), hint="Fetch it again.") from error
+            raise ModelError(f"it cannot be read ({error})", where=str(path), hint=_FETCH_AGAIN) from error
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,16 +175,29 @@ def write_model_folder(
     if folder.exists() and any(folder.iterdir()):
         raise ModelError("it is not empty", where=str(folder), hint="Choose another folder, or remove this one.")
     with atomic_directory(folder) as target:
-        total_bytes, shards = _write_shards(target, tensors, max_shard_bytes)
-        if not shards:
-            raise ModelError("there are no tensors to write", where=str(folder))
-        _name_shards(target, shards, total_bytes)
-        write_json(target / "config.json", portable_config(config))
-        copy_tokenizer(tokenizer_from, target)
-        if (tokenizer_from / "generation_config.json").exists():
-            shutil.copyfile(tokenizer_from / "generation_config.json", target / "generation_config.json")
-        for path in target.iterdir():
-            path.chmod(0o644)
+        fill_model_folder(target, config, tensors, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
+
+
+def fill_model_folder(
+    target: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    tokenizer_from: Path,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """As `write_model_folder`, into an empty folder whose atomicity is the caller's: a checkpoint being saved."""
+    total_bytes, shards = _write_shards(target, tensors, max_shard_bytes)
+    if not shards:
+        raise ModelError("there are no tensors to write", where=str(target))
+    if len(shards) > 1:
+        _number_shards(target, shards, total_bytes)
+    write_json(target / "config.json", portable_config(config))
+    copy_tokenizer(tokenizer_from, target)
+    if (tokenizer_from / "generation_config.json").exists():
+        shutil.copyfile(tokenizer_from / "generation_config.json", target / "generation_config.json")
+    for path in target.iterdir():
+        path.chmod(0o644)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -231,9 +219,9 @@ def _write_shards(
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = total_bytes = 0
 
-    def flush() -> None:
+    def flush(name: str) -> None:
         nonlocal pending_bytes
-        save_tensors(target / f"shard-{len(shards)}", pending)
+        write_tensors(target / name, pending, metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0
@@ -241,50 +229,23 @@ def _write_shards(
     for name, tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
         if pending and pending_bytes + num_bytes > max_shard_bytes:
-            flush()
+            flush(f"shard-{len(shards)}")
         pending[name] = tensor
         pending_bytes += num_bytes
         total_bytes += num_bytes
     if pending:
-        flush()
+        flush(f"shard-{len(shards)}" if shards else SINGLE)
     return total_bytes, shards
 
 
-def _name_shards(target: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        (target / "shard-0").rename(target / SINGLE)
-        return
+def _number_shards(target: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """How many there are is only known at the end, and their names say it."""
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (target / f"shard-{number}").rename(target / file_name)
         weight_map |= dict.fromkeys(names, file_name)
     write_json(target / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """One safetensors file, mode 0644; views and tensors that share memory are stored as copies.
-
-    Raises:
-        OSError: as the file system says it.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    plain: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size()
-        plain[name] = tensor.clone() if shared else tensor
-        seen.add(plain[name].untyped_storage().data_ptr())
-    try:
-        save_file(plain, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # it hides the system's error number, and a full disk needs to be told apart
-        number = errno.ENOSPC if "os error 28" in str(error).lower() or "no space" in str(error).lower() else errno.EIO
-        raise OSError(number, f"{os.strerror(number)} ({error})", str(path)) from error
-    path.chmod(0o644)
 
 
 def fingerprint(folder: Path) -> str:

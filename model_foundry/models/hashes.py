@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from model_foundry.checkpoint.atomic import atomic_write
+from model_foundry.checkpoint.manifest import hash_file
 
 
 def cache_home(home: Path | None = None) -> Path:
@@ -19,12 +20,6 @@ def cache_home(home: Path | None = None) -> Path:
         return home
     named = os.environ.get("FOUNDRY_HOME")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "model-foundry"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes, always read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_sha256(path: Path, *, home: Path | None = None) -> str:
@@ -39,7 +34,7 @@ def file_sha256(path: Path, *, home: Path | None = None) -> str:
             return known["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not remembered, or not readable: read the file
-    digest = sha256_of(path)
+    digest = hash_file(path).sha256
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(note, json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))

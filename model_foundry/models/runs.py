@@ -7,35 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model_foundry.errors import CheckpointError, ModelError
+from model_foundry.checkpoint.store import FINAL, CheckpointStore
+from model_foundry.errors import ModelError
 from model_foundry.models.folder import read_json
 
 PARTS = ("adapter", "model")
 
 
 def checkpoint_of_run(run: Path) -> tuple[Path, list[str]]:
-    """The run's final checkpoint, else its newest that verifies, and what there is to say about the choice.
+    """The run's newest checkpoint that verifies to the last byte, and what there is to say about the choice.
 
     Raises:
         ModelError: it has none.
     """
-    from model_foundry.checkpoint.manifest import verify_manifest
-
-    root = run / "checkpoints"
-    found = [path for path in root.iterdir() if checkpoint_part(path) is not None] if root.is_dir() else []
-    steps = sorted((path for path in found if path.name != "final"), key=lambda path: path.name, reverse=True)
     notes: list[str] = []
-    for path in [*(path for path in found if path.name == "final"), *steps]:
-        try:
-            verify_manifest(path)
-        except CheckpointError as error:
-            notes.append(f"{path}: skipped ({error.what})")
-            continue
-        if path.name != "final":
-            notes.append(f"{run}: the run has not finished; using {path.name}")
-        return path, notes
-    hint = notes[-1] if notes else "Train it first, or resume it with: foundry resume RUN"
-    raise ModelError("the run has no checkpoint that can be used", where=str(run), hint=hint)
+    checkpoint = CheckpointStore(run / "checkpoints").newest_valid(notes.append)
+    if checkpoint is None:
+        hint = f"{notes[-1]}." if notes else "Train it first, or go on with it: foundry resume RUN"
+        raise ModelError("the run has no checkpoint that can be used", where=str(run), hint=hint)
+    if checkpoint.name != FINAL:
+        notes.append(f"{run}: the run has not finished; using {checkpoint.name}")
+    return checkpoint.path, notes
 
 
 def checkpoint_part(checkpoint: Path) -> Path | None:
