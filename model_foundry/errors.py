@@ -1,21 +1,22 @@
 """The one error tree. Every error a user can cause says what is wrong, where, and what to do next.
 
-    FoundryError                      exit 3   anything we raise on purpose
-    ├── UsageError                    exit 2   a command line that cannot be meant
-    ├── ConfigError                   exit 2   unknown key, bad value, missing parent, inheritance cycle
-    ├── DataError                     exit 2   rows that cannot be used, named by file, line and field
-    │   └── TemplateError             exit 2   a chat template that fails, or does something it must not
-    ├── MissingExtraError             exit 2   an optional dependency is not installed
-    ├── ModelError                    exit 2   a model that cannot be found, read, or does not fit
-    │   ├── ModelNotFoundError
-    │   └── ArchitectureMismatchError          weights or adapter made for another model
-    ├── RunError                      exit 2   a run directory that belongs to something else
-    ├── CheckpointError               exit 3   a checkpoint that is absent or incomplete
-    │   └── CheckpointCorruptError             bytes differ from the manifest
-    ├── EngineError                   exit 3   a step that could not be done; state is as it was before
-    │   └── OutOfMemoryError                   even the smallest piece does not fit
-    ├── InterruptedRunError           exit 3   stopped by a signal after saving
-    └── CheckFailedError              exit 1   a criterion or a proof did not hold
+FoundryError                      exit 3   anything we raise on purpose
+├── UsageError                    exit 2   a command line that cannot be meant
+├── ConfigError                   exit 2   unknown key, bad value, missing parent, inheritance cycle
+├── DataError                     exit 2   rows that cannot be used, named by file, line and field
+│   └── TemplateError             exit 2   a chat template that fails on a row
+│       └── UnsafeTemplateError            a chat template that does something it must not
+├── MissingExtraError             exit 2   an optional dependency is not installed
+├── ModelError                    exit 2   a model that cannot be found, read, or does not fit
+│   ├── ModelNotFoundError
+│   └── ArchitectureMismatchError          weights or adapter made for another model
+├── RunError                      exit 2   a run directory that belongs to something else
+├── CheckpointError               exit 3   a checkpoint that is absent or incomplete
+│   └── CheckpointCorruptError             bytes differ from the manifest
+├── EngineError                   exit 3   a step that could not be done; state is as it was before
+│   └── OutOfMemoryError                   even the smallest piece does not fit
+├── InterruptedRunError           exit 3   stopped by a signal after saving
+└── CheckFailedError              exit 1   a criterion or a proof did not hold
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class DataError(FoundryError):
 
 
 class TemplateError(DataError):
+    pass
+
+
+class UnsafeTemplateError(TemplateError):
     pass
 
 

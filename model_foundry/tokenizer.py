@@ -123,6 +123,22 @@ class Tokenizer:
         return self.bos_id is not None and self.bos_id in before
 
     @cached_property
+    def max_chars_per_token(self) -> int | None:
+        """No token stands for more characters than this; None where that cannot be known.
+
+        It is known for byte-level vocabularies, where each token is its bytes. NFC normalisation, the only one
+        allowed for, makes at most one character of four.
+        """
+        description = json.loads(self.backend.to_str())
+        normalizer = description["normalizer"]
+        is_byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
+        takes_spaces = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])
+        if not is_byte_level or takes_spaces or (normalizer is not None and normalizer["type"] != "NFC"):
+            return None
+        longest = max(len(piece) for piece in self.backend.get_vocab(with_added_tokens=True))
+        return longest if normalizer is None else 4 * longest
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the vocabulary, rules and named tokens; independent of how the files are written."""
         content = self.backend.to_str() + json.dumps(self.named, sort_keys=True)

@@ -13,13 +13,14 @@ from typing import Literal
 import numpy as np
 
 from model_foundry.data.rows import BadRows, Row, RowSet
-from model_foundry.errors import DataError
+from model_foundry.errors import DataError, UnsafeTemplateError
 from model_foundry.rendering import Rendered, Renderer
 from model_foundry.types import Datum
 
 Overlength = Literal["drop", "truncate", "error"]
 TrainOn = Literal["assistant", "last_assistant", "all"]
 MAX_DROPPED_NAMED = 10
+GIANT_ROW_CHARS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +78,26 @@ def tokenise_rows(
         DataError: rows without an assistant turn, rows the template refuses, over-long rows under `error`, or
             nothing left to train on.
     """
+    if any(row.text is None for row in rows.rows):
+        renderer.require_template()
     collector = _Collector(max_length, overlength)
+    hint = None
     for row in rows.rows:
         if row.text is None and train_on != "all" and not any(m.role == "assistant" for m in row.messages):
             collector.bad.add(row.source, "no message has the role assistant, so there is nothing to train on")
             continue
         try:
-            rendered = _render(renderer, row, train_on)
+            at_least = 0 if overlength == "truncate" else _min_tokens(renderer, row)
+            if at_least > max_length:
+                collector.add_overlong(row.source, f"at least {at_least:,} tokens")
+            else:
+                collector.add(row.source, _render(renderer, row, train_on))
+        except UnsafeTemplateError:
+            raise  # each row would take seconds to fail
         except DataError as error:
-            collector.bad.add(row.source, str(error))
-            continue
-        collector.add(row.source, rendered)
-    collector.bad.raise_if_any(num_rows=len(rows.rows), path=rows.path)
+            collector.bad.add(row.source, error.what if error.where is None else f"{error.where}: {error.what}")
+            hint = hint or error.hint
+    collector.bad.raise_if_any(num_rows=len(rows.rows), path=rows.path, hint=hint)
     return collector.finish(rows)
 
 
@@ -96,6 +105,15 @@ def _render(renderer: Renderer, row: Row, train_on: TrainOn) -> Rendered:
     if row.text is not None:
         return renderer.text_row(row.text)
     return renderer.render(row.messages, train_on=train_on, tools=row.tools)
+
+
+def _min_tokens(renderer: Renderer, row: Row) -> int:
+    """A bound that spares encoding a giant row only to drop it; 0 for rows of ordinary size."""
+    if row.text is not None:
+        return renderer.min_tokens(row.text) if len(row.text) > GIANT_ROW_CHARS else 0
+    if sum(len(message.content) for message in row.messages) <= GIANT_ROW_CHARS:
+        return 0
+    return renderer.min_tokens(renderer.text(row.messages, tools=row.tools))
 
 
 class _Collector:
@@ -115,11 +133,8 @@ class _Collector:
         tokens, weights = row.tokens, row.weights
         num_tokens, limit = len(tokens), self._max_length
         is_long = num_tokens > limit
-        if is_long and self._overlength == "error":
-            self.bad.add(source, f"{num_tokens:,} tokens, longer than data.max_length {limit:,}")
-            return
-        if is_long and self._overlength == "drop":
-            self._drop(source, f"longer than {limit:,} tokens", f"{num_tokens:,} tokens")
+        if is_long and self._overlength != "truncate":
+            self.add_overlong(source, f"{num_tokens:,} tokens")
             return
         if is_long:
             tokens, weights = tokens[:limit], weights[:limit]
@@ -133,6 +148,12 @@ class _Collector:
         self._num_trained += num_trained
         self._datums.append(Datum.from_row(tokens, weights))
         self._sources.append(source)
+
+    def add_overlong(self, source: str, how_long: str) -> None:
+        if self._overlength == "error":
+            self.bad.add(source, f"{how_long}, over data.max_length {self._max_length:,}")
+        else:
+            self._drop(source, f"longer than {self._max_length:,} tokens", how_long)
 
     def _drop(self, source: str, reason: str, detail: str) -> None:
         self._reasons[reason] += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -83,6 +84,12 @@ class Renderer:
 
     # -- what others call ------------------------------------------------------------------------------------------
 
+    def require_template(self) -> CompiledTemplate:
+        """Raises: TemplateError when the model has no chat template and none was chosen."""
+        if self._compiled is None:
+            raise no_template_error()
+        return self._compiled
+
     def text(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
@@ -132,6 +139,11 @@ class Renderer:
         tokens = np.array(ids, dtype=np.int32)
         return Rendered(tokens, np.ones(len(ids), dtype=np.float32), text, self._control.concerns(text))
 
+    def min_tokens(self, text: str) -> int:
+        """At least so many tokens has `text`, told without encoding it; 0 where the tokenizer does not allow it."""
+        most = self.tokenizer.max_chars_per_token
+        return 0 if most is None else -(-len(text) // most)
+
     def reply(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of what the model wrote, up to its end-of-turn token."""
         ids = [int(token) for token in tokens]
@@ -180,8 +192,6 @@ class Renderer:
         return _Row(escaped, self._control.escape_value(plain_tools, escapes), num_chars, escapes)
 
     def _run(self, row: _Row, num_messages: int, add_generation_prompt: bool) -> str:
-        if self._compiled is None:
-            raise no_template_error()
         variables = {
             **self.tokenizer.named,
             "messages": row.messages[:num_messages],
@@ -190,7 +200,7 @@ class Renderer:
             "add_generation_prompt": add_generation_prompt,
             "tokenizer_adds_bos": self.tokenizer.adds_bos,
         }
-        return self._compiled.render(variables, num_input_chars=row.num_chars)
+        return self.require_template().render(variables, num_input_chars=row.num_chars)
 
     def _assistant_spans(self, row: _Row, full: str, *, only_last: bool) -> list[Span]:
         """Character spans of the assistant turns in `full`, from where a generation prompt ends to the end of turn."""
@@ -301,13 +311,21 @@ def _marked_spans(marked: str) -> list[Span]:
 
 
 def _weights(offsets: Sequence[Span], spans: Sequence[Span], num_chars: int) -> np.ndarray:
-    """float32 [T]: 1.0 for tokens that overlap a span."""
-    if not spans:
-        return np.zeros(len(offsets), dtype=np.float32)
-    if len(spans) == 1 and spans[0] == (0, num_chars):
-        return np.ones(len(offsets), dtype=np.float32)
-    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    """float32 [T]: 1.0 for tokens that overlap a span. Offsets ascend, which makes a span's tokens a slice."""
     weights = np.zeros(len(offsets), dtype=np.float32)
+    if list(spans) == [(0, num_chars)]:
+        weights[:] = 1.0
+        return weights
     for start, end in spans:
-        weights[(places[:, 1] > start) & (places[:, 0] < end)] = 1.0
+        first = bisect_right(offsets, start, key=_end)
+        weights[first : bisect_left(offsets, end, lo=first, key=_start)] = 1.0
     return weights
+
+
+def _start(offset: Span) -> int:
+    # Tokenizers that trim white space off their offsets leave nothing of a token that is white space.
+    return offset[0] - (offset[0] == offset[1])
+
+
+def _end(offset: Span) -> int:
+    return offset[1]

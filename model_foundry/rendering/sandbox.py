@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from types import BuiltinMethodType
+from types import BuiltinMethodType, GeneratorType
 from typing import Any, ClassVar
 
 import jinja2
@@ -27,21 +26,29 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from model_foundry.errors import TemplateError
+from model_foundry.errors import TemplateError, UnsafeTemplateError
+from model_foundry.rendering.amplifiers import (
+    allow_bits,
+    allow_join,
+    allow_percent,
+    allow_product,
+    allow_str_method,
+    check_filter,
+)
 from model_foundry.rendering.budget import Budget
 
-MAX_TEMPLATE_CHARS = 200_000
-MAX_INTEGER_BITS = 1_024
+MAX_TEMPLATE_CHARS = 100_000
 
 # Private characters around what `{% generation %}` blocks print; the caller takes them out again.
 GENERATION_START = "\U0010fff0"
 GENERATION_END = "\U0010fff1"
 
 FILTERS = """
-    abs capitalize count d default dictsort e escape first float groupby indent int items join last length list lower
-    map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim unique
+    abs capitalize count d default dictsort e escape first float format groupby indent int items join last length list
+    lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim unique
     upper wordcount
 """
+_CHEAP_FILTERS = ("first", "length", "count", "last", "default", "d", "trim", "items")
 GLOBALS = ("cycler", "joiner")
 _STR_METHODS = """
     capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier
@@ -55,8 +62,6 @@ METHODS: dict[type, frozenset[str]] = {
     dict: frozenset({"copy", "get", "items", "keys", "values"}),
     float: frozenset({"is_integer"}),
 }
-_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
-_WIDE_FORMAT = re.compile(r"\{[^{}]*(?:\{|:[^{}]*\d{4})")
 
 
 class _Guard(NodeTransformer):
@@ -76,6 +81,15 @@ class _Guard(NodeTransformer):
             return node
         emit = self._filter(nodes.Const(num_chars, lineno=node.lineno), "guard emit")
         return [nodes.ExprStmt(emit, lineno=node.lineno), node]
+
+    def visit_Call(self, node: Any) -> nodes.Node:
+        """Unpacking `*values` takes them all at once."""
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = self._filter(node.dyn_args, "guard collect")
+        return node
+
+    visit_Filter = visit_Test = visit_Call
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -121,6 +135,9 @@ class _SafeNamespace(Namespace):
         _refuse_private_name(name)
         Namespace.__setitem__(self, name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # not the contents: namespaces within namespaces would print without end
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     """jinja2's sandbox as transformers sets it up, with the budget drawn in."""
@@ -142,7 +159,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             "guard step": lambda _: self.budget.step(),
             "guard emit": lambda num_chars: self.budget.emit(num_chars),
             "guard concat": self._concat,
-            "guard weigh": self._weighed,
+            "guard weigh": lambda value: self.budget.made(value),
+            "guard collect": self._collected,
         }
         self.globals = {name: self.globals[name] for name in GLOBALS} | {
             "range": self._range,
@@ -159,65 +177,30 @@ class _Environment(ImmutableSandboxedEnvironment):
         raise SecurityError(f"the chat template may not read {attribute!r} of a {type(obj).__name__}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            if isinstance(left, str) and isinstance(right, str):
-                self.budget.allow(len(left) + len(right))
-                return left + right
-            if isinstance(left, (list, tuple)):
-                self.budget.allow(self.budget.weigh(left) + self.budget.weigh(right))
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            self.budget.allow(len(left) + len(right))
+        elif operator == "+" and isinstance(left, (list, tuple)):
+            self.budget.allow(self.budget.weigh(left) + self.budget.weigh(right))
         elif operator == "*":
-            self._allow_product(left, right)
-        elif operator == "**":
-            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_INTEGER_BITS:
-                raise SecurityError("the chat template computes too big a number")
-        elif isinstance(left, str):
-            if _WIDE_PERCENT.search(left):
-                raise SecurityError("the chat template pads a text too widely")
-            self.budget.allow(len(left) + self.budget.weigh(right))
-        return self.binop_table[operator](left, right)
+            allow_product(self.budget, left, right)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            allow_bits(left.bit_length() * right)
+        elif operator == "%" and isinstance(left, str):
+            allow_percent(self.budget, left, right)
+        return self.budget.made(self.binop_table[operator](left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self, method = __self, __obj
         self.budget.step()
+        args = tuple(self._collected(value) for value in args)
         method = getattr(method, "__wrapped__", method)  # jinja2 wraps str.format in a function of its own
         if isinstance(method, BuiltinMethodType):
             owner, name = method.__self__, method.__name__
             if name not in METHODS.get(type(owner), ()):
                 raise SecurityError(f"chat templates may not call {name!r} of a {type(owner).__name__}")
             if isinstance(owner, str):
-                self._allow_str_method(owner, name, args, kwargs)
-        result = super().call(__context, __obj, *args, **kwargs)
-        return self._weighed(result)
-
-    def _allow_product(self, left: Any, right: Any) -> None:
-        if isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
-                raise SecurityError("the chat template computes too big a number")
-            return
-        for value, times in ((left, right), (right, left)):
-            if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-                self.budget.allow(self.budget.weigh(value) * max(times, 0))
-
-    def _allow_str_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if name == "replace":
-            self._allow_replace(text, *args, **kwargs)
-        elif name == "join":
-            self._allow_join(text, *args)
-        elif name == "format":
-            if _WIDE_FORMAT.search(text):
-                raise SecurityError("the chat template pads a text too widely")
-            arguments = self.budget.weigh([list(args), kwargs])
-            self.budget.allow(len(text) + text.count("{") * arguments)
-        else:
-            self.budget.allow(len(text))
-
-    def _allow_replace(self, text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
-        text, old, new = str(text), str(old), str(new)
-        self.budget.allow(len(text) + text.count(old) * len(new))
-
-    def _allow_join(self, separator: str, values: Any = ()) -> None:
-        if isinstance(values, (list, tuple)):
-            self.budget.allow(self.budget.weigh(values) + len(values) * len(separator))
+                allow_str_method(self.budget, owner, name, args, kwargs)
+        return self.budget.made(super().call(__context, __obj, *args, **kwargs))
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter that draws on the budget. `wraps` keeps jinja2's mark for filters that take the environment."""
@@ -226,44 +209,19 @@ class _Environment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self.budget.step()
-            values = args[position:]
-            checked = self._check_filter(name, values, kwargs)
-            return self._weighed(function(*args[:position], *checked, **kwargs))
+            values = tuple(self._collected(value) for value in args[position:])
+            if name not in _CHEAP_FILTERS:
+                check_filter(self.budget, name, values[0], values[1:], kwargs)
+            return self.budget.made(function(*args[:position], *values, **kwargs))
 
         return guarded
 
-    def _check_filter(self, name: str, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        if name in ("first", "length", "count", "last", "default", "d", "trim", "items"):
-            return values
-        value, options = values[0], [*values[1:], *kwargs.values()]
-        if any(isinstance(option, int) and abs(option) > 1_000 for option in options if name != "sum"):
-            raise SecurityError(f"the chat template gives too big a number to the filter {name!r}")
-        if name == "sum" and any(isinstance(option, (list, tuple)) for option in options):
-            raise SecurityError("chat templates may only sum numbers")
-        if name == "join":
-            value = list(value)
-            separator = options[0] if options and isinstance(options[0], str) else ""
-            self._allow_join(separator, value)
-        elif name == "replace":
-            self._allow_replace(value, *options)
-        elif name == "indent":
-            width = options[0] if options else 4
-            each = len(width) if isinstance(width, str) else int(width)
-            self.budget.allow(len(str(value)) + (1 + str(value).count("\n")) * each)
-        else:
-            self.budget.weigh(value)
-        return (value, *values[1:])
-
     def _concat(self, values: list[Any]) -> str:
-        self._allow_join("", values)
-        return "".join([str(value) for value in values])
+        allow_join(self.budget, "", values)
+        return self.budget.made("".join([str(value) for value in values]))
 
-    def _weighed(self, value: Any) -> Any:
-        if isinstance(value, str):
-            self.budget.allow(len(value))
-        elif isinstance(value, (list, tuple, dict)):
-            self.budget.weigh(value)
-        return value
+    def _collected(self, value: Any) -> Any:
+        return self.budget.collect(value) if isinstance(value, GeneratorType) else value
 
     @pass_context  # so that nothing is folded while compiling
     def _finalize(self, context: Any, value: Any) -> Any:
@@ -277,6 +235,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         numbers = range(*args)
         self.budget.allow(len(numbers))
         return numbers
+
+
+_UNSAFE = "Use a template you trust"
 
 
 class CompiledTemplate:
@@ -313,18 +274,20 @@ class CompiledTemplate:
             num_input_chars: size of that data, which the output may exceed eightfold.
 
         Raises:
-            TemplateError: the template raised, failed, or overstepped what a template may do.
+            UnsafeTemplateError: the template overstepped what a template may do or use.
+            TemplateError: the template raised or failed.
         """
         with self._lock:
             self._environment.budget = Budget(num_input_chars)
             try:
                 return self._template.render(variables)
             except SecurityError as error:
-                raise TemplateError(str(error), where=self._place(error), hint="Use a template you trust") from error
+                raise UnsafeTemplateError(str(error), where=self._place(error), hint=_UNSAFE) from error
             except jinja2.TemplateError as error:
                 raise TemplateError(f"the chat template refuses the row: {error}", where=self._place(error)) from error
             except (RecursionError, MemoryError) as error:
-                raise TemplateError("the chat template does not come to an end", where=self.name) from error
+                what = "the chat template does not come to an end"
+                raise UnsafeTemplateError(what, where=self.name, hint=_UNSAFE) from error
             except Exception as error:  # any Python error the template's expressions can cause
                 what = f"the chat template fails with {type(error).__name__}: {error}"
                 raise TemplateError(what, where=self._place(error)) from error
