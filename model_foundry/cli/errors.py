@@ -41,7 +41,7 @@ def exit_code_of(error: BaseException, *, as_json: bool, arguments: Sequence[str
         return error.code if isinstance(error.code, int) else EXIT_FAILURE if error.code else 0
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+    if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":  # since click 8.2
         error.show()
         return error.exit_code
     if isinstance(error, BrokenPipeError):
