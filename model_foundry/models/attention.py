@@ -1,0 +1,248 @@
+"""Causal attention over packed rows: several rows in one batch of tokens, none of which sees another.
+
+Queries are taken in blocks, and each block meets only the keys before its end, so the upper triangle is not computed.
+Short rows of similar length are stacked (padded on the right, which causality hides) to make fewer, larger products.
+Probabilities are kept for the backward pass while they are small, and computed again where they are not
+(Dao et al. 2022 keep none). It knows nothing of layers, weights or caches.
+
+Shapes: N packed tokens, H query heads, K key/value heads, G = H // K, D head width, S rows of a group, T their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+QUERY_BLOCK_TOKENS = 256
+"""Rows of queries a product; larger blocks compute more of the masked triangle, smaller ones make small products."""
+KEEP_PROBABILITIES_TOKENS = 512
+"""Rows up to this length keep their probabilities; beyond it the memory grows with the square, so they are redone."""
+STACK_TOKENS = 8192
+"""A stack of short rows holds at most this many tokens with its padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Rows computed together: `index` [S, T] int64 says which packed token stands where (padding repeats the last)."""
+
+    index: torch.Tensor
+    valid: torch.Tensor | None
+    start: int
+    num_rows: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class PackedRows:
+    """Where each row of a packed batch lies, how rows are grouped, and the causal masks, shared by all layers."""
+
+    lengths: tuple[int, ...]
+    groups: tuple[RowGroup, ...]
+    positions: torch.Tensor
+    _masks: dict[tuple[int, int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedRows:
+        """Lay out rows of these lengths one after the other."""
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+        groups: list[RowGroup] = []
+        stack: list[int] = []
+        for row in order:
+            if stack and not _stackable(lengths[stack[0]], lengths[row], len(stack) + 1):
+                groups.append(_group(stack, lengths, starts, device))
+                stack = []
+            stack.append(row)
+        groups.append(_group(stack, lengths, starts, device))
+        return cls(tuple(lengths), tuple(groups), positions)
+
+    def mask(self, first_query: int, num_queries: int, first_key: int, window: int | None) -> torch.Tensor | None:
+        """bool [num_queries, keys up to the block's end], True where a query must not look; None where all may."""
+        key = (first_query, num_queries, first_key, window)
+        if key not in self._masks:
+            device = self.positions.device
+            query = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
+            keys = torch.arange(first_key, first_query + num_queries, device=device)[None, :]
+            hidden = keys > query
+            if window is not None:
+                hidden |= keys <= query - window
+            self._masks[key] = hidden if bool(hidden.any()) else None
+        return self._masks[key]
+
+
+def _stackable(shortest: int, longest: int, num_rows: int) -> bool:
+    """Whether padding to `longest` costs little: at most an eighth, or a few tokens."""
+    return longest <= QUERY_BLOCK_TOKENS and longest - shortest <= max(8, longest // 8) and (
+        longest * num_rows <= STACK_TOKENS
+    )
+
+
+def _group(rows: list[int], lengths: Sequence[int], starts: list[int], device: torch.device | str) -> RowGroup:
+    width = max(lengths[row] for row in rows)
+    index = torch.stack([starts[row] + torch.arange(width).clamp(max=lengths[row] - 1) for row in rows])
+    length = torch.tensor([lengths[row] for row in rows])[:, None]
+    valid = torch.arange(width)[None, :] < length
+    padded = not bool(valid.all())
+    return RowGroup(
+        index=index.to(device),
+        valid=valid.to(device) if padded else None,
+        start=starts[rows[0]] if len(rows) == 1 else -1,
+        num_rows=len(rows),
+        num_tokens=width,
+    )
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021), the half-split layout. x [N, heads, D]; cos, sin [N, 1, D / 2]."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.mul(first, cos, out=out[..., :half])
+    out[..., :half].addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:])
+    out[..., half:].addcmul_(first, sin)
+    return out
+
+
+class PackedAttention(torch.autograd.Function):
+    """softmax(q kᵀ) v within each row, causal; rotation included. q [N, H, D], k and v [N, K, D] → [N, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Any, rows: Any, window: Any) -> Any:
+        cos_q, sin_q, cos_k, sin_k = rope
+        q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
+        out = torch.empty_like(q)
+        kept: list[torch.Tensor] = []
+        for group in rows.groups:
+            qg, kg, vg = _by_head(q, group, k.shape[1]), _by_head(k, group, k.shape[1]), _by_head(v, group, k.shape[1])
+            og = torch.empty_like(qg)
+            for first, last, first_key in _blocks(group.num_tokens, window):
+                p = _probabilities(qg, kg, first, last, first_key, rows, window)
+                og[:, :, first:last] = torch.bmm(p, vg[:, 0, first_key:last]).view(og.shape[0], og.shape[1], -1, og.shape[3])
+                if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
+                    kept.append(p)
+            _put(out, og, group)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.rope, ctx.rows, ctx.window = rope, rows, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *kept = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for group in ctx.rows.groups:
+            keep = group.num_tokens <= KEEP_PROBABILITIES_TOKENS
+            _backward_group((q, k, v), grad, (dq, dk, dv), kept if keep else None, group, ctx.rows, ctx.window)
+        cos_q, sin_q, cos_k, sin_k = ctx.rope
+        return rotate(dq, cos_q, -sin_q), rotate(dk, cos_k, -sin_k), dv, None, None, None
+
+
+def _backward_group(
+    inputs: tuple[torch.Tensor, ...],
+    grad: torch.Tensor,
+    outputs: tuple[torch.Tensor, ...],
+    kept: list[torch.Tensor] | None,
+    group: RowGroup,
+    rows: PackedRows,
+    window: int | None,
+) -> None:
+    num_kv = inputs[1].shape[1]
+    qg, kg, vg = (_by_head(x, group, num_kv) for x in inputs)
+    gg = _by_head(grad, group, num_kv)
+    if group.valid is not None:
+        # A padded place repeats a real token: its gradient must not count twice.
+        gg = gg * group.valid.repeat_interleave(num_kv, 0)[:, None, :, None]
+    dqg = torch.empty_like(qg)
+    dkg, dvg = torch.zeros_like(kg), torch.zeros_like(vg)
+    for first, last, first_key in _blocks(group.num_tokens, window):
+        p = kept.pop(0) if kept is not None else _probabilities(qg, kg, first, last, first_key, rows, window)
+        block = gg[:, :, first:last].reshape(gg.shape[0], -1, gg.shape[3])
+        keys, values = kg[:, 0, first_key:last], vg[:, 0, first_key:last]
+        dvg[:, 0, first_key:last] += torch.bmm(p.transpose(1, 2), block)
+        ds = torch._softmax_backward_data(torch.bmm(block, values.transpose(1, 2)), p, -1, p.dtype)
+        dqg[:, :, first:last] = torch.bmm(ds, keys).view(dqg.shape[0], dqg.shape[1], -1, dqg.shape[3])
+        queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
+        dkg[:, 0, first_key:last] += torch.bmm(ds.transpose(1, 2), queries)
+    for out, part in zip(outputs, (dqg, dkg, dvg), strict=True):
+        _put(out, part, group)
+
+
+def _blocks(num_tokens: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end, first key) of each block; keys run to the block's end."""
+    blocks = []
+    for first in range(0, num_tokens, QUERY_BLOCK_TOKENS):
+        last = min(first + QUERY_BLOCK_TOKENS, num_tokens)
+        blocks.append((first, last, 0 if window is None else max(0, first - window + 1)))
+    return blocks
+
+
+def _by_head(x: torch.Tensor, group: RowGroup, num_kv: int) -> torch.Tensor:
+    """The group's part of x [N, heads, D] as [S·K, heads // K, T, D], contiguous."""
+    heads, width = x.shape[1:]
+    part = x[group.start : group.start + group.num_tokens] if group.num_rows == 1 else x[group.index.view(-1)]
+    part = part.view(group.num_rows, group.num_tokens, num_kv, heads // num_kv, width).permute(0, 2, 3, 1, 4)
+    return part.reshape(group.num_rows * num_kv, heads // num_kv, group.num_tokens, width).contiguous()
+
+
+def _put(out: torch.Tensor, part: torch.Tensor, group: RowGroup) -> None:
+    """Write [S·K, heads // K, T, D] back to its packed places in out [N, heads, D]; padding is left behind."""
+    heads, width = out.shape[1:]
+    num_kv = part.shape[0] // group.num_rows
+    rows = part.view(group.num_rows, num_kv, heads // num_kv, group.num_tokens, width).permute(0, 3, 1, 2, 4)
+    if group.num_rows == 1:
+        out[group.start : group.start + group.num_tokens].view(rows.shape[1:]).copy_(rows[0])
+        return
+    rows = rows.reshape(group.num_rows, group.num_tokens, heads, width)
+    if group.valid is None:
+        out[group.index.view(-1)] = rows.view(-1, heads, width)
+    else:
+        out[group.index[group.valid]] = rows[group.valid]
+
+
+def _probabilities(
+    qg: torch.Tensor, kg: torch.Tensor, first: int, last: int, first_key: int, rows: PackedRows, window: int | None
+) -> torch.Tensor:
+    """Attention of the queries first..last: [S·K, G·(last - first), last - first_key]."""
+    queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
+    scores = torch.bmm(queries, kg[:, 0, first_key:last].transpose(1, 2))
+    mask = rows.mask(first, last - first, first_key, window)
+    if mask is not None:
+        scores.view(scores.shape[0], qg.shape[1], last - first, -1).masked_fill_(mask, float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+def attend_packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: tuple[torch.Tensor, ...], rows: PackedRows, window: int | None
+) -> torch.Tensor:
+    """Attention of one layer over packed rows; rope = (cos, sin) for queries, scale included, and for keys."""
+    if q.device.type == "cpu":
+        return PackedAttention.apply(q, k, v, rope, rows, window)  # pyright: ignore[reportReturnType]
+    cos_q, sin_q, cos_k, sin_k = rope
+    q, k = _rotate_autograd(q, cos_q, sin_q), _rotate_autograd(k, cos_k, sin_k)
+    parts = [x.split(list(rows.lengths)) for x in (q, k, v)]
+    return torch.cat([_sdpa(*row, window) for row in zip(*parts, strict=True)])
+
+
+def _rotate_autograd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """One row on an accelerator through torch's fused kernels; the scale is in the rotation already."""
+    mask = None
+    if window is not None and q.shape[0] > window:
+        place = torch.arange(q.shape[0], device=q.device)
+        mask = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - window)
+    out = functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
+        attn_mask=mask, is_causal=mask is None, scale=1.0, enable_gqa=True,
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
