@@ -107,11 +107,16 @@ def fill(key: str, name: str, make: Callable[[Path], Mapping[str, Any]], *, say:
             if (what := damage(entry)) is None:
                 return entry
             say(f"the cached copy of {name} is damaged ({what}); making it again")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        with atomic_directory(folder) as target:
-            provenance = make(target)
-            _write_manifest(target, name, provenance)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
+            with atomic_directory(folder) as target:
+                provenance = make(target)
+                _write_manifest(target, name, provenance)
+        except OSError as error:
+            hint = "Free some space there, or set FOUNDRY_HOME to a folder on another disk."
+            what = f"{name} cannot be stored ({error.strerror or error})"
+            raise ModelError(what, where=str(folder.parent), hint=hint) from error
     entry = read_entry(folder)
     if entry is None:
         raise ModelError("the model was stored but its manifest cannot be read back", where=str(folder))

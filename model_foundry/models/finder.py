@@ -152,7 +152,7 @@ class _Finder:
             self._may_fetch(name)
             info = fetch.ask_hub(name)
             if info is None:
-                raise self._not_found(name, looks_like_path=False, hub="and no model hub answers")
+                raise self._not_found(name, looks_like_path=False, no_hub=True)
 
             def download(folder: Path) -> dict[str, Any]:
                 return fetch.fetch_from_hub(info, folder, say=self.say)
@@ -209,14 +209,19 @@ class _Finder:
         provenance = {**source.provenance, "adapter": str(adapter), "base": base}
         return ModelSource(source.folder, name, provenance, adapter)
 
-    def _not_found(self, name: str, *, looks_like_path: bool, hub: str = "") -> ModelNotFoundError:
+    def _not_found(self, name: str, *, looks_like_path: bool, no_hub: bool = False) -> ModelNotFoundError:
         known = [*KNOWN_MODELS, *(entry.name for entry in list_entries(home=self.home))]
         close = difflib.get_close_matches(name.lower(), [item.lower() for item in known], n=1, cutoff=0.5)
         by_last = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], known, n=1, cutoff=0.5)
-        what = "there is no such file or folder" if looks_like_path else f"there is no model of this name here {hub}"
+        what = "there is no model of this name"
+        if looks_like_path:
+            what = "there is no such file or folder"
+        elif no_hub:
+            asked = "no model hub answers" if fetch.hub_allowed() else "HF_HUB_OFFLINE is set, so no hub was asked"
+            what = f"there is no such folder, it is not in the cache, and {asked}"
         guess = (close or by_last or [""])[0]
         hint = f"Did you mean {guess}?" if guess else f"Known names: {', '.join(sorted(set(known)))}."
-        return ModelNotFoundError(what.strip(), where=name or "(empty name)", hint=hint)
+        return ModelNotFoundError(what, where=name or "(empty name)", hint=hint)
 
 
 def _model_folder(name: str, path: Path) -> ModelSource:
