@@ -192,9 +192,11 @@ class PlainEncoder:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, control: frozenset[str]) -> None:
-        self._control_ids = frozenset(backend.token_to_id(text) for text in control)
-        description = _hide_tokens(json.loads(backend.to_str()), control)
-        self._unk_id = backend.token_to_id(_unk_token(description["model"]) or "")
+        description = json.loads(backend.to_str())
+        self._unknown_id, self._unknown = _unknown_token(backend, description["model"])
+        # A character outside the vocabulary gives the unknown token, written or not.
+        self._control_ids = frozenset(backend.token_to_id(text) for text in control) - {self._unknown_id}
+        description = _hide_tokens(description, control)
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
         self._sentinel = RESERVED + "start"
         sentinel = tokenizers.AddedToken(self._sentinel, special=True, normalized=False)
@@ -223,6 +225,10 @@ class PlainEncoder:
             raise DataError("this tokenizer makes a control token out of plain text", hint="Report this tokenizer")
         return ids, offsets
 
+    def is_unknown(self, token_id: int, text: str) -> bool:
+        """Whether `token_id` is the unknown token and stands for characters of `text`, not for its own name."""
+        return token_id == self._unknown_id and self._unknown not in text
+
 
 def _hide_tokens(description: dict[str, Any], control: frozenset[str]) -> dict[str, Any]:
     """Rename `control` in a tokenizer description. Renaming, not removing, because ids are given by order."""
@@ -248,8 +254,12 @@ def _touches(merge: str | list[str], names: Mapping[str, str]) -> bool:
     return left in names or right in names or left + right in names
 
 
-def _unk_token(model: Mapping[str, Any]) -> str | None:
-    return model.get("unk_token")
+def _unknown_token(backend: tokenizers.Tokenizer, model: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Id and name of the token for what the vocabulary lacks: Unigram gives the id, other models the name."""
+    if model.get("unk_id") is not None:
+        return model["unk_id"], backend.id_to_token(model["unk_id"]) or ""
+    name = model.get("unk_token")
+    return (backend.token_to_id(name), name) if name else (None, "")
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

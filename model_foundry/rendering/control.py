@@ -9,7 +9,8 @@ text from completing it. Knows tokens as strings only.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from model_foundry.errors import DataError
@@ -38,9 +39,14 @@ class Escapes:
     def undo(self, text: str) -> str:
         return text.translate(self.table)
 
-    def position(self, text: str, index: int) -> int:
-        """Where character `index` of the escaped `text` is once the escapes are undone."""
-        return len(text[:index].translate(self.table))
+    def positions(self, text: str) -> Callable[[int], int]:
+        """Where a character of the escaped `text` is once the escapes are undone."""
+        places: list[int] = []
+        shifts = [0]
+        for match in re.finditer(f"[{''.join(map(chr, self.table))}]" if self.table else "(?!)", text):
+            places.append(match.start())
+            shifts.append(shifts[-1] + len(self.table[ord(match.group())]) - 1)
+        return lambda index: index + shifts[bisect_left(places, index)]
 
     def holds(self, text: str) -> bool:
         return any(chr(code) in text for code in self.table)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from model_foundry.errors import TemplateError
+from model_foundry.errors import TemplateError, UnsafeTemplateError
 from model_foundry.rendering.builtin_templates import find_template, no_template_error
 from model_foundry.rendering.control import ControlText, Escapes, texts
 from model_foundry.rendering.sandbox import GENERATION_END, GENERATION_START, CompiledTemplate
@@ -95,7 +95,7 @@ class Renderer:
     ) -> str:
         """The conversation as the template writes it."""
         row = self._prepare(messages, tools)
-        return row.undo(_MARKS.sub("", self._run(row, len(row.messages), add_generation_prompt)))
+        return row.undo(self._unmarked(self._run(row, len(row.messages), add_generation_prompt)))
 
     def render(
         self, messages: Sequence[Message], *, train_on: TrainOn = "assistant", tools: Tools | None = None
@@ -111,7 +111,7 @@ class Renderer:
         """
         row = self._prepare(messages, tools)
         marked = self._run(row, len(row.messages), False)
-        full = _MARKS.sub("", marked) if self._marks_generation else marked
+        full = self._unmarked(marked)
         if train_on == "all":
             spans = [(0, len(full))]
         elif self._marks_generation:
@@ -125,7 +125,7 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], *, tools: Tools | None = None) -> np.ndarray:
         """int32 [T]: the conversation and the beginning of the assistant's turn."""
         row = self._prepare(messages, tools)
-        text = _MARKS.sub("", self._run(row, len(row.messages), True))
+        text = self._unmarked(self._run(row, len(row.messages), True))
         return self._encode(text, [], row.escapes).tokens
 
     def text_row(self, text: str) -> Rendered:
@@ -164,8 +164,14 @@ class Renderer:
     @cached_property
     def _end_of_turn(self) -> tuple[str, ...]:
         """Control tokens after the answer in a probe conversation."""
-        row = self._prepare([Message("user", "Question"), Message("assistant", "Answer")], None)
-        text = _MARKS.sub("", self._run(row, 2, False))
+        probe = [Message("user", "Question"), Message("assistant", "Answer")]
+        try:
+            text = self._unmarked(self._run(self._prepare(probe, None), 2, False))
+        except UnsafeTemplateError:
+            raise
+        except TemplateError:  # some templates insist on a system message
+            probe = [Message("system", "System"), *probe]
+            text = self._unmarked(self._run(self._prepare(probe, None), 3, False))
         return self._control_of_assistant.ending(text)
 
     def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> _Row:
@@ -201,6 +207,9 @@ class Renderer:
             "tokenizer_adds_bos": self.tokenizer.adds_bos,
         }
         return self.require_template().render(variables, num_input_chars=row.num_chars)
+
+    def _unmarked(self, text: str) -> str:
+        return _MARKS.sub("", text) if self._marks_generation else text
 
     def _assistant_spans(self, row: _Row, full: str, *, only_last: bool) -> list[Span]:
         """Character spans of the assistant turns in `full`, from where a generation prompt ends to the end of turn."""
@@ -244,7 +253,8 @@ class Renderer:
             ids, offsets = encoding.ids, encoding.offsets
         else:
             ids, offsets = self._encode_escaped(text, escapes)
-            spans = [(escapes.position(text, start), escapes.position(text, end)) for start, end in spans]
+            position = escapes.positions(text)
+            spans = [(position(start), position(end)) for start, end in spans]
             text = escapes.undo(text)
         return Rendered(np.array(ids, dtype=np.int32), _weights(offsets, spans, len(text)), text, escapes is not None)
 
@@ -266,7 +276,7 @@ class Renderer:
                 shift += len(run) - (end - done)
 
         for token_id, (start, end) in zip(scan.ids, scan.offsets, strict=True):
-            if token_id in self._control_ids:
+            if token_id in self._control_ids and not plain.is_unknown(token_id, text[start:end]):
                 if escapes.holds(text[start:end]):
                     raise TemplateError("a control token of the template runs into a text", where=self.name)
                 add_plain(start)
@@ -305,9 +315,9 @@ def _marked_spans(marked: str) -> list[Span]:
         place = match.start() - count
         if match.group() == GENERATION_START:
             starts.append(place)
-        else:
+        elif starts:
             spans.append((starts.pop(), place))
-    return spans
+    return sorted(spans)
 
 
 def _weights(offsets: Sequence[Span], spans: Sequence[Span], num_chars: int) -> np.ndarray:

@@ -38,6 +38,7 @@ from model_foundry.rendering.amplifiers import (
 from model_foundry.rendering.budget import Budget
 
 MAX_TEMPLATE_CHARS = 100_000
+MAX_CPU_SECONDS = 2.0
 
 # Private characters around what `{% generation %}` blocks print; the caller takes them out again.
 GENERATION_START = "\U0010fff0"
@@ -152,7 +153,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_GenerationBlock, LoopControlExtension],
             finalize=self._finalize,
         )
-        self.budget = Budget(0)
+        self.budget = Budget(0, max_cpu_seconds=MAX_CPU_SECONDS)
         allowed = {name: self.filters[name] for name in FILTERS.split()} | {"tojson": _to_json}
         self.filters = {name: self._guarded(name, function) for name, function in allowed.items()}
         self.filters |= {
@@ -247,13 +248,15 @@ class CompiledTemplate:
         source: the Jinja text.
         name: what to call it in errors.
         now: the time `strftime_now` tells, fixed so that the same data gives the same tokens all through a run.
+        max_cpu_seconds: how long a rendering of a small input may take.
 
     Raises:
         TemplateError: the template is too long or is not valid Jinja.
     """
 
-    def __init__(self, source: str, *, name: str, now: datetime) -> None:
+    def __init__(self, source: str, *, name: str, now: datetime, max_cpu_seconds: float = MAX_CPU_SECONDS) -> None:
         self.name = name
+        self._max_cpu_seconds = max_cpu_seconds
         self._lock = threading.Lock()
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateError(f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters", where=name)
@@ -278,7 +281,7 @@ class CompiledTemplate:
             TemplateError: the template raised or failed.
         """
         with self._lock:
-            self._environment.budget = Budget(num_input_chars)
+            self._environment.budget = Budget(num_input_chars, max_cpu_seconds=self._max_cpu_seconds)
             try:
                 return self._template.render(variables)
             except SecurityError as error:
