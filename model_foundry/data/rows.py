@@ -18,6 +18,7 @@ from model_foundry.errors import DataError
 from model_foundry.types import Message
 
 MAX_REPORTED_ROWS = 10
+_UNREADABLE = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def read_rows(path: Path, *, format: str = "auto") -> RowSet:
     num_rows = 0
     for source, value in _values(path, bad):
         num_rows += 1
-        if value is None:
+        if value is _UNREADABLE:
             continue
         if not isinstance(value, dict):
             bad.add(source, f"{describe(value)} where an object was expected")
@@ -120,7 +121,7 @@ def _detected(row: Mapping[str, Any], source: str) -> str:
 
 
 def _values(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    """Each row's source and decoded JSON; None where it could not be decoded, which `bad` then holds."""
+    """Each row's source and decoded JSON, or _UNREADABLE where `bad` now says why."""
     data = _read_bytes(path)
     if data.lstrip()[:1] == b"[":
         yield from _array_values(path, data)
@@ -134,7 +135,7 @@ def _values(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
             yield source, orjson.loads(line)
         except orjson.JSONDecodeError as error:
             bad.add(source, _decoding_problem(line, error, is_cut=number == len(lines)))
-            yield source, None
+            yield source, _UNREADABLE
 
 
 def _array_values(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:

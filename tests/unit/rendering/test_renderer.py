@@ -140,7 +140,8 @@ def test_template_that_hides_where_a_turn_begins_is_refused(chatml: Tokenizer, t
 def test_generation_blocks_say_what_is_trained(chatml: Tokenizer, tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}!{% endgeneration %}"
-        "{{ '\\n' }}{% else %}{{ 'U:' + m.content + '\\n' }}{% endif %}{% endfor %}{{ '<think>' if add_generation_prompt }}"
+        "{{ '\\n' }}{% else %}{{ 'U:' + m.content + '\\n' }}{% endif %}{% endfor %}"
+        "{{ '<think>' if add_generation_prompt }}"
     )
     renderer = custom(chatml, tmp_path, template)
     marks = "\U0010fff0\U0010fff1"
