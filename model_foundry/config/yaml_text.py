@@ -20,6 +20,7 @@ from yaml.scanner import Scanner
 from model_foundry.config.tree import Branch, Leaf, Node, Origin, to_plain
 from model_foundry.errors import ConfigError
 
+MAX_DEPTH = 50
 MAX_NODES = 100_000
 """More values than any configuration has; stops aliases that multiply ("a billion laughs")."""
 
@@ -40,6 +41,17 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         Parser.__init__(self)
         Composer.__init__(self)
         BaseResolver.__init__(self)
+
+        self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Count the nesting, so that a bracket typed a thousand times is an error and not a crash."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError("nested too deeply to be a configuration")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Mark plain scalars, so that quoted ones stay text."""
@@ -81,8 +93,6 @@ def read_yaml(text: str, *, origin_at: Callable[[int], Origin]) -> Branch:
         raise _syntax_error(error, origin_at(mark.line + 1 if mark else 1)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {error}".replace("\n", " "), where=origin_at(1).name) from None
-    except RecursionError:
-        raise ConfigError("nested too deeply to be a configuration", where=origin_at(1).name) from None
     if isinstance(converted, Leaf):
         kind = "a list" if isinstance(converted.value, list) else "a single value"
         raise ConfigError(
@@ -106,7 +116,7 @@ def read_value(text: str, origin: Origin, *, text_only: bool = False) -> Node:
             root = _Loader(text).get_single_node()
             if root is not None:
                 return _Converter(lambda _line: origin).convert(root, origin)
-        except (yaml.YAMLError, ConfigError, RecursionError):
+        except (yaml.YAMLError, ConfigError):
             return Leaf(text, origin)
     return Leaf(resolve_plain(text), origin, text)
 
@@ -119,8 +129,8 @@ class _Converter:
 
     def convert(self, node: yaml.Node, origin: Origin) -> Node:
         self.num_nodes += 1
-        if self.num_nodes > MAX_NODES or id(node) in self.open:
-            raise ConfigError("an alias (*name) repeats itself without end", where=origin.place)
+        if self.num_nodes > MAX_NODES or len(self.open) > MAX_DEPTH or id(node) in self.open:
+            raise ConfigError("aliases (*name) repeat each other without end", where=origin.place)
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
