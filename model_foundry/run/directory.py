@@ -95,6 +95,7 @@ class RunDirectory:
                 {
                     "run_id": f"{run_dir.resolve().name}-{started:%Y%m%d-%H%M%S}",
                     "config_digest": digest,
+                    "config": yaml.safe_load(config_yaml),
                     "receipt": dict(receipt),
                     "resumed": [],
                     "outcome": None,
