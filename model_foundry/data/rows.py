@@ -82,6 +82,8 @@ def read_rows(path: Path, *, format: str = "auto") -> RowSet:
         DataError: the file is missing, empty, not text, or rows are wrong; up to ten rows are named.
     """
     path = Path(path)
+    if format != "auto" and format not in PARSERS:
+        raise DataError(f"there is no row format '{format}'", hint=f"Choose auto or one of {', '.join(PARSERS)}")
     bad = BadRows()
     rows: list[Row] = []
     ignored: Counter[str] = Counter()

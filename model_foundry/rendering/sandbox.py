@@ -179,8 +179,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            self.budget.allow(len(left) + len(right))
-        elif operator == "+" and isinstance(left, (list, tuple)):
+            return self.budget.joined(left, right)
+        if operator == "+" and isinstance(left, (list, tuple)):
             self.budget.allow(self.budget.weigh(left) + self.budget.weigh(right))
         elif operator == "*":
             allow_product(self.budget, left, right)

@@ -167,6 +167,11 @@ def test_fields_of_no_format_list_the_choices(tmp_path: Path) -> None:
         read_rows(write(tmp_path, {"foo": 1, "bar": 2}))
 
 
+def test_an_unknown_format_lists_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no row format 'chat'.*sharegpt"):
+        read_rows(write(tmp_path, {"text": "a"}), format="chat")
+
+
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: there is no such file"):
         read_rows(tmp_path / "nowhere.jsonl")
