@@ -1,11 +1,11 @@
 """The command `foundry`: a table of verbs, each loaded only when it is asked for.
 
-Imports click and nothing else, so that `--help` is instant. Errors end here: `cli.errors` words them.
+Imports click and nothing else, so that `--help` is instant: even `cli.errors`, which words the errors that end here, is
+imported when there is one.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import io
 import sys
@@ -15,8 +15,6 @@ from typing import Any, NoReturn
 import click
 
 from model_foundry import __version__
-from model_foundry.cli.errors import exit_code_of
-from model_foundry.errors import UsageError
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("model_foundry.cli.train:command", "Fine-tune a model, and prove that it improved."),
@@ -54,6 +52,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         word = args[0]
         if word not in VERBS and not word.startswith("-"):
+            import difflib
+
+            from model_foundry.errors import UsageError
+
             near = difflib.get_close_matches(word, VERBS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}"
             raise UsageError(f"there is no verb '{word}'", hint=hint)
@@ -74,13 +76,21 @@ class LazyGroup(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character must not end a run
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with self.make_context(prog_name or "foundry", arguments) as context:
-                result = self.invoke(context)
+            code = self._run(arguments, prog_name or "foundry")
             sys.stdout.flush()
-            code = result if isinstance(result, int) else 0
         except BaseException as error:
+            from model_foundry.cli.errors import exit_code_of
+
             code = exit_code_of(error, as_json=as_json, arguments=arguments)
         sys.exit(code)
+
+    def _run(self, arguments: list[str], prog_name: str) -> int:
+        try:
+            with self.make_context(prog_name, arguments) as context:
+                result = self.invoke(context)
+        except click.exceptions.Exit as leave:
+            return leave.exit_code
+        return result if type(result) is int else 0
 
 
 @click.command(

@@ -137,7 +137,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
     if "ge" in limits and "le" in limits:
         return f" from {limits['ge']:g} to {limits['le']:g}"
     words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-    said = [f"{words[key]} {limit}" for key, limit in limits.items()]
+    said = [f"{words[key]} {int(limit) if limit == int(limit) else limit}" for key, limit in limits.items()]
     return f" {' and '.join(said)}" if said else ""
 
 

@@ -1,0 +1,81 @@
+"""`foundry config`: valid or not, which files, which digest, without loading a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from model_foundry.cli.config import command
+from model_foundry.config.load import config_digest, load_config
+from model_foundry.config.schema import COMMAND_SCHEMAS, TrainConfig
+from model_foundry.errors import ConfigError
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(command, list(arguments))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "train.jsonl").write_text("{}\n", encoding="utf-8")
+    path = tmp_path / "a.yaml"
+    path.write_text("inherits: chat\ndata: {train_file: train.jsonl}\n", encoding="utf-8")
+    return path
+
+
+def test_a_valid_configuration_gives_its_files_and_digest(config: Path) -> None:
+    result = invoke("check", str(config), "seed=4")
+    digest = config_digest(load_config(TrainConfig, path=config, overrides=["seed=4"], environ={}).config)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"valid for foundry train: {config}, profile chat, 1 override",
+        f"data.train_file: {config.parent / 'train.jsonl'}",
+        f"digest: {digest}",
+    ]
+
+
+def test_what_a_program_reads(config: Path) -> None:
+    found = json.loads(invoke("check", str(config), "--json").stdout)
+    assert found["valid"] is True
+    assert found["files"] == {"data.train_file": str(config.parent / "train.jsonl")}
+
+
+def test_files_that_are_not_there_are_all_named_with_the_line(config: Path) -> None:
+    config.write_text("data:\n  train_file: gone.jsonl\n  validation_file: .\n", encoding="utf-8")
+    error = invoke("check", str(config), "model.template=mine.jinja").exception
+    assert isinstance(error, ConfigError)
+    assert f"{config}:2: data.train_file names {config.parent / 'gone.jsonl'}, which does not exist" in error.what
+    assert f"{config}:3: data.validation_file names" in error.what
+    assert "which is a folder" in error.what
+    assert "override model.template=mine.jinja: model.template names mine.jinja" in error.what
+
+
+def test_training_without_rows_is_refused_and_chatting_is_not() -> None:
+    error = invoke("check").exception
+    assert isinstance(error, ConfigError)
+    assert error.what == "data.train_file is not given"
+    assert invoke("check", "--command", "chat", "temperature=0.5").exit_code == 0
+
+
+def test_explain_comes_with_the_check(config: Path) -> None:
+    assert f"file {config}:2" in invoke("check", str(config), "--explain").stdout
+
+
+@pytest.mark.parametrize("verb", list(COMMAND_SCHEMAS))
+def test_the_schema_is_json_schema(verb: str) -> None:
+    described = json.loads(invoke("schema", "--command", verb).stdout)
+    assert set(COMMAND_SCHEMAS[verb].model_fields) < set(described["properties"])
+
+
+def test_checking_loads_no_model_and_no_torch(config: Path) -> None:
+    script = (
+        "import sys\nfrom model_foundry.cli.main import main\n"
+        f"try:\n    main(['config', 'check', {str(config)!r}])\nexcept SystemExit as left:\n    assert not left.code\n"
+        "assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
