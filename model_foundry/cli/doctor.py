@@ -199,30 +199,24 @@ def _disk(path: Path) -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """What torch sees; `error` when it can't be imported."""
+    """What torch sees and what a run with `auto` would use; `error` when torch can't be imported."""
     try:
         import torch
+
+        from model_foundry.engine.platform import choose_device, multiplies_bfloat16
+
+        device = choose_device("auto")
+        native = multiplies_bfloat16(device)
     except Exception as error:  # a broken build raises anything
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    device = "cuda" if devices else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if devices else _native_bfloat16(device)
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "version": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "device": device,
-        "devices": devices or [device],
-        "bfloat16": bool(native),
+        "device": device.type,
+        "devices": gpus or [device.type],
+        "bfloat16": native,
     }
-
-
-def _native_bfloat16(device: str) -> bool:
-    import torch
-
-    if device == "mps":
-        return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "arm_bf16", "bf16"))
 
 
 def cached_models() -> list[dict[str, Any]]:
