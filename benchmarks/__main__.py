@@ -1,0 +1,27 @@
+"""`python -m benchmarks NAME [--rounds N …]`: the table of benchmarks, and the way in."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "b1": ("b1_lora_sft", "LoRA fine-tuning on chat of mixed length: real tokens a second beside TRL and HF Trainer"),
+    "b2": ("b2_lora_vs_full", "LoRA against full fine-tuning, ours and PEFT's"),
+    "b3": ("b3_peak_memory", "peak memory above the loaded model on 4k tokens, beside TRL"),
+    "b9": ("b9_start_up", "foundry --help, and the time to the first optimizer step"),
+    "b12": ("b12_checkpoint_stall", "how long a save stops the training loop, beside HF Trainer"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in BENCHMARKS:
+        for name, (_, about) in BENCHMARKS.items():
+            print(f"  {name:4} {about}")
+        return 0 if not arguments else 2
+    module, _ = BENCHMARKS[arguments[0]]
+    return importlib.import_module(f"benchmarks.{module}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
