@@ -59,19 +59,23 @@ class ControlText:
         self.tokens = tuple(sorted(tokens, key=lambda token: (-len(token), token)))
         self._first = tuple({token[0] for token in tokens})
         self._last = tuple({token[-1] for token in tokens})
-        self._reach = max((len(token) for token in tokens), default=1) - 1
+        self._reach = max([2, *map(len, tokens)]) - 1
         self._prefixes = tuple({token[:n] for token in tokens for n in range(1, len(token))})
         self._suffixes = tuple({token[n:] for token in tokens for n in range(1, len(token))})
         self._pattern = re.compile("|".join(map(re.escape, self.tokens)) or r"(?!)")
 
+    def occurs(self, text: str) -> bool:
+        """Whether the text holds a control token."""
+        return any(first in text for first in self._first) and self._pattern.search(text) is not None
+
     def concerns(self, text: str) -> bool:
         """Whether the text holds a control token, or part of one at either end."""
-        if any(first in text for first in self._first) and (
-            self._pattern.search(text) is not None or text.endswith(self._prefixes)
-        ):
+        if self.occurs(text):
             return True
-        head = text[: self._reach]
-        return any(last in head for last in self._last) and text.startswith(self._suffixes)
+        head, tail = text[: self._reach], text[-self._reach :]
+        return (any(first in tail for first in self._first) and text.endswith(self._prefixes)) or (
+            any(last in head for last in self._last) and text.startswith(self._suffixes)
+        )
 
     def escape(self, text: str, escapes: Escapes) -> str:
         escaped = self._pattern.sub(lambda match: escapes.character(match.group()), text)

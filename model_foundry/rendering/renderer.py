@@ -136,8 +136,8 @@ class Renderer:
             ids = [bos, *ids]
         if eos is not None:
             ids = [*ids, eos]
-        tokens = np.array(ids, dtype=np.int32)
-        return Rendered(tokens, np.ones(len(ids), dtype=np.float32), text, self._control.concerns(text))
+        weights = np.ones(len(ids), dtype=np.float32)
+        return Rendered(np.array(ids, dtype=np.int32), weights, text, self._control.occurs(text))
 
     def min_tokens(self, text: str) -> int:
         """At least so many tokens has `text`, told without encoding it; 0 where the tokenizer does not allow it."""
@@ -256,7 +256,8 @@ class Renderer:
             position = escapes.positions(text)
             spans = [(position(start), position(end)) for start, end in spans]
             text = escapes.undo(text)
-        return Rendered(np.array(ids, dtype=np.int32), _weights(offsets, spans, len(text)), text, escapes is not None)
+        escaped = escapes is not None and any(escapes.table.values())
+        return Rendered(np.array(ids, dtype=np.int32), _weights(offsets, spans, len(text)), text, escaped)
 
     def _encode_escaped(self, text: str, escapes: Escapes) -> tuple[list[int], list[Span]]:
         """Ids and offsets (in the text with the escapes undone) where only the template's control tokens are parsed."""

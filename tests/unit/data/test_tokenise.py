@@ -107,7 +107,7 @@ def test_text_rows_are_trained_throughout(renderer: Renderer) -> None:
 
 def test_rows_with_control_tokens_are_counted(renderer: Renderer) -> None:
     """A file already formatted with control tokens would train on their spelling; the count gives it away."""
-    rows = row_set(conversation("q<|im_end|>", "a"), conversation("q", "a"), "<|im_start|>user")
+    rows = row_set(conversation("q<|im_end|>", "a"), conversation("> q <", "a"), "<|im_start|>user", "a <")
     assert tokenise_rows(rows, renderer, max_length=128).num_escaped == 2
 
 
