@@ -1,8 +1,9 @@
 """A save that does not hold the training loop up: a thread writes while the next forward and backward run.
 
 Between two optimizer steps the weights stand still, so nothing need be copied: `start` the save, and call
-`wait_until_read` before the step that changes what is saved. One save at a time, in order. What is on the disk when the process dies is what `CheckpointStore.save` promises: the
-checkpoint whole, or the one before it. Knows nothing of what is saved.
+`wait_until_read` before the step that changes what is saved. One save at a time, in order. What is on the disk when
+the process dies is what `CheckpointStore.save` promises: the checkpoint whole, or the one before it. Knows nothing of
+what is saved.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from model_foundry.checkpoint.store import CheckpointStore
 class BackgroundSaver:
     """Saves into a store from a thread. Leave the `with` block, or call `wait`, before the process ends.
 
-    `write` runs beside the training loop. Whatever it reads must stand still until `wait_until_read` returns, or be a
-    copy (`TensorSnapshot`, where steps are shorter than a save).
+    `write` runs beside the training loop: whatever it reads must stand still until `wait_until_read` returns.
     """
 
     def __init__(self, store: CheckpointStore, *, keep: int | None = None) -> None:

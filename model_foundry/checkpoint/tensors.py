@@ -125,35 +125,6 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointCorruptError("has no valid safetensors header", where=str(path)) from error
 
 
-class TensorSnapshot:
-    """A copy of tensors on the CPU that later steps cannot change, for a save in the background.
-
-    Keeps its memory between calls: taking pages from the system costs more than copying into them. So a snapshot
-    holds until the next `take`, and costs as much memory as the tensors.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Any] = {}
-
-    def take(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy every tensor; names, dtypes and shapes as given."""
-        self._kept = {name: _copied(tensor, self._kept.get(name)) for name, tensor in tensors.items()}
-        return self._kept
-
-
-def _copied(tensor: Any, kept: Any) -> Any:
-    fits = kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype
-    if not isinstance(tensor, np.ndarray):
-        tensor = tensor.detach()
-        if kept is not None and fits:
-            return kept.copy_(tensor)
-        return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
-    if kept is None or not fits:
-        return tensor.copy()
-    np.copyto(kept, tensor)
-    return kept
-
-
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with open(path, "rb") as file:
