@@ -201,7 +201,7 @@ def _put(out: torch.Tensor, part: torch.Tensor, group: RowGroup) -> None:
         return
     rows = rows.reshape(group.num_rows, group.num_tokens, heads, width)
     if group.valid is None:
-        out[group.index.view(-1)] = rows.view(-1, heads, width)
+        out[group.index.view(-1)] = rows.reshape(-1, heads, width)
     else:
         out[group.index[group.valid]] = rows[group.valid]
 

@@ -1,0 +1,1 @@
+"""Tokens in, numbers out: the contract (`base`), the torch engine, losses and sampling."""

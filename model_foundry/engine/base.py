@@ -1,0 +1,90 @@
+"""The engine's contract: nine verbs over models that it holds. Synchronous; tokens in, numbers out.
+
+An engine knows nothing of text, YAML, HTTP, epochs or schedules.
+
+- The loss is the sum of weighted token losses; the caller normalises through the weights. So accumulating, splitting a
+  batch and surviving out-of-memory are details of the engine, exact up to rounding.
+- `forward_backward` is all or nothing. When memory runs out, what is pending since the last `optim_step` is done again
+  in smaller pieces; when even one row does not fit, the gradients are as they were before the call.
+- `optim_step` takes its hyper-parameters with the call and clears the gradients.
+- Same seed, data and thread count on a CPU: the same bits.
+- Weights are portable between engines; optimizer state belongs to the kind of engine that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from model_foundry.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepOutput,
+    SampledSequence,
+    SamplingParams,
+)
+
+LogprobScope = Literal["due", "all"]
+"""Which log-probabilities to return: where the loss is due (the rest is NaN), or of every target."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    def create_model(
+        self, base: Path, *, lora: LoraConfig | None, seed: int = 0, adapter: Path | None = None, trainable: bool = True
+    ) -> str:
+        """Load a Hugging Face folder; with `lora` a fresh adapter, with `adapter` a stored one. Returns the model's id."""
+        ...
+
+    def forward(
+        self, model_id: str, data: Sequence[Datum], *, loss_fn: str = "cross_entropy", logprobs: LogprobScope = "due"
+    ) -> ForwardBackwardOutput:
+        """The loss without gradients."""
+        ...
+
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        *,
+        loss_fn: str = "cross_entropy",
+        loss_config: Mapping[str, float] | None = None,
+        logprobs: LogprobScope = "due",
+    ) -> ForwardBackwardOutput:
+        """Add the gradients of the summed loss to what is pending."""
+        ...
+
+    def optim_step(self, model_id: str, params: AdamParams) -> OptimStepOutput:
+        """One AdamW step on the pending gradients, which are cleared; skipped when they are not finite."""
+        ...
+
+    def stream(
+        self, model_id: str, prompts: Sequence[np.ndarray], params: SamplingParams
+    ) -> Iterator[tuple[int, int, float]]:
+        """Continue prompts int32 [T]; yields (prompt number, token, logprob) as they come."""
+        ...
+
+    def sample(
+        self, model_id: str, prompts: Sequence[np.ndarray], params: SamplingParams
+    ) -> tuple[SampledSequence, ...]:
+        """Collect `stream`."""
+        ...
+
+    def save_state(self, model_id: str, folder: Path) -> None:
+        """Weights and optimizer state into an existing empty folder."""
+        ...
+
+    def load_state(self, model_id: str, folder: Path, *, optimizer: bool) -> tuple[str, ...]:
+        """Read what `save_state` wrote; without `optimizer`, the optimizer starts afresh. Returns warnings."""
+        ...
+
+    def save_weights(self, model_id: str, folder: Path) -> None:
+        """Weights alone: `adapter/` in PEFT's layout or `model/` in Hugging Face's."""
+        ...
+
+    def delete_model(self, model_id: str) -> None: ...

@@ -1,0 +1,109 @@
+"""Losses as elementwise arithmetic on the log-probability of each target, summed over tokens, never averaged.
+
+The head is computed in pieces of tokens, only where a loss is due, and its gradient in the same pass: the logits of the
+whole batch never exist at once (as in Wijmans et al. 2024 and Liger). It does not know models.
+
+Shapes: N packed tokens, M tokens with a loss due, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`terms(logprobs [M], inputs) -> [M]`; due where `due` (an input) is not zero."""
+
+    terms: Callable[[torch.Tensor, Inputs], torch.Tensor]
+    inputs: tuple[str, ...]
+    due: str
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(
+        terms=lambda logprobs, inputs: -inputs["weights"] * logprobs,
+        inputs=("target_tokens", "weights"),
+        due="weights",
+    ),
+}
+
+CHUNK_LOGITS = 12_500_000
+"""Logits computed at once: 256 tokens of a vocabulary of 49,152."""
+
+
+@dataclass(slots=True)
+class HeadResult:
+    """loss: float64 sum. logprobs: float32 [M]. d_hidden: gradient for the hidden states given, [M, D] or [M, V]."""
+
+    loss: float
+    logprobs: torch.Tensor
+    d_hidden: torch.Tensor | None
+
+
+@torch.no_grad()
+def head_pass(
+    hidden: torch.Tensor, head: torch.Tensor | None, loss: Loss, inputs: Inputs, *, backward: bool
+) -> HeadResult:
+    """Loss, log-probabilities and gradient of the tokens where a loss is due.
+
+    Args:
+        hidden: [M, D] before the head; without a head, logits [M, V].
+        head: [V, D]. When it is trained, its gradient is added to `head.grad` (float32).
+        inputs: the loss's inputs, each [M].
+    """
+    num_tokens = hidden.shape[0]
+    weight = None if head is None else head.detach().to(hidden.dtype)
+    vocab_size = hidden.shape[1] if weight is None else weight.shape[0]
+    step = max(1, CHUNK_LOGITS // vocab_size)
+    d_hidden = torch.empty_like(hidden) if backward else None
+    logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
+    total = 0.0
+    for first in range(0, num_tokens, step):
+        part = slice(first, min(first + step, num_tokens))
+        chunk = {name: value[part] for name, value in inputs.items()}
+        logits = hidden[part].clone() if weight is None else functional.linear(hidden[part], weight)
+        targets = chunk["target_tokens"][:, None]
+        picked = logits.gather(1, targets).float()
+        top = logits.amax(1, keepdim=True).float()
+        probabilities = torch.softmax(logits, dim=1)
+        chosen = probabilities.gather(1, targets).float()
+        # log p from the normaliser where p is too small for a float.
+        logp = torch.where(chosen > 1e-30, chosen.log(), picked - _log_normaliser(logits, top, chosen))[:, 0]
+        logprobs[part] = logp
+        slope, value = _slope(loss, logp, chunk)
+        total += float(value.double().sum())
+        if d_hidden is None:
+            continue
+        d_logits = probabilities.mul_(-slope.to(probabilities.dtype)[:, None])
+        d_logits.scatter_add_(1, targets, slope.to(probabilities.dtype)[:, None])
+        if weight is None or head is None:
+            d_hidden[part] = d_logits
+            continue
+        torch.mm(d_logits, weight, out=d_hidden[part])
+        if head.requires_grad:
+            gradient = (d_logits.t() @ hidden[part]).float()
+            head.grad = gradient if head.grad is None else head.grad.add_(gradient)
+    return HeadResult(total, logprobs, d_hidden)
+
+
+def _log_normaliser(logits: torch.Tensor, top: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """log Σ exp, float32 [M, 1]; only computed where some token needs it."""
+    if bool((chosen > 1e-30).all()):
+        return top
+    return torch.logsumexp(logits.float(), dim=1, keepdim=True)
+
+
+def _slope(loss: Loss, logprobs: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """d loss / d logprob of each token [M], and the loss of each token [M]."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        value = loss.terms(leaf, inputs)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return slope, value.detach()

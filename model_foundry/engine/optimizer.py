@@ -1,0 +1,105 @@
+"""AdamW over parameters laid end to end, so that a step, a norm and a snapshot are one operation each.
+
+AdamW: Loshchilov and Hutter 2019, torch's semantics. Weight decay acts on matrices, not on vectors. It knows nothing of
+models; hyper-parameters come with every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from model_foundry.errors import ArchitectureMismatchError
+from model_foundry.types import AdamParams, OptimStepOutput
+
+
+class FlatAdamW:
+    """Owns the storage of `parameters` (float32 leaves), their gradients and both moments.
+
+    After construction each parameter's `.data` and `.grad` are views into flat buffers.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2))
+        self.num_decayed = sum(p.numel() for p in self.parameters.values() if p.ndim >= 2)
+        first = next(iter(self.parameters.values()))
+        self.flat = torch.empty(sum(p.numel() for p in self.parameters.values()), device=first.device)
+        self.grad = torch.zeros_like(self.flat)
+        self.step = 0
+        place = 0
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                end = place + parameter.numel()
+                view = self.flat[place:end].view(parameter.shape)
+                view.copy_(parameter)
+                parameter.data = view
+                parameter.grad = self.grad[place:end].view(parameter.shape)
+                parameter.requires_grad_(True)
+                place = end
+        self._groups = [part for part in (slice(0, self.num_decayed), slice(self.num_decayed, place)) if part.stop > part.start]
+        self.exp_avg = torch.zeros_like(self.flat)
+        self.exp_avg_sq = torch.zeros_like(self.flat)
+
+    def zero_grad(self) -> None:
+        self.grad.zero_()
+
+    @torch.no_grad()
+    def apply(self, params: AdamParams) -> OptimStepOutput:
+        """One step; the gradients are cleared. Not finite: nothing changes but that, and it says so."""
+        norm = float(torch.linalg.vector_norm(self.grad, dtype=torch.float64 if self.grad.is_cpu else torch.float32))
+        if not math.isfinite(norm):
+            self.zero_grad()
+            return OptimStepOutput(grad_norm=norm, skipped=True, step=self.step)
+        if params.grad_clip_norm > 0 and norm > params.grad_clip_norm:
+            self.grad.mul_(params.grad_clip_norm / (norm + 1e-6))
+        self.step += 1
+        for part in self._groups:
+            decay = params.weight_decay if part.start < self.num_decayed else 0.0
+            _adamw(self, part, params, decay)
+        self.zero_grad()
+        return OptimStepOutput(grad_norm=norm, skipped=False, step=self.step)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Both moments of every parameter, by `exp_avg.NAME` and `exp_avg_sq.NAME`; views, not copies."""
+        out: dict[str, torch.Tensor] = {}
+        place = 0
+        for name, parameter in self.parameters.items():
+            end = place + parameter.numel()
+            out[f"exp_avg.{name}"] = self.exp_avg[place:end].view(parameter.shape)
+            out[f"exp_avg_sq.{name}"] = self.exp_avg_sq[place:end].view(parameter.shape)
+            place = end
+        return out
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor], step: int, *, where: str) -> None:
+        """Copy moments in; all or nothing.
+
+        Raises:
+            ArchitectureMismatchError: names or shapes differ.
+        """
+        mine = self.state_tensors()
+        wrong = sorted(mine.keys() ^ tensors.keys()) or [n for n in mine if mine[n].shape != tensors[n].shape]
+        if wrong:
+            raise ArchitectureMismatchError(f"the optimizer state does not fit this model, {wrong[0]} first", where=where)
+        for name, value in mine.items():
+            value.copy_(tensors[name])
+        self.step = step
+
+    def reset(self) -> None:
+        """Start afresh: moments zero, step zero."""
+        self.exp_avg.zero_()
+        self.exp_avg_sq.zero_()
+        self.step = 0
+
+
+def _adamw(state: FlatAdamW, part: slice, params: AdamParams, weight_decay: float) -> None:
+    """torch's fused AdamW kernel on one stretch of the buffers."""
+    torch._fused_adamw_(
+        [state.flat[part]], [state.grad[part]], [state.exp_avg[part]], [state.exp_avg_sq[part]], [],
+        [torch.tensor(float(state.step), device=state.flat.device)],
+        lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, weight_decay=weight_decay, eps=params.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip

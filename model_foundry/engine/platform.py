@@ -1,0 +1,102 @@
+"""The machine under the torch engine: device, compute type, threads, allocator, and the memory it took.
+
+It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+
+import torch
+
+from model_foundry.errors import EngineError
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_allocator_tuned = False
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        EngineError: the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name, False):
+        raise EngineError(f"this machine has no {name} device", where="model.device", hint="Use model.device=auto.")
+    return torch.device(name)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is native there: else it is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where it is native, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def set_threads(num_threads: int | None) -> int:
+    """CPU threads for every later operation; part of what makes results repeat bit for bit. Returns the number."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed for the next step, where it would fault the same pages in again: 1.4× on a CPU.
+
+    Linux with glibc only; elsewhere it does nothing. Once a process.
+    """
+    global _allocator_tuned
+    if _allocator_tuned or sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return _allocator_tuned
+    try:
+        libc = ctypes.CDLL(None)
+        done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        done = done and libc.mallopt(_M_TOP_PAD, 256 * 2**20)
+    except (OSError, AttributeError):
+        return False
+    _allocator_tuned = bool(done)
+    return _allocator_tuned
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the device with CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int:
+    """Resident memory now."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that an allocation failed; torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    )

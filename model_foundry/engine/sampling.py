@@ -1,0 +1,104 @@
+"""Choosing the next token, and continuing many prompts at once with a key/value cache.
+
+Randomness is a function of (seed, prompt, position): the same whatever else is in the batch.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from model_foundry.errors import EngineError
+from model_foundry.models.language_model import LanguageModel
+from model_foundry.models.lora import generator
+from model_foundry.types import SampledSequence, SamplingParams
+
+
+def stream_tokens(
+    model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams, device: torch.device
+) -> Iterator[tuple[int, int, float]]:
+    """Continue prompts (int32 [T], T ≥ 1) together; yields (prompt number, token, logprob in nats).
+
+    The logprob is the model's own, at temperature 1 and without filters.
+
+    Raises:
+        EngineError: an empty prompt, or one longer than the model's context.
+    """
+    _check_prompts(model, prompts, params)
+    capacity = max(len(prompt) for prompt in prompts) + params.max_tokens
+    decoding = model.decoding(len(prompts), capacity)
+    logits = decoding.start([torch.from_numpy(prompt.astype(np.int64)).to(device) for prompt in prompts])
+    active = list(range(len(prompts)))
+    for position in range(params.max_tokens):
+        chosen = _choose(logits, params, active, position)
+        logprobs = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+        tokens = chosen.tolist()
+        for row, token, logprob in zip(active, tokens, logprobs.tolist(), strict=True):
+            yield row, token, logprob
+        going = [place for place, token in enumerate(tokens) if token not in params.stop_token_ids]
+        if not going or position + 1 == params.max_tokens:
+            return
+        if len(going) < len(active):
+            kept = torch.tensor(going, device=device)
+            decoding.keep(kept)
+            chosen = chosen[kept]
+            active = [active[place] for place in going]
+        logits = decoding.step(chosen)
+
+
+def collect(
+    tokens: Iterator[tuple[int, int, float]], num_prompts: int, params: SamplingParams
+) -> tuple[SampledSequence, ...]:
+    """Gather a token stream by prompt."""
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(num_prompts)]
+    for row, token, logprob in tokens:
+        rows[row].append((token, logprob))
+    return tuple(
+        SampledSequence(
+            tokens=np.array([token for token, _ in row], dtype=np.int32),
+            logprobs=np.array([logprob for _, logprob in row], dtype=np.float32),
+            stop_reason="stop" if row and row[-1][0] in params.stop_token_ids else "length",
+        )
+        for row in rows
+    )
+
+
+def _check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
+    limit = model.max_position_embeddings
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise EngineError("the prompt has no tokens", where=f"prompt {number}")
+        if limit is not None and len(prompt) + params.max_tokens > limit:
+            raise EngineError(
+                f"{len(prompt)} prompt tokens and {params.max_tokens} new ones exceed the context of {limit}",
+                where=f"prompt {number}",
+                hint="Shorten the prompt or lower max_new_tokens.",
+            )
+
+
+def _choose(logits: torch.Tensor, params: SamplingParams, rows: Sequence[int], position: int) -> torch.Tensor:
+    """int64 [B] from float32 [B, V]."""
+    if params.temperature == 0:
+        return logits.argmax(dim=1)
+    probabilities = torch.softmax(filtered(logits / params.temperature, params), dim=1)
+    draws = torch.tensor([float(torch.rand((), generator=generator(params.seed, row, position))) for row in rows])
+    cumulative = probabilities.cpu().double().cumsum(1)
+    thresholds = draws.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[1] - 1).to(logits.device)
+
+
+def filtered(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Logits with everything outside top_k and the top_p nucleus (Holtzman et al. 2020) at -inf."""
+    if params.top_k:
+        kth = logits.topk(min(params.top_k, logits.shape[1]), dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if params.top_p < 1:
+        ordered, order = logits.sort(dim=1, descending=True)
+        mass = torch.softmax(ordered, dim=1)
+        outside = mass.cumsum(1) - mass >= params.top_p
+        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+    return logits

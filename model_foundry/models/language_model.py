@@ -1,0 +1,216 @@
+"""One seam for every model: the native decoder, or transformers for what it does not know.
+
+The engine sees tokens in, hidden states and a head out; it does not know which of the two it drives.
+
+Shapes: N packed tokens, D width, V vocabulary, B sequences being decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from model_foundry.errors import ModelError
+from model_foundry.models.attention import PackedRows
+from model_foundry.models.config import ModelConfig, native_obstacle
+from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, prefill
+from model_foundry.models.fallback import TransformersModel, load_transformers_model
+from model_foundry.models.folder import read_config, read_tensors
+from model_foundry.models.lora import Linear
+
+Implementation = Literal["auto", "native", "transformers"]
+
+
+class DecodingState(Protocol):
+    """Sequences being continued."""
+
+    def start(self, prompts: list[torch.Tensor]) -> torch.Tensor:
+        """Read prompts int64 [T_i]; logits float32 [B, V] of the next token of each."""
+        ...
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append int64 [B]; logits float32 [B, V]."""
+        ...
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences only (int64 indices)."""
+        ...
+
+
+class LanguageModel(nn.Module):
+    """What the engine needs of a model."""
+
+    implementation: str
+    vocab_size: int
+    max_position_embeddings: int | None
+
+    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of tokens int64 [T_i] → what `head` is applied to, [N, D] (or logits [N, V] without a head)."""
+        raise NotImplementedError
+
+    @property
+    def head(self) -> nn.Parameter | None:
+        """[V, D], or None where `hidden` gives logits already."""
+        raise NotImplementedError
+
+    def linears(self) -> dict[str, Linear]:
+        raise NotImplementedError
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Base weights by Hugging Face name."""
+        raise NotImplementedError
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Every base weight, for full fine-tuning; tied ones once."""
+        return {name: p for name, p in self.named_parameters() if ".lora_" not in name}
+
+    def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
+        raise NotImplementedError
+
+
+class NativeModel(LanguageModel):
+    implementation = "native"
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.vocab_size = decoder.config.vocab_size
+        self.max_position_embeddings = decoder.config.max_position_embeddings
+
+    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        packed = PackedRows.of([int(row.shape[0]) for row in rows], self.decoder.embed_tokens.device)
+        return self.decoder(torch.cat(list(rows)), packed)
+
+    @property
+    def head(self) -> nn.Parameter | None:
+        return self.decoder.head_weight
+
+    def linears(self) -> dict[str, Linear]:
+        return self.decoder.linears()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.decoder.weights()
+
+    def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
+        return _NativeDecoding(self.decoder, num_sequences, capacity)
+
+
+class _NativeDecoding:
+    def __init__(self, decoder: Decoder, num_sequences: int, capacity: int) -> None:
+        self.decoder = decoder
+        self.cache = KeyValueCache(decoder, num_sequences, capacity)
+
+    @torch.no_grad()
+    def start(self, prompts: list[torch.Tensor]) -> torch.Tensor:
+        return self.decoder.logits(prefill(self.decoder, prompts, self.cache)).float()
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.decoder.logits(decode_step(self.decoder, tokens, self.cache)).float()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.cache.keep(rows)
+
+
+class ForeignModel(LanguageModel):
+    """A transformers model whose linear layers are ours, so that adapters are the same everywhere."""
+
+    implementation = "transformers"
+
+    def __init__(self, wrapped: TransformersModel, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self.compute_dtype = compute_dtype
+        self.vocab_size = wrapped.vocab_size
+        limit = getattr(wrapped.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_position_embeddings = int(limit) if limit else None
+        self._linears: dict[str, Linear] = {}
+        for name, module in wrapped.linear_modules().items():
+            transposed = type(module).__name__ == "Conv1D"
+            weight: Any = module.weight
+            bias: Any = module.bias
+            linear = Linear(weight.detach(), None if bias is None else bias.detach(), transposed=transposed)
+            # Code of transformers reads these of an nn.Linear.
+            linear.in_features, linear.out_features = linear.matrix.shape[1], linear.matrix.shape[0]  # pyright: ignore
+            parent, _, child = name.rpartition(".")
+            setattr(wrapped.model.get_submodule(parent), child, linear)
+            self._linears[name] = linear
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype == torch.bfloat16):
+            return torch.cat(self.wrapped.logits(list(rows)))
+
+    @property
+    def head(self) -> nn.Parameter | None:
+        return None
+
+    def linears(self) -> dict[str, Linear]:
+        return dict(self._linears)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in self.wrapped.tensors() if ".lora_" not in name)
+
+    def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
+        return _ForeignDecoding(self)
+
+
+class _ForeignDecoding:
+    """One sequence after another: right for every architecture, fast for none."""
+
+    def __init__(self, model: ForeignModel) -> None:
+        self.model = model
+        self.caches: list[Any] = []
+
+    @torch.no_grad()
+    def start(self, prompts: list[torch.Tensor]) -> torch.Tensor:
+        results = [self.model.wrapped.start(prompt) for prompt in prompts]
+        self.caches = [cache for _, cache in results]
+        return torch.stack([logits.float() for logits, _ in results])
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        pairs = zip(tokens.tolist(), self.caches, strict=True)
+        results = [self.model.wrapped.step(token, cache) for token, cache in pairs]
+        self.caches = [cache for _, cache in results]
+        return torch.stack([logits.float() for logits, _ in results])
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.caches = [self.caches[row] for row in rows.tolist()]
+
+
+def load_language_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    implementation: Implementation = "auto",
+    gradient_checkpointing: bool = False,
+) -> LanguageModel:
+    """Load a Hugging Face folder.
+
+    Args:
+        implementation: `auto` takes the native decoder where it knows the architecture.
+
+    Raises:
+        ModelError: the folder cannot be read, or `native` was asked for and the decoder does not know it.
+    """
+    config = read_config(folder)
+    obstacle = native_obstacle(config)
+    if implementation == "native" and obstacle is not None:
+        raise ModelError(obstacle, where=str(folder), hint="Use model.implementation=transformers.")
+    if implementation == "transformers" or obstacle is not None:
+        wrapped = load_transformers_model(folder, dtype, device)
+        if gradient_checkpointing:
+            wrapped.enable_gradient_checkpointing()
+        return ForeignModel(wrapped, dtype)
+    shape = ModelConfig.from_hf(config, where=str(folder / "config.json"))
+    decoder = Decoder(shape, dict(read_tensors(folder)), dtype=dtype, device=device)
+    decoder.gradient_checkpointing = gradient_checkpointing
+    return NativeModel(decoder)
