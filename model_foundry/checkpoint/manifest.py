@@ -168,7 +168,10 @@ def verify_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     for name, expected in manifest.files.items():
-        found = hash_file(folder / name)
+        try:
+            found = hash_file(folder / name)
+        except OSError as error:  # a bad sector, or no permission
+            raise CheckpointCorruptError(f"cannot be read ({error.strerror})", where=str(folder / name)) from error
         if found != expected:
             raise CheckpointCorruptError(
                 f"is damaged: expected sha256 {expected.sha256}, found {found.sha256}", where=str(folder / name)

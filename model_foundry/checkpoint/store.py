@@ -7,18 +7,18 @@ read them again. One writer at a time: a lock in the folder, which vanishes with
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from model_foundry.checkpoint import atomic
+from model_foundry.checkpoint.lock import FileLock, LockHeldError
 from model_foundry.checkpoint.manifest import (
     Manifest,
     Recording,
@@ -32,6 +32,12 @@ from model_foundry.errors import CheckpointCorruptError, CheckpointError
 
 FINAL = "final"
 _LOCK_NAME = ".lock"
+_LOCK_WAIT_SECONDS = 60.0
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the system does not allow files this large",
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STEP_IN_NAME = re.compile(r"(\d+)$")
 
@@ -103,7 +109,9 @@ class CheckpointStore:
         target = self.root / name
         recorded = Recording()
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            if not self.root.is_dir():
+                self.root.mkdir(parents=True, exist_ok=True)
+                atomic.sync_directory(self.root.parent)
             with self._locked():
                 self._tidy()
                 self._refuse_if_too_large(target, expected_bytes)
@@ -235,14 +243,11 @@ class CheckpointStore:
             atomic.settle_replaced(self.root / name)
         atomic.remove_leftovers(self.root)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.root / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def _locked(self) -> FileLock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+            return FileLock.acquire(self.root / _LOCK_NAME, wait_seconds=_LOCK_WAIT_SECONDS)
+        except LockHeldError as error:
+            raise CheckpointError(f"{error.holder} is saving here", where=str(self.root)) from None
 
     def _append_to_index(self, name: str, step: int, manifest: Manifest) -> None:
         path = self.root.parent / "checkpoints.jsonl"
@@ -263,18 +268,18 @@ class CheckpointStore:
     def _refuse_if_too_large(self, target: Path, expected_bytes: int) -> None:
         free = atomic.free_bytes(self.root)
         if expected_bytes > free:
-            raise _full_disk(target, expected_bytes, free)
+            raise _no_room(errno.ENOSPC, target, expected_bytes, free)
 
     def _explain(self, error: OSError, target: Path, needed_bytes: int) -> CheckpointError:
-        if error.errno in atomic.FULL_DISK_ERRNOS:
+        if error.errno in _NO_ROOM:
             newest = max((checkpoint.total_bytes for checkpoint in self.list()[-1:]), default=0)
-            return _full_disk(target, max(needed_bytes, newest), atomic.free_bytes(self.root))
+            return _no_room(error.errno, target, max(needed_bytes, newest), atomic.free_bytes(self.root))
         return CheckpointError(f"could not be saved: {error.strerror or error}", where=str(error.filename or target))
 
 
-def _full_disk(target: Path, needed_bytes: int, free: int) -> CheckpointError:
+def _no_room(number: int, target: Path, needed_bytes: int, free: int) -> CheckpointError:
     return CheckpointError(
-        f"the disk is full: the checkpoint needs at least {needed_bytes / 1e6:.1f} MB and {free / 1e6:.1f} MB are free",
+        f"{_NO_ROOM[number]}: the checkpoint needs at least {needed_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
         where=str(target),
         hint="Free some space, lower training.save_total_limit, or choose another run_dir; earlier checkpoints are "
         "untouched, and --resume auto goes on from the newest.",

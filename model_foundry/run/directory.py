@@ -20,13 +20,16 @@ from typing import Any, Literal, Self
 import yaml
 
 from model_foundry.checkpoint import atomic
+from model_foundry.checkpoint.lock import FileLock, LockHeldError, is_held
 from model_foundry.checkpoint.manifest import read_manifest
 from model_foundry.checkpoint.store import FINAL, CheckpointStore
 from model_foundry.errors import CheckpointCorruptError, RunError
-from model_foundry.run.lock import FileLock, is_held
 from model_foundry.run.metrics import MetricsLog
 
-_OWN_NAMES = frozenset({".lock", "config.yaml", "run.log", "checkpoints", "checkpoints.jsonl", "metrics.jsonl"})
+_LOCK_NAME = ".lock"
+# A reader that looks whether the run is locked is gone within this time; a writer is not.
+_LOCK_WAIT_SECONDS = 0.2
+_OWN_NAMES = frozenset({_LOCK_NAME, "config.yaml", "run.log", "checkpoints", "checkpoints.jsonl", "metrics.jsonl"})
 # Where a run writes and what it prints do not make it another run; the configuration's digest leaves them out too.
 _UNCOMPARED_KEYS = ("run_dir", "logging")
 _ABSENT = "absent"
@@ -83,7 +86,8 @@ class RunDirectory:
             )
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = FileLock.acquire(run_dir / ".lock", what="this run")
+            atomic.sync_directory(run_dir.resolve().parent)
+            lock = _lock(run_dir)
         except OSError as error:
             raise _explain(error, run_dir) from error
         run = cls(run_dir, lock=lock, clock=clock)
@@ -116,7 +120,7 @@ class RunDirectory:
         """
         _require_run(run_dir)
         try:
-            lock = FileLock.acquire(run_dir / ".lock", what="this run")
+            lock = _lock(run_dir)
             atomic.remove_leftovers(run_dir)
         except OSError as error:
             raise _explain(error, run_dir) from error
@@ -170,7 +174,7 @@ class RunDirectory:
     @property
     def state(self) -> RunState:
         """How far the run came, from the lock, the outcome and the files there are."""
-        if self._lock is not None or is_held(self.path / ".lock"):
+        if self._lock is not None or is_held(self.path / _LOCK_NAME):
             return RunState.RUNNING
         outcome = (self.facts.get("outcome") or {}).get("state")
         if outcome == "finished" and self._has_final():
@@ -297,6 +301,17 @@ def _foreign_names(run_dir: Path) -> list[str]:
     except OSError as error:
         raise _explain(error, run_dir) from error
     return [name for name in names if name not in _OWN_NAMES and not name.startswith(atomic.TEMPORARY_PREFIX)]
+
+
+def _lock(run_dir: Path) -> FileLock:
+    try:
+        return FileLock.acquire(run_dir / _LOCK_NAME, wait_seconds=_LOCK_WAIT_SECONDS)
+    except LockHeldError as error:
+        raise RunError(
+            f"this run is being written by {error.holder}",
+            where=str(run_dir),
+            hint="Wait for it, stop it, or give another run_dir=….",
+        ) from None
 
 
 def _require_run(run_dir: Path) -> None:

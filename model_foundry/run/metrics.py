@@ -6,6 +6,7 @@ bit by the rest. Knows nothing of what the numbers mean.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ import orjson
 
 from model_foundry.checkpoint.atomic import append_line, atomic_write, cut_torn_line
 from model_foundry.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 CLOCK = "clock"
 
@@ -62,11 +65,16 @@ class MetricsLog:
             RunError: a line cannot be read.
         """
         lines = _lines(self.path)
-        num_kept = len(lines)
+        num_kept, last_step = len(lines), 0
         for index, line in enumerate(lines):
-            if _parse(line, self.path, index + 1).get("step", 0) > step:
+            record_step = _parse(line, self.path, index + 1).get("step") or 0
+            if record_step > step:
                 num_kept = index
                 break
+            last_step = record_step
+        if last_step < step:
+            # Only a power cut, or a person, can do this: a killed process loses nothing that it appended.
+            logger.warning("%s ends at step %d, the run goes on after step %d", self.path, last_step, step)
         if num_kept < len(lines):
             atomic_write(self.path, b"".join(line + b"\n" for line in lines[:num_kept]))
             os.close(self._descriptor)

@@ -5,6 +5,7 @@ Shows steps, loss, tokens per second and the time left; decides nothing. Clock a
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -41,7 +42,7 @@ def open_progress(
         log_steps: plain lines only: at steps divisible by this, but not more often than `min_seconds` (seconds).
     """
     target = sys.stderr if stream is None else stream
-    if target.isatty():
+    if target.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         return _BarProgress(target, clock)
     return _PlainProgress(target, clock, log_steps, min_seconds)
 

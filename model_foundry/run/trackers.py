@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from model_foundry.errors import ConfigError, MissingExtraError
+from model_foundry.errors import ConfigError, MissingExtraError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,9 @@ class Trackers:
                 act(tracker)
             except Exception as error:  # a guest's failure, whatever it is, is no reason to lose a training run
                 del self._trackers[name]
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("tracker %s failed and gets nothing more; metrics.jsonl goes on (%s)", name, text)
+                logger.warning(
+                    "tracker %s failed and gets nothing more; metrics.jsonl goes on (%s)", name, _one_line(error)
+                )
 
 
 def open_trackers(
@@ -94,6 +95,7 @@ def open_trackers(
     Raises:
         MissingExtraError: a package is not installed.
         ConfigError: an unknown name.
+        RunError: a tracker cannot be opened; before training, unlike later, that is worth an error.
     """
     unknown = [name for name in names if name not in TRACKERS]
     if unknown:
@@ -108,8 +110,11 @@ def open_trackers(
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or name, "track") from error
         except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            logger.warning("tracker %s could not be opened and gets nothing; metrics.jsonl goes on (%s)", name, text)
+            Trackers(opened).close("failed")
+            raise RunError(
+                f"tracker {name} could not be opened ({_one_line(error)})",
+                hint="Mend that, or leave it out of logging.report_to.",
+            ) from error
     return Trackers(opened)
 
 
@@ -236,6 +241,10 @@ class _MLflow:
 
     def close(self, state: str) -> None:
         self._client.set_terminated(self._run, _MLFLOW_STATES.get(state, "FAILED"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _store_uri(run_dir: Path) -> str:
