@@ -22,22 +22,31 @@ LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
 LEARNING_RATE = 2e-4
 
 
-def write_data(folder: Path, *, model: Path, options: Options, tokens_per_row: int | None = None) -> dict[str, Any]:
-    """Writes the rows every peer trains on, and the probe rows on which their losses must agree."""
+def write_data(
+    folder: Path,
+    *,
+    model: Path,
+    options: Options,
+    tokens_per_row: int | None = None,
+    rows_per_step: int = ROWS_PER_STEP,
+) -> dict[str, Any]:
+    """Writes the rows every peer trains on, and the probe rows on which their losses must agree.
+
+    With `tokens_per_row` every step has the same rows of exactly that length.
+    """
     renderer = Renderer(Tokenizer.load(model))
     if tokens_per_row is None:
         rows = make_rows(renderer, num_rows=options.num_rows, seed=options.seed)
     else:
-        # The same eight rows in every step: the loss of the last must be below the first's.
-        rows = fixed_rows(renderer, num_rows=ROWS_PER_STEP, num_tokens=tokens_per_row, seed=options.seed)
-        rows = rows * (options.num_rows // ROWS_PER_STEP)
+        rows = fixed_rows(renderer, num_rows=rows_per_step, num_tokens=tokens_per_row, seed=options.seed)
+        rows = rows * (options.num_rows // rows_per_step)
     write_rows(folder / "rows.jsonl", rows)
     write_rows(folder / "probe.jsonl", make_rows(renderer, num_rows=NUM_PROBE_ROWS, seed=options.seed + 1))
     return {
         "model": str(model),
         "rows": str(folder / "rows.jsonl"),
         "probe": str(folder / "probe.jsonl"),
-        "rows_per_step": ROWS_PER_STEP,
+        "rows_per_step": rows_per_step,
         "learning_rate": LEARNING_RATE,
         "lora": LORA,
     }

@@ -29,7 +29,6 @@ class Recorder(TrainerCallback):
 
     def __init__(self, log: StepLog) -> None:
         self.log = log
-        self.step_ended = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.log.loaded_bytes = settle_memory()
@@ -41,10 +40,9 @@ class Recorder(TrainerCallback):
         self.log.stop()
         # Wall-clock time, so that whoever started the process can subtract its own.
         self.log.notes.setdefault("first_step_ended", time.time())
-        self.step_ended = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.log.save_seconds.append(time.perf_counter() - self.step_ended)
+        self.log.saved_after.append(len(self.log.ends))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "grad_norm" in logs:

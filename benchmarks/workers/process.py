@@ -43,13 +43,17 @@ def settle_memory() -> int:
 
 @dataclass
 class StepLog:
-    """One optimizer step after another, as the peer's own loop made them."""
+    """One optimizer step after another, as the peer's own loop made them.
+
+    `seconds` is the step alone, `ends` when each ended; `saved_after` counts the steps done when a save was made.
+    """
 
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    save_seconds: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    saved_after: list[int] = field(default_factory=list)
     loss_before: float = float("nan")
     loss_after: float = float("nan")
     loaded_bytes: int = 0
@@ -64,7 +68,8 @@ class StepLog:
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        self.ends.append(time.perf_counter())
+        self.seconds.append(self.ends[-1] - self._started)
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)

@@ -37,7 +37,7 @@ HEAVY = TORCH_LIBRARIES | {"mlflow", "wandb", "tensorboard", "gguf", "matplotlib
 MAY_SEE_CONFIG_OBJECTS = {"config", "recipes", "server", "service", "cli"}
 HTTP_LIBRARIES = {
     "httpx", "requests", "urllib3", "aiohttp", "huggingface_hub", "fastapi", "starlette", "uvicorn",
-    "urllib.request", "http.client", "http.server", "socket",
+    "urllib.request", "http.client", "http.server",
 }  # fmt: skip
 MAY_SPEAK_HTTP = ("server/", "service/", "client/remote.py", "generate/", "models/fetch", "export/ollama")
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}
