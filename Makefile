@@ -13,6 +13,11 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
 PARALLEL := -n $(WORKERS) --dist loadfile
 ARGS ?=
 
+# An environment that came here from another folder holds that folder's path in every script: make it again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
 .PHONY: help setup lock demo test test-unit check format bench prove clean
 
 help: ## list these targets

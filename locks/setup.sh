@@ -25,7 +25,7 @@ find_python() {
 # paths, and a pip that was killed can leave a package that looks installed and is not.
 reusable() {
   [ ! -e "$unfinished" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 \
-    && { [ ! -e "$done_stamp" ] || [ "$(cat "$done_stamp")" = "$PWD" ]; }
+    && { [ ! -e "$done_stamp" ] || [ "$(cat "$done_stamp")" = "$(pwd -P)" ]; }
 }
 
 install() {
@@ -71,5 +71,5 @@ install "installing $(grep -c '==' "$lock") pinned packages" --requirement "$loc
 install "installing model_foundry itself, editable" --no-deps --no-build-isolation --editable .
 "$venv/bin/python" -m pip check >>"$log" 2>&1 || fail "installed packages contradict each other: $(tail -n 3 "$log")"
 rm -f "$unfinished"
-printf '%s\n' "$PWD" >"$done_stamp"
+pwd -P >"$done_stamp"
 say "done in $((SECONDS - started)) s; the command is $venv/bin/foundry"
