@@ -1,0 +1,29 @@
+"""`foundry train CONFIG`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from model_foundry.cli.arguments import takes_config
+from model_foundry.config.load import Resolved
+from model_foundry.config.schema import TrainConfig
+
+
+@click.command(help="Fine-tune a model, and prove that it improved.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop: rows, steps, memory, disk, time.")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", help="auto: go on with what is there.")
+@takes_config(TrainConfig)
+def command(resolved: Resolved[TrainConfig], *, as_json: bool, dry_run: bool, resume: Any) -> int:
+    from model_foundry.cli.report import show_report
+    from model_foundry.recipes.plan import plan_text
+    from model_foundry.recipes.training_run import plan_run, run_training
+
+    if dry_run:
+        plan = plan_run(resolved.config)
+        click.echo(json.dumps(plan, indent=2) if as_json else plan_text(plan))
+        return 0
+    report = run_training(resolved.config, resume=resume)
+    return show_report(report, run_dir=resolved.config.run_dir, as_json=as_json)

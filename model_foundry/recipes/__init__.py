@@ -1,0 +1,1 @@
+"""Training methods, each a loop short enough to read aloud, and what they share: preparation, saving, proof."""

@@ -1,0 +1,110 @@
+"""Peak memory of training steps, measured in a process of its own: `python -m model_foundry.recipes.measure_memory`.
+
+Reads one JSON object from standard input (`MemoryTask`) and prints one. Memory that a process has once taken does not
+come back, so two ways of training can only be compared in two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_foundry.errors import EngineError
+from model_foundry.types import AdamParams, Datum, LoraConfig
+
+NUM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTask:
+    """One measurement: the model, how it is trained, and the rows of the batch."""
+
+    folder: str
+    lora: LoraConfig | None
+    device: str
+    dtype: str
+    num_threads: int
+    implementation: str
+    gradient_checkpointing: bool
+    micro_batch_tokens: int | None
+    tokens: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """Bytes: before the model was loaded, with it loaded, and the peak of the steps."""
+
+    process: int
+    loaded: int
+    peak: int
+
+
+def task_of(batch: Sequence[Datum], **fields: Any) -> MemoryTask:
+    return MemoryTask(
+        tokens=tuple(tuple(datum.tokens.tolist()) for datum in batch),
+        targets=tuple(tuple(datum.loss_inputs["target_tokens"].tolist()) for datum in batch),
+        weights=tuple(tuple(datum.loss_inputs["weights"].tolist()) for datum in batch),
+        **fields,
+    )
+
+
+def measure(task: MemoryTask, *, timeout_s: float = 900) -> MemoryPeak:
+    """Run the steps in a fresh process.
+
+    Raises:
+        EngineError: the process failed; its last line says why.
+    """
+    command = [sys.executable, "-m", "model_foundry.recipes.measure_memory"]
+    done = subprocess.run(
+        command, input=json.dumps(asdict(task)), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EngineError(f"memory could not be measured ({reason})")
+    return MemoryPeak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    from model_foundry.engine.platform import resident_memory_bytes
+    from model_foundry.engine.torch_engine import TorchEngine
+
+    values = json.loads(sys.stdin.read())
+    engine = TorchEngine(
+        device=values["device"],
+        dtype=values["dtype"],
+        num_threads=values["num_threads"],
+        implementation=values["implementation"],
+        gradient_checkpointing=values["gradient_checkpointing"],
+        micro_batch_tokens=values["micro_batch_tokens"],
+    )
+    lora = values["lora"]
+    if lora is not None and not isinstance(lora["target_modules"], str):
+        lora["target_modules"] = tuple(lora["target_modules"])
+    process = resident_memory_bytes()
+    model_id = engine.create_model(Path(values["folder"]), lora=None if lora is None else LoraConfig(**lora))
+    loaded = resident_memory_bytes()
+    columns = zip(values["tokens"], values["targets"], values["weights"], strict=True)
+    batch = [
+        Datum(
+            np.array(tokens, dtype=np.int32),
+            {"target_tokens": np.array(targets, dtype=np.int32), "weights": np.array(weights, dtype=np.float32)},
+        )
+        for tokens, targets, weights in columns
+    ]
+    for _ in range(NUM_STEPS):
+        engine.forward_backward(model_id, batch)
+        engine.optim_step(model_id, AdamParams())
+    print(json.dumps({"process": process, "loaded": loaded, "peak": engine.peak_memory_bytes()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What a run will do, before it does it: rows, steps, parameters, memory by part, disk, and time from a measured pass.
+
+The longest real batch is tried on the real model, so that a run that cannot fit fails now and not in an hour.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.models.config import ModelConfig, is_native
+from model_foundry.models.folder import read_config
+from model_foundry.models.lora import select_targets
+from model_foundry.models.memory import MemoryEstimate, estimate_memory
+from model_foundry.recipes.preparation import Prepared
+from model_foundry.recipes.sft import is_save_due
+from model_foundry.run.progress import duration
+
+PASS_SHARE_OF_STEP = 0.97
+"""The rest of a step is the optimizer and the record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The longest batch, done once: its tokens, seconds, and the pieces it needed."""
+
+    num_tokens: int
+    seconds: float
+    num_pieces: int
+    peak_bytes: int
+
+
+def try_longest_batch(engine: TorchEngine, model_id: str, prepared: Prepared) -> Trial:
+    """One forward and backward pass of the longest batch; nothing of it remains.
+
+    Raises:
+        OutOfMemoryError: not even one row of it fits.
+    """
+    batch = prepared.longest_batch()
+    seconds, pieces = float("inf"), 1
+    for _ in range(2):  # the first pass also warms caches up; the second is what a step takes
+        started = time.perf_counter()
+        pieces = engine.forward_backward(model_id, batch).num_micro_batches
+        seconds = min(seconds, time.perf_counter() - started)
+        engine.discard_gradients(model_id)
+    num_tokens = sum(datum.num_tokens for datum in batch)
+    return Trial(num_tokens, seconds, pieces, engine.peak_memory_bytes())
+
+
+def predict_memory(prepared: Prepared, engine: TorchEngine, *, process_bytes: int) -> MemoryEstimate | None:
+    """The peak by part, from shapes alone; None for architectures that transformers runs."""
+    raw = read_config(prepared.source.folder)
+    config = prepared.config
+    if not is_native(raw) or config.model.implementation == "transformers":
+        return None
+    shape = ModelConfig.from_hf(raw)
+    batch = prepared.longest_batch()
+    rows = [datum.num_tokens for datum in batch]
+    if config.training.micro_batch_tokens is not None and sum(rows) > config.training.micro_batch_tokens:
+        rows = _largest_piece(rows, config.training.micro_batch_tokens)
+    due = sum(int((datum.loss_inputs["weights"] != 0).sum()) for datum in batch[: len(rows)])
+    adapted = None
+    if prepared.lora is not None:
+        adapted = select_targets(
+            [f"layers.0.{name}" for name in shape.layer_linears],
+            prepared.lora.target_modules if not isinstance(prepared.lora.target_modules, str) else "all-linear",
+        )
+        adapted = [name.removeprefix("layers.0.") for name in adapted]
+    return estimate_memory(
+        shape,
+        lora=prepared.lora,
+        rows=rows,
+        dtype_bytes=engine.dtype.itemsize,
+        adapted=adapted,
+        num_due_tokens=due,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        process_bytes=process_bytes,
+    )
+
+
+def _largest_piece(rows: list[int], limit: int) -> list[int]:
+    from model_foundry.engine.torch_engine import split_by_tokens
+
+    pieces = split_by_tokens(rows, limit)
+    return max(([rows[row] for row in piece] for piece in pieces), key=sum)
+
+
+def plan_facts(
+    prepared: Prepared, facts: Mapping[str, Any], trial: Trial, memory: MemoryEstimate | None
+) -> dict[str, Any]:
+    """The plan as JSON values. `facts` are the engine's on the model."""
+    config, train = prepared.config, prepared.train
+    saves = [step for step in range(1, prepared.total_steps) if is_save_due(prepared, step)]
+    limit = config.training.save_total_limit
+    kept = len(saves) if limit is None else min(len(saves), limit)
+    checkpoint_bytes = 12 * facts["trained_parameters"]
+    epochs = prepared.num_micro_batches / prepared.batches.num_batches_per_epoch
+    seconds = epochs * train.num_tokens / trial.num_tokens * trial.seconds / PASS_SHARE_OF_STEP
+    return {
+        "model": prepared.source.name,
+        "implementation": facts["implementation"],
+        "device": facts["device"],
+        "dtype": facts["dtype"],
+        "num_threads": facts["num_threads"],
+        "base_parameters": facts["base_parameters"],
+        "trained_parameters": facts["trained_parameters"],
+        "data": prepared.data_summary(),
+        "epochs": epochs,
+        "steps": prepared.total_steps,
+        "batches_per_epoch": prepared.batches.num_batches_per_epoch,
+        "tokens": round(epochs * train.num_tokens),
+        "warmup_steps": prepared.learning_rate.warmup_steps,
+        "longest_batch_tokens": trial.num_tokens,
+        "pieces_of_the_longest_batch": trial.num_pieces,
+        "tokens_per_second": trial.num_tokens / trial.seconds,
+        "seconds": seconds,
+        "memory": None if memory is None else memory.as_dict(),
+        "measured_peak_bytes": trial.peak_bytes,
+        "checkpoints_kept": kept + 1,
+        "checkpoint_bytes": checkpoint_bytes,
+        "disk_bytes": (kept + 2) * checkpoint_bytes,
+        "save_steps": saves[:20],
+        "saves": len(saves) + 1,
+    }
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """The plan as a person reads it."""
+    train = plan["data"]["train"]
+    share = plan["trained_parameters"] / plan["base_parameters"]
+    lines = [
+        f"model       {plan['model']} · {plan['base_parameters']:,} parameters · {plan['implementation']}, "
+        f"{plan['dtype']} on {plan['device']}, {plan['num_threads']} threads",
+        f"trained     {plan['trained_parameters']:,} parameters ({share:.2%})",
+        f"rows        {train['kept']:,} of {train['rows']:,} kept · {train['dropped']:,} dropped · "
+        f"{train['truncated']:,} truncated · format {train['format']}",
+        f"tokens      {plan['tokens']:,} over {plan['epochs']:g} epochs · {train['tokens']:,} an epoch, "
+        f"{train['trained_tokens'] / train['tokens']:.0%} of them trained",
+        f"steps       {plan['steps']:,} · {plan['batches_per_epoch']:,} batches an epoch · "
+        f"{plan['warmup_steps']} of warm-up · the longest batch has {plan['longest_batch_tokens']:,} tokens",
+    ]
+    if plan["memory"] is not None:
+        parts = [f"{name} {_size(size)}" for name, size in plan["memory"].items() if name != "total"]
+        lines.append(f"memory      {_size(plan['memory']['total'])} predicted: {' · '.join(parts)}")
+    else:
+        lines.append("memory      no prediction: transformers runs this architecture")
+    pieces = plan["pieces_of_the_longest_batch"]
+    split = f", in {pieces} pieces" if pieces > 1 else ""
+    lines += [
+        f"            {_size(plan['measured_peak_bytes'])} measured on the longest batch{split}",
+        f"disk        {_size(plan['disk_bytes'])} at most: {plan['saves']} saves of {_size(plan['checkpoint_bytes'])}, "
+        f"{plan['checkpoints_kept']} kept",
+        f"time        about {duration(plan['seconds'])} at {plan['tokens_per_second']:,.0f} tokens/s (measured)",
+    ]
+    return "\n".join(lines)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,244 @@
+"""From a configuration to everything a run needs before its first step: model, renderer, rows, batches, step counts.
+
+Reads files and a tokenizer; loads no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from model_foundry.config.schema import TrainConfig
+from model_foundry.data.batches import BatchPlan
+from model_foundry.data.rows import read_rows
+from model_foundry.data.tokenise import TokenisedSet, tokenise_rows
+from model_foundry.errors import ConfigError, RunError
+from model_foundry.evals.generation import Question, read_questions
+from model_foundry.models.finder import ModelSource, resolve_model
+from model_foundry.models.folder import fingerprint
+from model_foundry.recipes.schedule import LearningRate
+from model_foundry.rendering import Renderer
+from model_foundry.tokenizer import Tokenizer
+from model_foundry.types import AdamParams, Datum, LoraConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of. `now` is the day its template may print, the same on every resume."""
+
+    config: TrainConfig
+    source: ModelSource
+    model_fingerprint: str
+    renderer: Renderer
+    now: datetime
+    train: TokenisedSet
+    validation: TokenisedSet | None
+    questions: tuple[Question, ...]
+    batches: BatchPlan
+    num_micro_batches: int
+    total_steps: int
+    learning_rate: LearningRate
+    data_formats: Mapping[str, str]
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter to train as a value, or None for full fine-tuning."""
+        section = self.config.lora
+        if not section.enabled:
+            return None
+        return LoraConfig(
+            r=section.r,
+            lora_alpha=section.lora_alpha,
+            lora_dropout=section.lora_dropout,
+            target_modules=section.target_modules,
+            use_rslora=section.use_rslora,
+            use_dora=section.use_dora,
+        )
+
+    def positions(self, step: int) -> range:
+        """The micro-batches of step 1, 2, …; the last step of a whole number of epochs may have fewer."""
+        per_step = self.config.training.gradient_accumulation_steps
+        return range((step - 1) * per_step, min(step * per_step, self.num_micro_batches))
+
+    def micro_batches(self, step: int) -> list[list[Datum]]:
+        """The rows of a step, weighted so that the summed loss is the mean over its trained tokens."""
+        batches = [[self.train.datums[row] for row in self.batches.rows(p)] for p in self.positions(step)]
+        total = sum(float(datum.loss_inputs["weights"].sum()) for batch in batches for datum in batch)
+        return [[weighted(datum, 1.0 / total) for datum in batch] for batch in batches]
+
+    def longest_batch(self) -> list[Datum]:
+        """The rows of the batch with the most tokens."""
+        position = self.batches.longest_batch_position()
+        batch = [self.train.datums[row] for row in self.batches.rows(position)]
+        return [weighted(datum, 1.0 / self.train.num_trained_tokens) for datum in batch]
+
+    def adam_params(self, step: int) -> AdamParams:
+        training = self.config.training
+        return AdamParams(
+            learning_rate=self.learning_rate.at(step),
+            beta1=training.adam_beta1,
+            beta2=training.adam_beta2,
+            eps=training.adam_epsilon,
+            weight_decay=training.weight_decay,
+            grad_clip_norm=training.max_grad_norm,
+        )
+
+    def data_files(self) -> dict[str, Path]:
+        """Every file that decides the outcome, by its field."""
+        data, evaluation = self.config.data, self.config.evaluation
+        files = {"train_file": data.train_file, "validation_file": data.validation_file, "questions": evaluation.file}
+        template = Path(self.config.model.template)
+        files["template"] = template if template.suffix == ".jinja" else None
+        return {role: path for role, path in files.items() if path is not None}
+
+    def data_summary(self) -> dict[str, Any]:
+        """Counts of each file, for plans and reports."""
+        files = {"train": (self.config.data.train_file, self.train)}
+        if self.validation is not None:
+            files["validation"] = (self.config.data.validation_file, self.validation)
+        summary: dict[str, Any] = {
+            role: {
+                "file": str(path),
+                "format": self.data_formats[role],
+                "rows": data.num_rows,
+                "kept": len(data.datums),
+                "dropped": data.num_dropped,
+                "truncated": data.num_truncated,
+                "escaped": data.num_escaped,
+                "tokens": data.num_tokens,
+                "trained_tokens": data.num_trained_tokens,
+                "longest_row_tokens": int(data.lengths.max()),
+                "reasons": dict(data.reasons),
+                "first_dropped": list(data.first_dropped),
+            }
+            for role, (path, data) in files.items()
+        }
+        if self.questions:
+            summary["heldout"] = {"file": str(self.config.evaluation.file), "rows": len(self.questions)}
+        return summary
+
+
+def weighted(datum: Datum, factor: float) -> Datum:
+    weights = datum.loss_inputs["weights"] * factor
+    return Datum(datum.tokens, {**datum.loss_inputs, "weights": weights.astype("float32")})
+
+
+def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
+    """Find the model, read and render the rows, and count the steps.
+
+    Raises:
+        ConfigError: no training file. DataError, ModelError, TemplateError: as the parts raise them.
+    """
+    if config.data.train_file is None:
+        raise ConfigError("no training rows are named", where="data.train_file", hint="Set data.train_file=FILE.jsonl.")
+    source = resolve_model(config.model.name, say=logger.info)
+    renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
+    formats: dict[str, str] = {}
+    train = _tokenised(config, config.data.train_file, renderer, "train", formats)
+    validation = None
+    if config.data.validation_file is not None:
+        validation = _tokenised(config, config.data.validation_file, renderer, "validation", formats)
+    questions: tuple[Question, ...] = ()
+    if config.evaluation.file is not None:
+        questions = read_questions(config.evaluation.file, system=config.evaluation.system)
+    batches = BatchPlan(
+        train.lengths,
+        batch_size=config.training.batch_size,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        shuffle=config.data.shuffle,
+        seed=config.seed,
+    )
+    num_micro_batches, total_steps = count_steps(config, batches.num_batches_per_epoch)
+    return Prepared(
+        config=config,
+        source=source,
+        model_fingerprint=fingerprint(source.folder),
+        renderer=renderer,
+        now=now,
+        train=train,
+        validation=validation,
+        questions=questions,
+        batches=batches,
+        num_micro_batches=num_micro_batches,
+        total_steps=total_steps,
+        learning_rate=_learning_rate(config, total_steps),
+        data_formats=formats,
+    )
+
+
+def count_steps(config: TrainConfig, batches_per_epoch: int) -> tuple[int, int]:
+    """(micro-batches, optimizer steps) of the whole run."""
+    training = config.training
+    per_step = training.gradient_accumulation_steps
+    if training.max_steps is not None:
+        return training.max_steps * per_step, training.max_steps
+    num_micro_batches = max(1, round(training.epochs * batches_per_epoch))
+    return num_micro_batches, math.ceil(num_micro_batches / per_step)
+
+
+def _tokenised(config: TrainConfig, path: Path, renderer: Renderer, role: str, formats: dict[str, str]) -> TokenisedSet:
+    rows = read_rows(path, format=config.data.format)
+    data = config.data
+    tokenised = tokenise_rows(
+        rows, renderer, max_length=data.max_length, overlength=data.overlength, train_on=data.train_on
+    )
+    formats[role] = rows.format
+    logger.info(
+        "%s: %s rows of format %s, %s kept, %s tokens, %s trained",
+        path, f"{tokenised.num_rows:,}", rows.format, f"{len(tokenised.datums):,}",
+        f"{tokenised.num_tokens:,}", f"{tokenised.num_trained_tokens:,}",
+    )  # fmt: skip
+    for reason, count in tokenised.reasons.items():
+        logger.warning("%s: %s rows left out: %s", path, f"{count:,}", reason)
+    if tokenised.num_truncated:
+        logger.warning("%s: %s rows truncated to %s tokens", path, f"{tokenised.num_truncated:,}", data.max_length)
+    if tokenised.num_escaped:
+        logger.warning("%s: control tokens in %s rows encoded as plain text", path, f"{tokenised.num_escaped:,}")
+    if rows.ignored_fields:
+        logger.warning("%s: fields that are not read: %s", path, ", ".join(sorted(rows.ignored_fields)))
+    return tokenised
+
+
+def _learning_rate(config: TrainConfig, total_steps: int) -> LearningRate:
+    training = config.training
+    warmup = training.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(training.warmup_ratio * total_steps)
+    if warmup >= total_steps and total_steps > 1:
+        raise ConfigError(
+            f"{warmup} warm-up steps leave nothing of {total_steps} steps", where="training.warmup_steps",
+            hint="Lower it, or train longer.",
+        )  # fmt: skip
+    return LearningRate(
+        peak=training.learning_rate,
+        shape=training.lr_scheduler,
+        warmup_steps=min(warmup, total_steps - 1),
+        total_steps=total_steps,
+        decay_steps=math.ceil(training.decay_ratio * total_steps),
+        min_ratio=training.min_lr_ratio,
+    )
+
+
+def require_same_data(receipt: Mapping[str, Any], current: Mapping[str, Any], *, where: str) -> None:
+    """Refuse to go on when a file or the model changed since the run was started.
+
+    Raises:
+        RunError: naming what changed.
+    """
+    then, now = receipt.get("data", {}), current.get("data", {})
+    for role in sorted(then.keys() | now.keys()):
+        before, after = then.get(role, {}).get("sha256"), now.get(role, {}).get("sha256")
+        if before != after:
+            path = (now.get(role) or then[role])["path"]
+            hint = "Bring the file back, or start a new run: run_dir=…"
+            raise RunError(f"{role} ({path}) has changed since the run was started", where=where, hint=hint)
+    if receipt.get("model_fingerprint") != current.get("model_fingerprint"):
+        raise RunError("the base model has changed since the run was started", where=where, hint="Start a new run.")

@@ -1,0 +1,160 @@
+"""After the last step: measure what the run claims, as checks.
+
+Each function measures one thing on the real artefacts and hands it to `evals.criteria` to be judged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model_foundry.client.local import TrainingClient
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.errors import FoundryError
+from model_foundry.evals import criteria
+from model_foundry.evals.before_after import Comparison
+from model_foundry.recipes import sft
+from model_foundry.recipes.measure_memory import measure, task_of
+from model_foundry.recipes.preparation import Prepared
+from model_foundry.recipes.saving import load_checkpoint
+from model_foundry.run.directory import RunDirectory
+from model_foundry.run.progress import open_progress
+from model_foundry.types import Check, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+def loss_check(prepared: Prepared, records: list[dict[str, Any]]) -> Check | None:
+    bound = prepared.config.criteria.loss_fall
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    return None if bound is None else criteria.loss_fall(losses, bound=bound)
+
+
+def answers_check(prepared: Prepared, comparison: Comparison | None) -> Check | None:
+    bound = prepared.config.criteria.answers_improved
+    if bound is None or comparison is None:
+        return None
+    return criteria.answers_improved(comparison, bound=bound)
+
+
+def parameters_check(
+    prepared: Prepared, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> Check | None:
+    bound = prepared.config.criteria.parameters_changed
+    if bound is None or prepared.lora is None:
+        return None
+    first, last = ({name: t.cpu().numpy() for name, t in tensors.items()} for tensors in (before, after))
+    return criteria.parameters_changed(first, last, bound=bound, weight_decay=prepared.config.training.weight_decay)
+
+
+def memory_check(prepared: Prepared, engine: TorchEngine) -> tuple[Check | None, dict[str, Any]]:
+    """LoRA and full fine-tuning on the same longest batch, each in a fresh process; the peaks go into the report."""
+    bound = prepared.config.criteria.memory_saving
+    if bound is None or prepared.lora is None:
+        return None, {}
+    peaks: dict[str, int | None] = {}
+    training = prepared.config.training
+    for name, lora in (("lora", prepared.lora), ("full", None)):
+        logger.info("measuring the memory of %s in a process of its own", "LoRA" if lora else "full fine-tuning")
+        task = task_of(
+            prepared.longest_batch(),
+            folder=str(prepared.source.folder.resolve()),
+            lora=lora,
+            device=engine.device.type,
+            dtype=str(engine.dtype).removeprefix("torch."),
+            num_threads=engine.num_threads,
+            implementation=prepared.config.model.implementation,
+            gradient_checkpointing=training.gradient_checkpointing,
+            micro_batch_tokens=training.micro_batch_tokens,
+        )
+        try:
+            peaks[name] = measure(task).peak
+        except FoundryError as error:
+            logger.warning("%s", error)
+            peaks[name] = None
+    how = "each in a process of its own, two steps of the longest batch, interpreter and libraries included"
+    check = criteria.memory_saving(lora_bytes=peaks["lora"], full_bytes=peaks["full"], bound=bound, how=how)
+    return check, {"lora_bytes": peaks["lora"], "full_bytes": peaks["full"]}
+
+
+def artefacts_check(prepared: Prepared, engine: TorchEngine, model_id: str, final: Path, sample: np.ndarray) -> Check:
+    """Load the final weights from the disk into a second model; it must say what the trained one says."""
+    problems: dict[str, str | None] = {}
+    part = "adapter" if prepared.lora is not None else "model"
+    params = SamplingParams(max_tokens=16, stop_token_ids=prepared.renderer.stop_token_ids)
+    try:
+        if prepared.lora is not None:
+            loaded = engine.create_model(prepared.source.folder, lora=None, adapter=final / part, trainable=False)
+        else:
+            loaded = engine.create_model(final / part, lora=None, trainable=False)
+        mine, theirs = (engine.sample(each, [sample], params)[0].tokens for each in (model_id, loaded))
+        engine.delete_model(loaded)
+        same = np.array_equal(mine, theirs) or prepared.lora is None
+        problems[f"{final.name}/{part}"] = None if same else "answers differently from the trained model"
+    except FoundryError as error:
+        problems[f"{final.name}/{part}"] = str(error)
+    return criteria.artefacts_load(problems)
+
+
+class _Kept:
+    """Keeps the records of a replay; saves nothing."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def append(self, record: dict[str, Any]) -> None:
+        self.records.append({key: value for key, value in record.items() if key != "clock"})
+
+    def save(self, step: int) -> None:
+        del step
+
+    def before_update(self) -> None: ...
+
+
+def replay_check(
+    prepared: Prepared, engine: TorchEngine, run: RunDirectory, final: Mapping[str, torch.Tensor]
+) -> Check | None:
+    """Repeat the last steps from the newest checkpoint before the end, in a second model, and compare every bit.
+
+    Args:
+        final: weights and moments of the trained model by name.
+    """
+    limit = prepared.config.criteria.replay_steps
+    if limit == 0:
+        return None
+    start = max(1, prepared.total_steps - limit)
+    found = [each for each in run.checkpoints.list() if each.name != "final" and each.step >= start]
+    if not found:
+        return criteria.replay_identical(from_step=0, num_steps=0, compared=(), differences=())
+    checkpoint = run.checkpoints.open(found[0].name)
+    logger.info("repeating steps %s to %s from %s", checkpoint.step + 1, prepared.total_steps, checkpoint.name)
+    model_id = engine.create_model(
+        prepared.source.folder, lora=prepared.lora, seed=prepared.config.seed, adapter=prepared.source.adapter
+    )
+    step = load_checkpoint(checkpoint, engine, model_id, prepared, logger.warning)
+    kept = _Kept()
+    with open_progress() as progress:
+        progress.start(prepared.total_steps, "replay", done_steps=step)
+        sft.train(TrainingClient(engine, model_id), prepared, kept, progress, first_step=step + 1)
+    again = everything(engine, model_id)
+    differences = [name for name, tensor in final.items() if not torch.equal(tensor, again[name])]
+    with run.open_metrics() as metrics:
+        logged = [{k: v for k, v in r.items() if k != "clock"} for r in metrics.read() if r["step"] > step]
+    differences += ["metrics.jsonl"] if logged != kept.records else []
+    engine.delete_model(model_id)
+    return criteria.replay_identical(
+        from_step=step,
+        num_steps=prepared.total_steps - step,
+        compared=("weights", "optimizer state", "metrics"),
+        differences=differences,
+    )
+
+
+def everything(engine: TorchEngine, model_id: str) -> dict[str, torch.Tensor]:
+    """Trained weights and optimizer moments, live views."""
+    return {**engine.trained_tensors(model_id), **engine.state_tensors(model_id)}

@@ -1,0 +1,178 @@
+"""Supervised fine-tuning. Reads top to bottom: batches, forward and backward, a step, a record, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+from model_foundry.checkpoint.schedule import should_save
+from model_foundry.client.local import TrainingClient
+from model_foundry.data.tokenise import TokenisedSet
+from model_foundry.errors import EngineError, InterruptedRunError
+from model_foundry.recipes.preparation import Prepared, weighted
+from model_foundry.run.progress import Progress
+from model_foundry.types import Datum
+
+logger = logging.getLogger(__name__)
+VALIDATION_BATCH_TOKENS = 8192
+
+
+class Recorder(Protocol):
+    """Where the loop's records and checkpoints go."""
+
+    def append(self, record: dict[str, Any]) -> None: ...
+
+    def save(self, step: int) -> None: ...
+
+    def before_update(self) -> None:
+        """The weights are about to change; called before every optimizer step."""
+        ...
+
+
+def train(
+    client: TrainingClient,
+    prepared: Prepared,
+    recorder: Recorder,
+    progress: Progress,
+    *,
+    first_step: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+    memory_bytes: Callable[[], int] = lambda: 0,
+) -> None:
+    """Train from `first_step` to the end.
+
+    Raises:
+        InterruptedRunError: `stop` became true; what was done is saved.
+        EngineError: too many steps in a row without finite gradients.
+    """
+    config = prepared.config.training
+    if first_step == 1:
+        validate(client, prepared, recorder, step=0)
+    skipped_in_a_row = 0
+    for step in range(first_step, prepared.total_steps + 1):
+        started = time.perf_counter()
+        batches = prepared.micro_batches(step)
+        loss = math.fsum(client.forward_backward(batch).result().loss_sum for batch in batches)
+        params = prepared.adam_params(step)
+        recorder.before_update()
+        update = client.optim_step(params).result()
+        seconds = time.perf_counter() - started
+        num_tokens = sum(datum.num_tokens for batch in batches for datum in batch)
+        recorder.append(
+            {
+                "kind": "step",
+                "step": step,
+                "epoch": round(prepared.positions(step).stop / prepared.batches.num_batches_per_epoch, 6),
+                "loss": loss,
+                "learning_rate": params.learning_rate,
+                "grad_norm": update.grad_norm,
+                "tokens": num_tokens,
+                "trained_tokens": sum(_num_trained(datum) for batch in batches for datum in batch),
+                "skipped": update.skipped,
+                "clock": _clock(seconds, num_tokens) | {"memory_bytes": memory_bytes()},
+            }
+        )
+        progress.advance(step, loss=loss, tokens_per_second=num_tokens / seconds)
+        skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
+        _judge_skips(skipped_in_a_row, step, update.grad_norm, config.max_skipped_steps)
+        if step == prepared.total_steps or (config.eval_steps and step % config.eval_steps == 0):
+            validate(client, prepared, recorder, step=step)
+        interrupted = stop() and step < prepared.total_steps
+        if interrupted or is_save_due(prepared, step):
+            recorder.save(step)
+        if interrupted:
+            raise InterruptedRunError(
+                f"interrupted; saved at step {step} of {prepared.total_steps}",
+                hint=f"Go on with: foundry resume {prepared.config.run_dir}",
+            )
+
+
+def is_save_due(prepared: Prepared, step: int) -> bool:
+    """On schedule, and where the replay of the last steps is to start; the end is saved as `final` by the caller."""
+    config = prepared.config.training
+    if step == prepared.total_steps:
+        return False
+    replay = prepared.config.criteria.replay_steps
+    if replay and step == max(1, prepared.total_steps - replay):
+        return True
+    return should_save(
+        step,
+        total_steps=prepared.total_steps,
+        schedule=config.save_schedule,
+        every=config.save_steps,
+        at=config.save_at,
+    )
+
+
+def validate(client: TrainingClient, prepared: Prepared, recorder: Recorder, *, step: int) -> None:
+    """Mean loss over the validation rows' trained tokens, in nats."""
+    if prepared.validation is None:
+        return
+    started = time.perf_counter()
+    data = prepared.validation
+    total = 1.0 / data.num_trained_tokens
+    loss = math.fsum(
+        client.forward([weighted(datum, total) for datum in batch]).result().loss_sum for batch in by_tokens(data)
+    )
+    seconds = time.perf_counter() - started
+    clock = _clock(seconds, data.num_tokens)
+    recorder.append({"kind": "validation", "step": step, "loss": loss, "tokens": data.num_tokens, "clock": clock})
+    logger.info("step %s: validation loss %.4f", step, loss)
+
+
+def by_tokens(data: TokenisedSet) -> Iterator[list[Datum]]:
+    """Rows in order, in batches of at most VALIDATION_BATCH_TOKENS tokens."""
+    batch: list[Datum] = []
+    for datum in data.datums:
+        if batch and sum(d.num_tokens for d in batch) + datum.num_tokens > VALIDATION_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(datum)
+    yield batch
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and Ctrl-C ask the loop to save after the step it is in; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logger.warning("%s: saving after this step", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _judge_skips(in_a_row: int, step: int, grad_norm: float, limit: int) -> None:
+    if in_a_row == 0:
+        return
+    logger.warning("step %s skipped: the gradient norm is %s", step, grad_norm)
+    if in_a_row > limit:
+        raise EngineError(
+            f"{in_a_row} steps in a row had NaN or infinite gradients",
+            where=f"step {step}",
+            hint="Lower training.learning_rate or use model.dtype=float32; "
+            "training.max_skipped_steps says how many are borne.",
+        )
+
+
+def _num_trained(datum: Datum) -> int:
+    return int((datum.loss_inputs["weights"] != 0).sum())
+
+
+def _clock(seconds: float, num_tokens: int) -> dict[str, Any]:
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")  # noqa: UP017
+    return {"time": now, "seconds": round(seconds, 6), "tokens_per_second": round(num_tokens / seconds, 2)}
