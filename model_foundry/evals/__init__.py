@@ -1,0 +1,1 @@
+"""Questions, answers, scores, before and after, and the checks that a run must pass."""

@@ -1,0 +1,85 @@
+"""Scores: what counts as the same answer, and what does not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_foundry.evals.metrics import METRICS, contains, exact_match, mean_scores, normalise, score, word_f1
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("in 1871", "In 1871."),
+        ("  In\n1871 !", "In 1871."),
+        ("Slow water steady hands", "Slow water, steady hands."),
+        ("Don't", "dont"),
+        ("\uff22\uff41\uff52\uff4e\uff41\uff43\uff4c\uff45", "Barnacle"),
+        ("STRASSE", "Straße"),
+        ("well-known", "well known"),
+    ],
+)
+def test_case_punctuation_and_space_do_not_count(answer: str, expected: str) -> None:
+    """A right answer without its full stop was scored as wrong."""
+    assert exact_match(answer, expected) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("In 1872.", "In 1871."),
+        ("It was in 1871.", "In 1871."),
+        ("3.5", "35"),
+        ("-5", "5"),
+        ("", "In 1871."),
+        ("...", "In 1871."),
+        ("->", "+"),
+        ("hands steady", "steady hands"),
+        ("东京", "京都"),
+        ("كتاب", "كتب"),
+    ],
+)
+def test_what_differs_in_meaning_is_not_equal(answer: str, expected: str) -> None:
+    """Stripping every sign makes 3.5 equal to 35, and two answers that are all punctuation equal to each other."""
+    assert exact_match(answer, expected) == 0.0
+
+
+def test_f1_counts_words_with_repetition() -> None:
+    assert word_f1("a b c d", "a b") == pytest.approx(2 * 0.5 * 1 / 1.5)
+    assert word_f1("yes yes yes yes", "yes") == pytest.approx(2 * 0.25 * 1 / 1.25)
+    assert word_f1("x", "a b") == 0.0
+    assert word_f1("", "") == 1.0
+    assert word_f1("", "a") == 0.0
+
+
+def test_contains_wants_whole_words() -> None:
+    """Text search finds 12 in 120, and an empty expectation in everything."""
+    assert contains("It has 12 keys.", "12 keys") == 1.0
+    assert contains("It has 120 keys.", "12") == 0.0
+    assert contains("anything", "") == 0.0
+    assert contains("The answer is: Slow water, steady hands!", "slow water steady hands") == 1.0
+
+
+@given(st.text())
+def test_an_answer_equals_itself_by_every_metric(text: str) -> None:
+    assert all(metric(text, text) == 1.0 for metric in METRICS.values())
+
+
+@given(st.text(), st.text())
+def test_scores_lie_between_0_and_1_and_agree(answer: str, expected: str) -> None:
+    scores = score(answer, expected)
+    assert all(0.0 <= value <= 1.0 for value in scores.as_dict().values())
+    if scores.exact:
+        assert scores.f1 == scores.contains == 1.0
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+def test_means_of_no_cases_are_absent_not_zero() -> None:
+    assert mean_scores([]) == {}
+    assert mean_scores([score("a", "a"), score("b", "a")])["exact"] == 0.5
