@@ -83,10 +83,11 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
         return _open_session(prepare(config, now=utc_now())).plan
 
 
-def run_training(config: TrainConfig, *, resume: Resume = "never") -> Report:
+def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime | None = None) -> Report:
     """Train, prove and report.
 
     Args:
+        now: the date that a chat template may print; default today. A resumed run keeps its own.
         resume: `auto` goes on with the run in run_dir if there is one; `must` requires one.
 
     Raises:
@@ -107,7 +108,7 @@ def run_training(config: TrainConfig, *, resume: Resume = "never") -> Report:
             run.require_config(digest, text)
             return _in_run(run, config, digest, resumed=True)
     with run_logging(level=config.logging.level):
-        prepared = prepare(config, now=utc_now())
+        prepared = prepare(config, now=now or utc_now())
         start = _receipt(prepared, digest)
     with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
         run.record(config=config.model_dump(mode="json"), now=prepared.now.isoformat(), renderer=prepared.renderer.name)

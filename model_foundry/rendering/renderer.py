@@ -150,9 +150,13 @@ class Renderer:
         stop = next((index for index, token in enumerate(ids) if token in self.stop_token_ids), len(ids))
         return self.tokenizer.decode(ids[:stop], skip_special=True)
 
-    @cached_property
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The control tokens that end an assistant turn under this template, and end-of-text."""
+        return self._stop_token_ids
+
+    @cached_property
+    def _stop_token_ids(self) -> tuple[int, ...]:
         stops: list[int] = []
         if self._compiled is not None:
             stops = [self.tokenizer.special_tokens[token] for token in self._end_of_turn]

@@ -1,0 +1,57 @@
+"""`foundry chat MODEL|RUN`: talk to a model, or ask it once with prompt=…."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from model_foundry.cli.arguments import takes_config
+from model_foundry.config.load import Resolved
+from model_foundry.config.schema import ChatConfig
+
+
+@click.command(help="Talk to a model or a run; prompt=TEXT asks once. Lines on standard input are turns of one talk.")
+@takes_config(ChatConfig, subject="model.name")
+def command(resolved: Resolved[ChatConfig], *, as_json: bool) -> int:
+    from model_foundry.recipes.conversation import open_conversation
+    from model_foundry.run.logs import run_logging
+
+    config = resolved.config
+    with run_logging(level="warning"):
+        talk = open_conversation(config)
+    if config.prompt is not None:
+        if as_json:
+            answer = "".join(talk.say(config.prompt))
+            click.echo(json.dumps({"prompt": config.prompt, "answer": answer, "model": config.model.name}))
+        else:
+            _print_stream(talk.say(config.prompt))
+        return 0
+    interactive = sys.stdin.isatty()
+    if interactive:
+        click.echo(f"{config.model.name} · an empty line or Ctrl-D ends it", err=True)
+    while True:
+        line = _read_line("> " if interactive else "")
+        if line is None or (interactive and not line.strip()):
+            return 0
+        if not line.strip():
+            continue
+        if as_json:
+            click.echo(json.dumps({"prompt": line, "answer": "".join(talk.say(line)), "model": config.model.name}))
+        else:
+            _print_stream(talk.say(line))
+
+
+def _read_line(prompt: str) -> str | None:
+    if prompt:
+        click.echo(prompt, nl=False)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _print_stream(pieces) -> None:
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()

@@ -1,0 +1,59 @@
+"""`foundry verify resume CONFIG`, `foundry verify run RUN`: proofs that anyone can repeat."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from model_foundry.cli.arguments import takes_config
+from model_foundry.config.load import Resolved
+from model_foundry.config.schema import TrainConfig
+from model_foundry.types import Check
+
+
+@click.group(help="Prove that a run resumes and repeats to the last bit.")
+def command() -> None: ...
+
+
+@command.command("resume", help="Kill a run again and again, resume it, and compare every bit with an undisturbed one.")
+@click.option("--kills", type=click.IntRange(min=1), default=3, show_default=True, help="SIGKILLs within one run.")
+@click.option("--kill-seed", type=int, default=0, show_default=True, help="Chooses the moments.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Leave both runs in this folder.")
+@takes_config(TrainConfig)
+def resume_command(
+    resolved: Resolved[TrainConfig], *, as_json: bool, kills: int, kill_seed: int, keep: Path | None
+) -> int:
+    from model_foundry.recipes.verify import verify_resume
+
+    say = functools.partial(click.echo, err=True)
+    return show_checks(verify_resume(resolved.config, kills=kills, keep=keep, seed=kill_seed, say=say), as_json=as_json)
+
+
+@command.command("run", help="Run RUN again from its own folder, and compare every bit with what it left.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--keep", type=click.Path(path_type=Path), help="Leave the second run in this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
+def run_command(run: Path, *, keep: Path | None, as_json: bool) -> int:
+    from model_foundry.cli.resume import stored_config
+    from model_foundry.recipes.verify import verify_run
+
+    run, keep = run.resolve(), None if keep is None else keep.resolve()
+    config = stored_config(run)
+    say = functools.partial(click.echo, err=True)
+    return show_checks(verify_run(run, config, keep=keep, say=say), as_json=as_json)
+
+
+def show_checks(checks: Sequence[Check], *, as_json: bool) -> int:
+    """Print checks, as a table or as JSON; 1 when one failed."""
+    passed = all(check.passed for check in checks)
+    if as_json:
+        click.echo(json.dumps({"passed": passed, "checks": [check.as_dict() for check in checks]}, indent=2))
+    else:
+        for check in checks:
+            click.echo(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.value} (bound: {check.bound})")
+            click.echo(f"      {check.evidence}")
+    return 0 if passed else 1

@@ -1,0 +1,82 @@
+"""Ask one model the questions of a file and score its answers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_foundry.config.schema import EvaluateConfig
+from model_foundry.errors import ConfigError
+from model_foundry.evals.generation import answer_questions, read_questions
+from model_foundry.evals.metrics import mean_scores, score
+from model_foundry.models.finder import resolve_model
+from model_foundry.recipes.conversation import Reader, run_of
+from model_foundry.run.directory import RunDirectory
+from model_foundry.run.logs import run_logging
+
+logger = logging.getLogger(__name__)
+NUM_RESAMPLES = 4000
+
+
+def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
+    """Scores, their interval, and every case, as JSON values.
+
+    Raises:
+        ConfigError: no questions are named, and the model is no run that has some.
+    """
+    with run_logging(level="info"):
+        path, evaluation = _questions_file(config), config.evaluation
+        questions = read_questions(path, system=evaluation.system)
+        reader = Reader(config.model)
+        answers = answer_questions(
+            questions,
+            lambda prompts, params: reader.sample(list(prompts), params),
+            reader.renderer,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+            on_progress=lambda done: logger.info("%s of %s answered", done, len(questions)),
+        )
+    scores = [score(answer.text, question.answer) for answer, question in zip(answers, questions, strict=True)]
+    return {
+        "model": config.model.name,
+        "file": str(path),
+        "num_questions": len(questions),
+        "num_cut": sum(answer.is_cut for answer in answers),
+        "scores": mean_scores(scores),
+        "exact_interval": _interval([each.exact for each in scores], seed=config.seed),
+        "cases": [
+            {
+                "prompt": question.prompt,
+                "expected": question.answer,
+                "answer": answer.text,
+                "scores": each.as_dict(),
+                "source": question.source,
+            }
+            for question, answer, each in zip(questions, answers, scores, strict=True)
+        ],
+    }
+
+
+def _interval(values: list[float], *, seed: int) -> list[float]:
+    """95 % bootstrap interval of the mean (Efron and Tibshirani 1993)."""
+    random = np.random.Generator(np.random.Philox(key=seed))
+    means = np.array(values)[random.integers(0, len(values), size=(NUM_RESAMPLES, len(values)))].mean(axis=1)
+    return [float(each) for each in np.quantile(means, [0.025, 0.975])]
+
+
+def _questions_file(config: EvaluateConfig) -> Path:
+    if config.evaluation.file is not None:
+        return config.evaluation.file
+    name = config.model.name
+    run = run_of(resolve_model(name), name)
+    if run is not None:
+        facts = RunDirectory.read(run).facts
+        file = facts["config"]["evaluation"]["file"]
+        if file is not None:
+            path = Path(file)
+            return path if path.is_absolute() else Path(facts["receipt"]["working_directory"]) / path
+    hint = 'Set evaluation.file=FILE.jsonl with one {"prompt": …, "answer": …} a line.'
+    raise ConfigError("no questions are named", where="evaluation.file", hint=hint)
