@@ -28,17 +28,17 @@ _DTYPES = {
     "uint64": "U64",
     "int64": "I64",
     "float64": "F64",
+    "float32": "F32",
     "uint32": "U32",
     "int32": "I32",
-    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
     "uint16": "U16",
     "int16": "I16",
-    "float16": "F16",
-    "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
-    "uint8": "U8",
     "int8": "I8",
+    "uint8": "U8",
     "bool": "BOOL",
 }
 
@@ -140,7 +140,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _dtype_name(name: str, tensor: Any) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    # numpy's name says nothing of the byte order, which writing settles; torch's dtypes have none.
+    dtype = (
+        tensor.dtype.name if isinstance(tensor, (np.ndarray, np.generic)) else str(tensor.dtype).removeprefix("torch.")
+    )
     if dtype not in _DTYPES:
         raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which safetensors cannot hold")
     return dtype
@@ -153,8 +156,8 @@ def _num_bytes(tensor: Any) -> int:
 def _bytes(tensor: Any) -> memoryview:
     if _num_bytes(tensor) == 0:
         return memoryview(b"")
-    if isinstance(tensor, np.ndarray):
-        flat = np.ascontiguousarray(tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)).reshape(-1)
+    if isinstance(tensor, (np.ndarray, np.generic)):
+        flat = np.ascontiguousarray(np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"))).reshape(-1)
         return flat.view(np.uint8).data
     torch = sys.modules["torch"]
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
