@@ -127,11 +127,11 @@ class _BarProgress(_Base):
             expand=True,
         )
         self._time_left = TimeLeft(clock)
+        self._total_steps = 0
         self._task: TaskID | None = None
 
     def start(self, total_steps: int, description: str, *, done_steps: int = 0) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
+        self._total_steps = total_steps
         self._task = self._bar.add_task(description, total=total_steps, completed=done_steps, numbers="")
         self._time_left.start(total_steps, done_steps)
         self._bar.start()
@@ -141,9 +141,11 @@ class _BarProgress(_Base):
             return
         parts = numbers(loss, tokens_per_second)
         seconds_left = self._time_left.mark(step)
-        if seconds_left is not None:
+        is_last = step >= self._total_steps
+        if seconds_left is not None and not is_last:
             parts.append(f"{duration(seconds_left)} left")
-        self._bar.update(self._task, completed=step, numbers=" · ".join(parts))
+        # rich draws ten times a second by itself; the end must not wait for it.
+        self._bar.update(self._task, completed=step, numbers=" · ".join(parts), refresh=is_last)
 
     def close(self) -> None:
         self._bar.stop()
