@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,19 @@ def sentencepiece_folder(request: pytest.FixtureRequest, tmp_path_factory: pytes
         unk_token="<unk>",
         chat_template=template,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random model of a kind named in `tests.tiny_models`, made once. Don't write there."""
+    root = tmp_path_factory.mktemp("tiny-models")
+
+    def folder(kind: str) -> Path:
+        from tests.tiny_models import FOREIGN, write_tiny_model, write_with_transformers
+
+        if not (root / kind).exists():
+            write = write_with_transformers if kind in FOREIGN else write_tiny_model
+            write(root / kind, kind)
+        return root / kind
+
+    return folder

@@ -79,8 +79,10 @@ class PackedRows:
 
 def _stackable(shortest: int, longest: int, num_rows: int) -> bool:
     """Whether padding to `longest` costs little: at most an eighth, or a few tokens."""
-    return longest <= QUERY_BLOCK_TOKENS and longest - shortest <= max(8, longest // 8) and (
-        longest * num_rows <= STACK_TOKENS
+    return (
+        longest <= QUERY_BLOCK_TOKENS
+        and longest - shortest <= max(8, longest // 8)
+        and (longest * num_rows <= STACK_TOKENS)
     )
 
 
@@ -125,7 +127,9 @@ class PackedAttention(torch.autograd.Function):
             og = torch.empty_like(qg)
             for first, last, first_key in _blocks(group.num_tokens, window):
                 p = _probabilities(qg, kg, first, last, first_key, rows, window)
-                og[:, :, first:last] = torch.bmm(p, vg[:, 0, first_key:last]).view(og.shape[0], og.shape[1], -1, og.shape[3])
+                og[:, :, first:last] = torch.bmm(p, vg[:, 0, first_key:last]).view(
+                    og.shape[0], og.shape[1], -1, og.shape[3]
+                )
                 if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
                     kept.append(p)
             _put(out, og, group)
@@ -219,7 +223,12 @@ def _probabilities(
 
 
 def attend_packed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: tuple[torch.Tensor, ...], rows: PackedRows, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: tuple[torch.Tensor, ...],
+    rows: PackedRows,
+    window: int | None,
 ) -> torch.Tensor:
     """Attention of one layer over packed rows; rope = (cos, sin) for queries, scale included, and for keys."""
     if q.device.type == "cpu":

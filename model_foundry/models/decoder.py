@@ -141,6 +141,7 @@ class Decoder(nn.Module):
         config: its shape.
         tensors: weights by Hugging Face name, any float type.
         dtype: compute type.
+        where: the folder, for errors.
 
     Raises:
         ArchitectureMismatchError: a tensor is missing, left over, or of another shape.
@@ -153,23 +154,23 @@ class Decoder(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        where: str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, dtype
         self.gradient_checkpointing = False
         remaining = dict(tensors)
         if config.tie_word_embeddings:
-            remaining.pop("lm_head.weight", None)
+            _drop_tied_head(remaining, where)
         expected = expected_shapes(config)
 
         def take(name: str) -> torch.Tensor:
             tensor = remaining.pop(name, None)
             if tensor is None:
-                raise ArchitectureMismatchError(f"the weights lack the tensor {name}")
+                raise ArchitectureMismatchError(f"the weights lack the tensor {name}", where=where)
             if tuple(tensor.shape) != expected[name]:
-                raise ArchitectureMismatchError(
-                    f"{name} has shape {tuple(tensor.shape)}; config.json asks for {expected[name]}"
-                )
+                what = f"{name} has shape {tuple(tensor.shape)}; config.json asks for {expected[name]}"
+                raise ArchitectureMismatchError(what, where=where)
             return tensor.to(device=device, dtype=dtype, copy=True)
 
         self.embed_tokens = nn.Parameter(take("model.embed_tokens.weight"), requires_grad=False)
@@ -180,7 +181,8 @@ class Decoder(nn.Module):
             self.lm_head = nn.Parameter(take("lm_head.weight"), requires_grad=False)
         left = [name for name in remaining if not name.endswith("rotary_emb.inv_freq")]
         if left:
-            raise ArchitectureMismatchError(f"the weights hold {len(left)} tensors the model lacks, {left[0]} first")
+            what = f"the weights hold {len(left)} tensors that the model lacks, {left[0]} first"
+            raise ArchitectureMismatchError(what, where=where)
         frequencies, self.rope_gain = rope_frequencies(config)
         self.frequencies = frequencies.to(device)
 
@@ -305,6 +307,20 @@ def decode_step(model: Decoder, tokens: torch.Tensor, cache: KeyValueCache) -> t
         x = layer(x, attend)
     cache.lengths += 1
     return model.norm(x)
+
+
+def _drop_tied_head(tensors: dict[str, torch.Tensor], where: str | None) -> None:
+    """Old folders store a tied matrix under the head's name, or twice. A head of its own values is not tied to it."""
+    head = tensors.pop("lm_head.weight", None)
+    if head is None:
+        return
+    embedding = tensors.setdefault("model.embed_tokens.weight", head)
+    if embedding is not head and not torch.equal(embedding, head):
+        raise ArchitectureMismatchError(
+            "lm_head.weight differs from the embedding that config.json ties it to",
+            where=where,
+            hint="Set tie_word_embeddings to false in config.json.",
+        )
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

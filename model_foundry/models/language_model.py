@@ -211,6 +211,6 @@ def load_language_model(
             wrapped.enable_gradient_checkpointing()
         return ForeignModel(wrapped, dtype)
     shape = ModelConfig.from_hf(config, where=str(folder / "config.json"))
-    decoder = Decoder(shape, dict(read_tensors(folder)), dtype=dtype, device=device)
+    decoder = Decoder(shape, dict(read_tensors(folder)), dtype=dtype, device=device, where=str(folder))
     decoder.gradient_checkpointing = gradient_checkpointing
     return NativeModel(decoder)
