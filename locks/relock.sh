@@ -3,6 +3,7 @@
 # the old lock names, unless TORCH=x.y.z says otherwise. Called by `make lock`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PIP_REQUIRE_VIRTUALENV=1
 readonly lock=locks/requirements.txt
 pin=$(grep '^torch==' "$lock")
 pin=${TORCH:+torch==$TORCH}${TORCH:-$pin}

@@ -3,6 +3,9 @@
 # Knows nothing of where packages come from: pip's own configuration decides.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# pip refuses to touch anything that is not a virtual environment, and settings that would install elsewhere are dropped.
+export PIP_REQUIRE_VIRTUALENV=1
+unset PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PYTHONHOME
 readonly venv=.venv lock=locks/requirements.txt
 readonly unfinished=$venv/.setup-unfinished done_stamp=$venv/.setup-done log=$venv/setup.log
 
@@ -21,11 +24,16 @@ find_python() {
   return 1
 }
 
+# A bin/python whose folder lost its pyvenv.cfg is the machine's own Python under another name: packages would land there.
+is_environment() {
+  "$venv/bin/python" -c 'import os, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' "$venv" 2>/dev/null
+}
+
 # An environment is kept when it was finished, in this very folder, and its Python still runs: scripts hold absolute
 # paths, and a pip that was killed can leave a package that looks installed and is not.
 reusable() {
-  [ ! -e "$unfinished" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 \
-    && { [ ! -e "$done_stamp" ] || [ "$(cat "$done_stamp")" = "$(pwd -P)" ]; }
+  is_environment && [ ! -e "$unfinished" ] && [ -e "$done_stamp" ] && [ "$(cat "$done_stamp")" = "$(pwd -P)" ] \
+    && "$venv/bin/python" -m pip --version >/dev/null 2>&1
 }
 
 install() {
@@ -57,10 +65,12 @@ if ! reusable; then
     "Debian and Ubuntu: apt-get install python3 python3-venv    macOS: brew install python@3.12" \
     "or name one: make setup PYTHON=/path/to/python3"
   say "creating $venv with $("$python" --version) ($(command -v "$python"))"
-  rm -rf "$venv"
-  mkdir "$venv"
+  # The mark comes first: a removal that is interrupted leaves a folder that must not pass for an environment.
+  mkdir -p "$venv"
   echo $$ >"$unfinished"
+  find "$venv" -mindepth 1 -maxdepth 1 ! -name "$(basename "$unfinished")" -exec rm -rf {} +
   "$python" -m venv "$venv"
+  is_environment || fail "$python -m venv made no working environment in $venv" "remove $venv and run 'make setup' again"
 fi
 echo $$ >"$unfinished"
 rm -f "$done_stamp"
