@@ -35,6 +35,8 @@ LogprobScope = Literal["due", "all"]
 
 @runtime_checkable
 class Engine(Protocol):
+    """Models held in memory, and what can be done with them. Every verb names a model by its id."""
+
     def create_model(
         self, base: Path, *, lora: LoraConfig | None, seed: int = 0, adapter: Path | None = None, trainable: bool = True
     ) -> str:
@@ -87,4 +89,6 @@ class Engine(Protocol):
         """Weights alone: `adapter/` in PEFT's layout or `model/` in Hugging Face's."""
         ...
 
-    def delete_model(self, model_id: str) -> None: ...
+    def delete_model(self, model_id: str) -> None:
+        """Forget a model and give its memory back."""
+        ...

@@ -22,7 +22,7 @@ class Conversation:
     """One talk; every turn sees the turns before it."""
 
     def __init__(self, engine: TorchEngine, model_id: str, renderer: Renderer, config: ChatConfig) -> None:
-        self._engine, self._model_id, self._renderer, self._config = engine, model_id, renderer, config
+        self._engine, self._model_id, self._renderer, self.config = engine, model_id, renderer, config
         self.messages: list[Message] = []
         if config.system is not None:
             self.messages.append(Message("system", config.system))
@@ -36,10 +36,10 @@ class Conversation:
         self.messages.append(Message("user", text))
         prompt = self._renderer.prompt(self.messages)
         params = SamplingParams(
-            max_tokens=self._config.max_new_tokens,
-            temperature=self._config.temperature,
-            top_p=self._config.top_p,
-            seed=self._config.seed,
+            max_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            seed=self.config.seed,
             stop_token_ids=self._renderer.stop_token_ids,
         )
         tokens: list[int] = []

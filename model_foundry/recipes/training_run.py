@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -139,30 +139,17 @@ def _in_run(
 
 
 def _train_and_prove(run: RunDirectory, prepared: Prepared, digest: str, *, resumed: bool) -> Report:
-    config = prepared.config
-    names = config.logging.report_to
-    flat = config.model_dump(mode="json")
-    trackers = open_trackers(names, run_dir=run.path, project=config.logging.project, run_id=run.run_id, config=flat)
-    with trackers, sft.stop_on_signals() as stop, run.open_metrics() as metrics:
+    with sft.stop_on_signals() as stop, run.open_metrics() as metrics:
         session = _open_session(prepared)
         engine, model_id = session.engine, session.model_id
+        run.record(total_steps=prepared.total_steps)
         logger.info("the plan:\n%s", plan_text(session.plan))
         start_tensors = _copied(engine.trained_tensors(model_id)) if prepared.lora is not None else {}
         before = _answers(run, session, "before", reuse=True)
-        first_step = 1
-        if resumed:
-            first_step = _restore(run, session, metrics, digest) + 1
-        saver = RunSaver(run, engine, model_id, prepared)
-        recorder = _Recorder(metrics, trackers, saver)
-        if first_step <= prepared.total_steps:
-            with saver.saver, open_progress(log_steps=config.logging.log_steps) as progress:
-                progress.start(prepared.total_steps, "train", done_steps=first_step - 1)
-                sft.train(
-                    session.client, prepared, recorder, progress,
-                    first_step=first_step, stop=stop, memory_bytes=resident_memory_bytes,
-                )  # fmt: skip
-                metrics.sync()
-                saver.save(prepared.total_steps, final=True)
+        done = _restore(run, session, metrics, digest) if resumed else 0
+        if done < prepared.total_steps:
+            with _open_trackers(run, prepared, resume_step=done if resumed else None) as trackers:
+                _train(run, session, metrics, trackers, stop, first_step=done + 1)
         peak_bytes = engine.peak_memory_bytes()
         after = _answers(run, session, "after", reuse=False)
         comparison = _compare(prepared, before, after)
@@ -171,6 +158,45 @@ def _train_and_prove(run: RunDirectory, prepared: Prepared, digest: str, *, resu
         page = write_report(run.path, report)
         logger.info("report: %s", page)
         return report
+
+
+def _open_trackers(run: RunDirectory, prepared: Prepared, *, resume_step: int | None) -> Trackers:
+    config = prepared.config
+    return open_trackers(
+        config.logging.report_to,
+        run_dir=run.path,
+        project=config.logging.project,
+        run_id=run.run_id,
+        config=config.model_dump(mode="json"),
+        resume_step=resume_step,
+    )
+
+
+def _train(
+    run: RunDirectory,
+    session: _Session,
+    metrics: MetricsLog,
+    trackers: Trackers,
+    stop: Callable[[], bool],
+    *,
+    first_step: int,
+) -> None:
+    prepared = session.prepared
+    saver = RunSaver(run, session.engine, session.model_id, prepared)
+    recorder = _Recorder(metrics, trackers, saver)
+    with saver.saver, open_progress(log_steps=prepared.config.logging.log_steps) as progress:
+        progress.start(prepared.total_steps, "train", done_steps=first_step - 1)
+        sft.train(
+            session.client,
+            prepared,
+            recorder,
+            progress,
+            first_step=first_step,
+            stop=stop,
+            memory_bytes=resident_memory_bytes,
+        )
+        metrics.sync()
+        saver.save(prepared.total_steps, final=True)
 
 
 def _open_session(prepared: Prepared) -> _Session:

