@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -130,7 +130,7 @@ def build(spec: dict[str, Any], log: StepLog) -> Trainer:
 
 
 def probe_loss(trainer: Trainer, rows: list[ChatRow]) -> float:
-    return float(trainer.evaluate(as_dataset(rows))["eval_loss"])
+    return float(trainer.evaluate(cast("Any", as_dataset(rows)))["eval_loss"])
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
