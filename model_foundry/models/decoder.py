@@ -9,7 +9,7 @@ Shapes: N packed tokens, D width, H heads, K key/value heads, V vocabulary, B se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from model_foundry.errors import ArchitectureMismatchError
 from model_foundry.models.attention import PackedRows, attend_packed, rotate
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.lora import Linear, project
+from model_foundry.models.rope import rope_frequencies
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D], not yet rotated) → [N, H, D]."""
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
 
     Args:
         config: its shape.
-        tensors: weights by Hugging Face name, any float type.
+        tensors: weights by Hugging Face name, any float type; taken one after the other and not kept.
         dtype: compute type.
         where: the folder, for errors.
 
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Iterable[tuple[str, torch.Tensor]],
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -159,19 +160,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, dtype
         self.gradient_checkpointing = False
-        remaining = dict(tensors)
-        if config.tie_word_embeddings:
-            _drop_tied_head(remaining, where)
-        expected = expected_shapes(config)
+        shapes = expected_shapes(config)
 
         def take(name: str) -> torch.Tensor:
-            tensor = remaining.pop(name, None)
-            if tensor is None:
-                raise ArchitectureMismatchError(f"the weights lack the tensor {name}", where=where)
-            if tuple(tensor.shape) != expected[name]:
-                what = f"{name} has shape {tuple(tensor.shape)}; config.json asks for {expected[name]}"
-                raise ArchitectureMismatchError(what, where=where)
-            return tensor.to(device=device, dtype=dtype, copy=True)
+            return torch.empty(shapes[name], dtype=dtype, device=device)
 
         self.embed_tokens = nn.Parameter(take("model.embed_tokens.weight"), requires_grad=False)
         self.layers = nn.ModuleList([DecoderLayer(config, index, take) for index in range(config.num_hidden_layers)])
@@ -179,12 +171,40 @@ class Decoder(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Parameter(take("lm_head.weight"), requires_grad=False)
-        left = [name for name in remaining if not name.endswith("rotary_emb.inv_freq")]
+        self._fill(tensors, where)
+        frequencies, self.rope_gain = rope_frequencies(config)
+        self.frequencies = frequencies.to(device)
+
+    @torch.no_grad()
+    def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]], where: str | None) -> None:
+        """Copy every weight in."""
+        mine = dict(self.weights())
+        left: list[str] = []
+        filled: set[str] = set()
+        tied_head = None
+        for name, tensor in tensors:
+            if name == "lm_head.weight" and self.lm_head is None:
+                tied_head = tensor
+            elif name not in mine:
+                left += [] if name.endswith("rotary_emb.inv_freq") else [name]
+            elif tensor.shape != mine[name].shape:
+                what = f"{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(mine[name].shape)}"
+                raise ArchitectureMismatchError(what, where=where)
+            else:
+                mine[name].copy_(tensor)
+                filled.add(name)
+        if tied_head is not None and "model.embed_tokens.weight" not in filled:
+            # Old folders store the shared matrix under the head's name alone.
+            self.embed_tokens.copy_(tied_head)
+            filled.add("model.embed_tokens.weight")
+        missing = [name for name in mine if name not in filled]
+        if missing:
+            raise ArchitectureMismatchError(f"the weights lack the tensor {missing[0]}", where=where)
+        if tied_head is not None:
+            _check_tied_head(tied_head, self.embed_tokens, where)
         if left:
             what = f"the weights hold {len(left)} tensors that the model lacks, {left[0]} first"
             raise ArchitectureMismatchError(what, where=where)
-        frequencies, self.rope_gain = rope_frequencies(config)
-        self.frequencies = frequencies.to(device)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -309,13 +329,9 @@ def decode_step(model: Decoder, tokens: torch.Tensor, cache: KeyValueCache) -> t
     return model.norm(x)
 
 
-def _drop_tied_head(tensors: dict[str, torch.Tensor], where: str | None) -> None:
-    """Old folders store a tied matrix under the head's name, or twice. A head of its own values is not tied to it."""
-    head = tensors.pop("lm_head.weight", None)
-    if head is None:
-        return
-    embedding = tensors.setdefault("model.embed_tokens.weight", head)
-    if embedding is not head and not torch.equal(embedding, head):
+def _check_tied_head(head: torch.Tensor, embedding: torch.Tensor, where: str | None) -> None:
+    """Some folders store a tied matrix twice. A head of its own values is not tied to the embedding."""
+    if not torch.equal(embedding, head.to(embedding.dtype)):
         raise ArchitectureMismatchError(
             "lm_head.weight differs from the embedding that config.json ties it to",
             where=where,
@@ -343,53 +359,3 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
     return shapes
-
-
-def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies float32 [D / 2] and the factor on cos and sin, for every rope type the config allows."""
-    width, scaling = config.head_dim, config.rope_scaling
-    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
-    plain = 1.0 / (config.rope_theta**exponents)
-    if scaling is None:
-        return plain, 1.0
-    if scaling.rope_type == "linear":
-        return plain / scaling.factor, 1.0
-    original = scaling.original_max_position_embeddings or config.max_position_embeddings
-    if scaling.rope_type == "llama3":
-        low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 4.0
-        wavelength = 2 * math.pi / plain
-        smooth = (original / wavelength - low) / (high - low)
-        blended = (1 - smooth) * plain / scaling.factor + smooth * plain
-        out = torch.where(wavelength > original / low, plain / scaling.factor, plain)
-        medium = (wavelength >= original / high) & (wavelength <= original / low)
-        return torch.where(medium, blended, out), 1.0
-    return _yarn(config, plain, original)
-
-
-def _yarn(config: ModelConfig, plain: torch.Tensor, original: int) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023): high frequencies kept, low ones interpolated, a ramp between."""
-    scaling = config.rope_scaling
-    assert scaling is not None
-    width, base, factor = config.head_dim, config.rope_theta, scaling.factor
-
-    def magnitude(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-    gain = scaling.attention_factor
-    if gain is None:
-        if scaling.mscale and scaling.mscale_all_dim:
-            gain = magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
-        else:
-            gain = magnitude(1.0)
-
-    def dimension(rotations: float) -> float:
-        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(scaling.beta_fast or 32.0), dimension(scaling.beta_slow or 1.0)
-    if scaling.truncate is not False:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
-    if low == high:
-        high += 0.001
-    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain / factor * ramp + plain * (1 - ramp), gain

@@ -1,6 +1,6 @@
 """Hugging Face model folders: config.json, safetensors weights (one file or shards with an index), tokenizer files.
 
-It reads tensors one by one from memory-mapped files and writes folders whole or not at all. It never opens a pickle.
+It reads tensors one by one and writes folders whole or not at all. It never opens a pickle.
 It does not know architectures. torch is imported only where tensors are.
 """
 
@@ -32,6 +32,13 @@ _PICKLE_HINT = (
     "Convert it once where you trust it, with "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER) of transformers."
 )
+
+
+_TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""torch's names of safetensors' types."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,21 +119,33 @@ def stored_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor by name, backed by the memory-mapped file: copy what you keep and change.
+    """Every tensor by name, read one at a time, so that no more than one is in memory beside what the caller keeps.
+
+    Mapping the files instead would count them, whole, to the memory of the process.
 
     Raises:
         ModelError: as `stored_tensors`.
     """
-    from safetensors import SafetensorError, safe_open
-
     stored_tensors(folder)
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"it cannot be read ({error})", where=str(path), hint=_FETCH_AGAIN) from error
+        with path.open("rb") as file:
+            for name, entry in sorted(read_entries(path).items(), key=lambda item: item[1].start):
+                file.seek(entry.start)
+                data = bytearray(entry.end - entry.start)
+                if file.readinto(data) != len(data):
+                    raise ModelError(f"it ends within {name}", where=str(path), hint=_FETCH_AGAIN)
+                yield name, _tensor(data, entry, path)
+
+
+def _tensor(data: bytearray, entry: TensorEntry, path: Path) -> torch.Tensor:
+    if entry.dtype not in _TORCH_DTYPES:
+        raise ModelError(f"it holds tensors of type {entry.dtype}, which are not loaded here", where=str(path))
+    import torch
+
+    dtype = getattr(torch, _TORCH_DTYPES[entry.dtype])
+    if not data:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
