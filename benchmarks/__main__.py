@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
+from benchmarks.harness import BenchmarkError
+from model_foundry.errors import FoundryError
+
 BENCHMARKS = {
     "b1": ("b1_lora_sft", "LoRA fine-tuning on chat of mixed length: real tokens a second beside TRL and HF Trainer"),
     "b2": ("b2_lora_vs_full", "LoRA against full fine-tuning, ours and PEFT's"),
@@ -20,7 +23,11 @@ def main(arguments: list[str]) -> int:
             print(f"  {name:4} {about}")
         return 0 if not arguments else 2
     module, _ = BENCHMARKS[arguments[0]]
-    return importlib.import_module(f"benchmarks.{module}").main(arguments[1:])
+    try:
+        return importlib.import_module(f"benchmarks.{module}").main(arguments[1:])
+    except (BenchmarkError, FoundryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def wait_for_step(metrics: Path, started: float, process: subprocess.Popen[str])
         time.sleep(POLL_S)
     process.kill()
     output = process.stdout.read() if process.stdout else ""
-    raise BenchmarkError(f"foundry train made no step within {PATIENCE_S:.0f} s:\n{output[-2000:]}")
+    raise BenchmarkError(f"foundry train ended, or {PATIENCE_S:.0f} s passed, before its first step:\n{output[-2000:]}")
 
 
 def trl_first_step(rows: Path, model: Path, options: Options) -> float:
