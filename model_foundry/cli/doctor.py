@@ -25,7 +25,7 @@ GIB = 2**30
 LOW_MEMORY_BYTES = 3 * GIB
 LOW_DISK_BYTES = 2 * GIB
 
-CORE = ("click", "httpx", "jinja2", "numpy", "orjson", "pydantic", "pyyaml", "rich", "safetensors", "tokenizers")
+CORE = ("click", "jinja2", "numpy", "orjson", "pydantic", "pyyaml", "rich", "safetensors", "tokenizers")
 DISTRIBUTIONS = {"mlflow": ("mlflow-skinny", "mlflow")}
 """Distributions that bring a module of another name, the first found counts."""
 

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 MAX_HELP_SECONDS = 0.100
-ROUNDS = 7
+ROUNDS, MAX_ROUNDS = 5, 40
 FOUNDRY = Path(sys.executable).with_name("foundry")
 
 
@@ -27,12 +29,14 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_help_costs_at_most_100_ms_beyond_the_interpreter() -> None:
-    """The smallest of several interleaved runs: noise only ever adds."""
+    """The smallest of several interleaved runs; noise only ever adds, so a busy machine gets more of them."""
     bare, help_ = [], []
-    for _ in range(ROUNDS):
+    while len(bare) < MAX_ROUNDS:
         bare.append(seconds([sys.executable, "-c", "pass"]))
         help_.append(seconds([str(FOUNDRY), "--help"]))
-    assert min(help_) - min(bare) <= MAX_HELP_SECONDS, f"bare {min(bare):.3f} s, foundry --help {min(help_):.3f} s"
+        if len(bare) >= ROUNDS and min(help_) - min(bare) <= MAX_HELP_SECONDS:
+            return
+    pytest.fail(f"of {MAX_ROUNDS} runs the fastest took {min(help_):.3f} s, the bare interpreter {min(bare):.3f} s")
 
 
 def test_help_imports_nothing_heavy() -> None:
