@@ -86,16 +86,27 @@ class BatchPlan:
         bins = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         return [int(row) for b in bins for row in self._rows_by_bin[self._bin_starts[b] : self._bin_starts[b + 1]]]
 
-    def longest_batch_position(self, tokens: Sequence[int] | np.ndarray | None = None) -> int:
-        """The position in epoch 0 whose micro-batch has the most tokens.
+    def longest_batch_position(
+        self, tokens: Sequence[int] | np.ndarray | None = None, *, num_batches: int | None = None
+    ) -> int:
+        """The position of the micro-batch with the most tokens.
 
         Args:
             tokens: tokens of each row, int [num_rows]; default the lengths the plan was made with.
+            num_batches: how many positions to look at, from 0 on; default one epoch.
         """
         per_row = self.lengths if tokens is None else np.asarray(tokens, dtype=np.int64)
         per_bin = np.add.reduceat(per_row[self._rows_by_bin], self._bin_starts[:-1])
         starts = np.arange(0, self.num_bins, self.batch_size)
-        return int(np.argmax(np.add.reduceat(per_bin[self._order(0)], starts)))
+        left = self.num_batches_per_epoch if num_batches is None else num_batches
+        best, most = 0, -1
+        for epoch in range(-(-left // self.num_batches_per_epoch) if self._shuffle else 1):
+            first = self.first_batch_of(epoch)
+            per_batch = np.add.reduceat(per_bin[self._order(epoch)], starts)[: left - first]
+            longest = int(np.argmax(per_batch))
+            if per_batch[longest] > most:
+                best, most = first + longest, int(per_batch[longest])
+        return best
 
     def _compute_order(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

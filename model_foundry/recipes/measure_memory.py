@@ -61,12 +61,15 @@ def measure(task: MemoryTask, *, timeout_s: float = 900) -> MemoryPeak:
     """Run the steps in a fresh process.
 
     Raises:
-        EngineError: the process failed; its last line says why.
+        EngineError: the process failed, and its last line says why; or it took too long.
     """
     command = [sys.executable, "-m", "model_foundry.recipes.measure_memory"]
-    done = subprocess.run(
-        command, input=json.dumps(asdict(task)), capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(asdict(task)), capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"memory could not be measured within {timeout_s:.0f} seconds") from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise EngineError(f"memory could not be measured ({reason})")

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.engine.torch_engine import TorchEngine, split_by_tokens
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
-from model_foundry.models.lora import select_targets
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
 from model_foundry.recipes.preparation import Prepared
 from model_foundry.recipes.sft import is_save_due
@@ -50,7 +49,9 @@ def try_longest_batch(engine: TorchEngine, model_id: str, prepared: Prepared) ->
     return Trial(num_tokens, seconds, pieces, engine.peak_memory_bytes())
 
 
-def predict_memory(prepared: Prepared, engine: TorchEngine, *, process_bytes: int) -> MemoryEstimate | None:
+def predict_memory(
+    prepared: Prepared, engine: TorchEngine, model_id: str, *, process_bytes: int
+) -> MemoryEstimate | None:
     """The peak by part, from shapes alone; None for architectures that transformers runs."""
     raw = read_config(prepared.source.folder)
     config = prepared.config
@@ -58,34 +59,24 @@ def predict_memory(prepared: Prepared, engine: TorchEngine, *, process_bytes: in
         return None
     shape = ModelConfig.from_hf(raw)
     batch = prepared.longest_batch()
-    rows = [datum.num_tokens for datum in batch]
-    if config.training.micro_batch_tokens is not None and sum(rows) > config.training.micro_batch_tokens:
-        rows = _largest_piece(rows, config.training.micro_batch_tokens)
-    due = sum(int((datum.loss_inputs["weights"] != 0).sum()) for datum in batch[: len(rows)])
+    lengths = [datum.num_tokens for datum in batch]
+    pieces = split_by_tokens(lengths, config.training.micro_batch_tokens)
+    piece = max(pieces, key=lambda rows: sum(lengths[row] for row in rows))
+    due = sum(int((batch[row].loss_inputs["weights"] != 0).sum()) for row in piece)
     adapted = None
     if prepared.lora is not None:
-        adapted = select_targets(
-            [f"layers.0.{name}" for name in shape.layer_linears],
-            prepared.lora.target_modules if not isinstance(prepared.lora.target_modules, str) else "all-linear",
-        )
-        adapted = [name.removeprefix("layers.0.") for name in adapted]
+        names = engine.trained_tensors(model_id)
+        adapted = [linear for linear in shape.layer_linears if any(f".{linear}." in name for name in names)]
     return estimate_memory(
         shape,
         lora=prepared.lora,
-        rows=rows,
+        rows=[lengths[row] for row in piece],
         dtype_bytes=engine.dtype.itemsize,
         adapted=adapted,
         num_due_tokens=due,
         gradient_checkpointing=config.training.gradient_checkpointing,
         process_bytes=process_bytes,
     )
-
-
-def _largest_piece(rows: list[int], limit: int) -> list[int]:
-    from model_foundry.engine.torch_engine import split_by_tokens
-
-    pieces = split_by_tokens(rows, limit)
-    return max(([rows[row] for row in piece] for piece in pieces), key=sum)
 
 
 def plan_facts(
@@ -159,4 +150,6 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e3:,.0f} kB"

@@ -17,10 +17,10 @@ from model_foundry.config.schema import TrainConfig
 from model_foundry.data.batches import BatchPlan
 from model_foundry.data.rows import read_rows
 from model_foundry.data.tokenise import TokenisedSet, tokenise_rows
-from model_foundry.errors import ConfigError, RunError
+from model_foundry.errors import ConfigError, ModelError, RunError
 from model_foundry.evals.generation import Question, read_questions
 from model_foundry.models.finder import ModelSource, resolve_model
-from model_foundry.models.folder import fingerprint
+from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
@@ -74,8 +74,8 @@ class Prepared:
         return [[weighted(datum, 1.0 / total) for datum in batch] for batch in batches]
 
     def longest_batch(self) -> list[Datum]:
-        """The rows of the batch with the most tokens."""
-        position = self.batches.longest_batch_position()
+        """The rows of the batch with the most tokens in the whole run: a later epoch may put longer ones together."""
+        position = self.batches.longest_batch_position(num_batches=self.num_micro_batches)
         batch = [self.train.datums[row] for row in self.batches.rows(position)]
         return [weighted(datum, 1.0 / self.train.num_trained_tokens) for datum in batch]
 
@@ -139,12 +139,20 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     if config.data.train_file is None:
         raise ConfigError("no training rows are named", where="data.train_file", hint="Set data.train_file=FILE.jsonl.")
     source = resolve_model(config.model.name, say=logger.info)
+    if source.adapter is not None and not config.lora.enabled:
+        raise ConfigError(
+            f"{config.model.name} is an adapter, and every weight is to be trained", where="lora.enabled",
+            hint="Train the adapter on with lora.enabled=true, or start from a model.",
+        )  # fmt: skip
     renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
     formats: dict[str, str] = {}
     train = _tokenised(config, config.data.train_file, renderer, "train", formats)
     validation = None
     if config.data.validation_file is not None:
         validation = _tokenised(config, config.data.validation_file, renderer, "validation", formats)
+    for tokenised in (train, validation):
+        if tokenised is not None:
+            _require_fit(tokenised, read_config(source.folder), max_length=config.data.max_length)
     questions: tuple[Question, ...] = ()
     if config.evaluation.file is not None:
         questions = read_questions(config.evaluation.file, system=config.evaluation.system)
@@ -207,6 +215,29 @@ def _tokenised(config: TrainConfig, path: Path, renderer: Renderer, role: str, f
     return tokenised
 
 
+def _require_fit(data: TokenisedSet, model: Mapping[str, Any], *, max_length: int) -> None:
+    """Refuse rows that the model cannot read, before hours are spent on those that it can.
+
+    Raises:
+        ConfigError: a row is longer than the model's context. ModelError: a token is not in its vocabulary.
+    """
+    context = model.get("max_position_embeddings") or model.get("n_positions")
+    longest = int(data.lengths.argmax())
+    if isinstance(context, int) and data.datums[longest].num_tokens > context:
+        raise ConfigError(
+            f"{max_length:,} is more than the model's context of {context:,} tokens, and {data.sources[longest]} has "
+            f"{data.datums[longest].num_tokens:,}", where="data.max_length", hint=f"Set data.max_length={context}.",
+        )  # fmt: skip
+    vocabulary = model.get("vocab_size")
+    for source, datum in zip(data.sources, data.datums, strict=True):
+        highest = int(max(datum.tokens.max(), datum.loss_inputs["target_tokens"].max()))
+        if isinstance(vocabulary, int) and highest >= vocabulary:
+            raise ModelError(
+                f"the tokenizer gives token {highest}, and the model knows {vocabulary:,} tokens", where=source,
+                hint="Use the tokenizer that the model was trained with.",
+            )  # fmt: skip
+
+
 def _learning_rate(config: TrainConfig, total_steps: int) -> LearningRate:
     training = config.training
     warmup = training.warmup_steps
@@ -217,12 +248,18 @@ def _learning_rate(config: TrainConfig, total_steps: int) -> LearningRate:
             f"{warmup} warm-up steps leave nothing of {total_steps} steps", where="training.warmup_steps",
             hint="Lower it, or train longer.",
         )  # fmt: skip
+    decay = math.ceil(training.decay_ratio * total_steps)
+    if training.lr_scheduler == "wsd" and warmup + decay > total_steps + 1:
+        raise ConfigError(
+            f"{warmup} steps of warm-up and {decay} of decay are more than all {total_steps} steps",
+            where="training.decay_ratio", hint="Lower it or training.warmup_steps, or train longer.",
+        )  # fmt: skip
     return LearningRate(
         peak=training.learning_rate,
         shape=training.lr_scheduler,
         warmup_steps=min(warmup, total_steps - 1),
         total_steps=total_steps,
-        decay_steps=math.ceil(training.decay_ratio * total_steps),
+        decay_steps=min(decay, total_steps - min(warmup, total_steps - 1)),
         min_ratio=training.min_lr_ratio,
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 
 from model_foundry.client.local import TrainingClient
@@ -23,6 +24,7 @@ from model_foundry.recipes.measure_memory import measure, task_of
 from model_foundry.recipes.preparation import Prepared
 from model_foundry.recipes.saving import load_checkpoint
 from model_foundry.run.directory import RunDirectory
+from model_foundry.run.metrics import CLOCK, read_metrics
 from model_foundry.run.progress import open_progress
 from model_foundry.types import Check, SamplingParams
 
@@ -102,13 +104,14 @@ def artefacts_check(prepared: Prepared, engine: TorchEngine, model_id: str, fina
 
 
 class _Kept:
-    """Keeps the records of a replay; saves nothing."""
+    """Keeps the records of a replay as metrics.jsonl would hold them; saves nothing."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
     def append(self, record: dict[str, Any]) -> None:
-        self.records.append({key: value for key, value in record.items() if key != "clock"})
+        # Through JSON and back, which writes a loss that is not a number as null.
+        self.records.append(orjson.loads(orjson.dumps(without_clock(record), option=orjson.OPT_SERIALIZE_NUMPY)))
 
     def save(self, step: int) -> None:
         del step
@@ -119,7 +122,8 @@ class _Kept:
 def replay_check(
     prepared: Prepared, engine: TorchEngine, run: RunDirectory, final: Mapping[str, torch.Tensor]
 ) -> Check | None:
-    """Repeat the last steps from the newest checkpoint before the end, in a second model, and compare every bit.
+    """Repeat the last steps in a second model, from the first checkpoint within `replay_steps` of the end, or from the
+    start when the run is no longer than that, and compare every bit.
 
     Args:
         final: weights and moments of the trained model by name.
@@ -127,32 +131,49 @@ def replay_check(
     limit = prepared.config.criteria.replay_steps
     if limit == 0:
         return None
-    start = max(1, prepared.total_steps - limit)
-    found = [each for each in run.checkpoints.list() if each.name != "final" and each.step >= start]
-    if not found:
+    total = prepared.total_steps
+    near = [each.name for each in run.checkpoints.list() if total - limit <= each.step < total]
+    if not near and limit < total:
         return criteria.replay_identical(from_step=0, num_steps=0, compared=(), differences=())
-    checkpoint = run.checkpoints.open(found[0].name)
-    logger.info("repeating steps %s to %s from %s", checkpoint.step + 1, prepared.total_steps, checkpoint.name)
+    logger.info("repeating the last steps from %s", near[0] if near else "the start")
     model_id = engine.create_model(
         prepared.source.folder, lora=prepared.lora, seed=prepared.config.seed, adapter=prepared.source.adapter
     )
-    step = load_checkpoint(checkpoint, engine, model_id, prepared, logger.warning)
-    kept = _Kept()
-    with open_progress() as progress:
-        progress.start(prepared.total_steps, "replay", done_steps=step)
-        sft.train(TrainingClient(engine, model_id), prepared, kept, progress, first_step=step + 1)
-    again = everything(engine, model_id)
-    differences = [name for name, tensor in final.items() if not torch.equal(tensor, again[name])]
-    with run.open_metrics() as metrics:
-        logged = [{k: v for k, v in r.items() if k != "clock"} for r in metrics.read() if r["step"] > step]
+    try:
+        step = -1
+        if near:
+            step = load_checkpoint(run.checkpoints.open(near[0]), engine, model_id, prepared, logger.warning)
+        records = read_metrics(run.metrics_path)
+        kept = _Kept()
+        with open_progress() as progress:
+            progress.start(total, "replay", done_steps=max(0, step))
+            sft.train(
+                TrainingClient(engine, model_id), prepared, kept, progress, first_step=max(0, step) + 1,
+                skipped_in_a_row=sft.trailing_skips([each for each in records if each["step"] <= step]),
+            )  # fmt: skip
+        again = everything(engine, model_id)
+        differences = [name for name, tensor in final.items() if not _same_bits(tensor, again[name])]
+    except FoundryError as error:
+        step, kept, records, differences = max(0, step), _Kept(), [], [str(error)]
+    finally:
+        engine.delete_model(model_id)
+    logged = [without_clock(record) for record in records if record["step"] > step]
     differences += ["metrics.jsonl"] if logged != kept.records else []
-    engine.delete_model(model_id)
     return criteria.replay_identical(
-        from_step=step,
-        num_steps=prepared.total_steps - step,
+        from_step=max(0, step),
+        num_steps=total - max(0, step),
         compared=("weights", "optimizer state", "metrics"),
         differences=differences,
     )
+
+
+def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != CLOCK}
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in every bit: unlike `torch.equal`, a NaN equals itself and 0 is not -0."""
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
 def everything(engine: TorchEngine, model_id: str) -> dict[str, torch.Tensor]:

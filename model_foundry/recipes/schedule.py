@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """Linear warm-up to `peak`, then a shape that ends at `peak × min_ratio`.
+    """Linear warm-up to `peak`, then a shape that falls towards `peak × min_ratio`, which the step after the last would
+    have: a last step at a rate of 0 would train nothing.
 
     Attributes:
         shape: constant, linear, cosine (Loshchilov and Hutter 2017) or wsd (warm-up, stable, decay; Hu et al. 2024).

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from model_foundry.checkpoint.schedule import should_save
 from model_foundry.client.local import TrainingClient
 from model_foundry.data.tokenise import TokenisedSet
-from model_foundry.errors import EngineError, InterruptedRunError
+from model_foundry.errors import EngineError
 from model_foundry.recipes.preparation import Prepared, weighted
 from model_foundry.run.progress import Progress
 from model_foundry.types import Datum
@@ -42,19 +40,24 @@ def train(
     progress: Progress,
     *,
     first_step: int = 1,
+    skipped_in_a_row: int = 0,
     stop: Callable[[], bool] = lambda: False,
     memory_bytes: Callable[[], int] = lambda: 0,
-) -> None:
-    """Train from `first_step` to the end.
+) -> int:
+    """Train from `first_step` to the end, or until `stop` becomes true; what was done until then is being saved.
+
+    Args:
+        skipped_in_a_row: steps right before `first_step` that were skipped.
+
+    Returns:
+        The last step done.
 
     Raises:
-        InterruptedRunError: `stop` became true; what was done is saved.
         EngineError: too many steps in a row without finite gradients.
     """
     config = prepared.config.training
     if first_step == 1:
         validate(client, prepared, recorder, step=0)
-    skipped_in_a_row = 0
     for step in range(first_step, prepared.total_steps + 1):
         started = time.perf_counter()
         batches = prepared.micro_batches(step)
@@ -87,10 +90,9 @@ def train(
         if interrupted or is_save_due(prepared, step):
             recorder.save(step)
         if interrupted:
-            raise InterruptedRunError(
-                f"interrupted; saved at step {step} of {prepared.total_steps}",
-                hint=f"Go on with: foundry resume {prepared.config.run_dir}",
-            )
+            logger.warning("interrupted: saving at step %s of %s", step, prepared.total_steps)
+            return step
+    return prepared.total_steps
 
 
 def is_save_due(prepared: Prepared, step: int) -> bool:
@@ -137,25 +139,6 @@ def by_tokens(data: TokenisedSet) -> Iterator[list[Datum]]:
     yield batch
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C ask the loop to save after the step it is in; a second Ctrl-C stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        logger.warning("%s: saving after this step", signal.Signals(number).name)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _judge_skips(in_a_row: int, step: int, grad_norm: float, limit: int) -> None:
     if in_a_row == 0:
         return
@@ -167,6 +150,12 @@ def _judge_skips(in_a_row: int, step: int, grad_norm: float, limit: int) -> None
             hint="Lower training.learning_rate or use model.dtype=float32; "
             "training.max_skipped_steps says how many are borne.",
         )
+
+
+def trailing_skips(records: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the last steps in a run's records were skipped, up to the first that was not."""
+    steps = [record["skipped"] for record in records if record["kind"] == "step"]
+    return next((count for count, skipped in enumerate(reversed(steps)) if not skipped), len(steps))
 
 
 def _num_trained(datum: Datum) -> int:

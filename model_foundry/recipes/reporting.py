@@ -1,0 +1,133 @@
+"""What a run says of itself at its end: answers to held-out questions, checks, and the report they go into."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from model_foundry.checkpoint.atomic import atomic_write
+from model_foundry.evals.before_after import Comparison, compare
+from model_foundry.evals.generation import answer_questions
+from model_foundry.recipes import proof
+from model_foundry.recipes.preparation import Prepared
+from model_foundry.recipes.session import Session
+from model_foundry.run.directory import RunDirectory
+from model_foundry.run.report import Report
+from model_foundry.types import Check
+
+logger = logging.getLogger(__name__)
+
+
+def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: bool) -> list[str]:
+    """Greedy answers to the held-out questions, kept in the run's folder."""
+    prepared = session.prepared
+    if not prepared.questions:
+        return []
+    path = run.path / "evaluation" / f"{when}.json"
+    if reuse and path.is_file():
+        return list(json.loads(path.read_text()))
+    evaluation = prepared.config.evaluation
+    logger.info("asking %s held-out questions %s training", len(prepared.questions), when)
+    answers = answer_questions(
+        prepared.questions,
+        lambda prompts, params: session.client.sample(prompts, params).result(),
+        prepared.renderer,
+        max_new_tokens=evaluation.max_new_tokens,
+        batch_size=evaluation.batch_size,
+    )
+    texts = [answer.text for answer in answers]
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
+    return texts
+
+
+def compared(prepared: Prepared, before: list[str], after: list[str]) -> Comparison | None:
+    if not prepared.questions:
+        return None
+    return compare(
+        [question.prompt for question in prepared.questions],
+        expected=[question.answer for question in prepared.questions],
+        before=before,
+        after=after,
+        sources=[question.source for question in prepared.questions],
+        seed=prepared.config.seed,
+    )
+
+
+def prove(
+    run: RunDirectory,
+    session: Session,
+    start: Mapping[str, torch.Tensor],
+    comparison: Comparison | None,
+    records: list[dict[str, Any]],
+) -> tuple[tuple[Check, ...], dict[str, Any]]:
+    """Every check that the criteria ask for."""
+    prepared, engine, model_id = session.prepared, session.engine, session.model_id
+    end = engine.trained_tensors(model_id)
+    memory, peaks = proof.memory_check(prepared, engine)
+    probe = prepared.train.datums[0].tokens
+    final = run.checkpoints.open("final")
+    checks = (
+        proof.loss_check(prepared, records),
+        proof.answers_check(prepared, comparison),
+        memory,
+        proof.parameters_check(prepared, start, end) if start else None,
+        proof.artefacts_check(prepared, engine, model_id, final.path, probe[: max(1, len(probe) // 2)]),
+        proof.replay_check(prepared, engine, run, proof.everything(engine, model_id)),
+    )
+    return tuple(check for check in checks if check is not None), peaks
+
+
+def make_report(
+    run: RunDirectory,
+    session: Session,
+    comparison: Comparison | None,
+    checks: tuple[Check, ...],
+    memory: dict[str, Any],
+    records: list[dict[str, Any]],
+) -> Report:
+    prepared, facts = session.prepared, run.facts
+    steps = [record for record in records if record["kind"] == "step"]
+    seconds = sum(record["clock"]["seconds"] for record in steps)
+    predicted = None if session.memory is None else session.memory.as_dict()
+    return Report(
+        run_id=run.run_id,
+        checks=checks,
+        training={
+            "model": prepared.source.name,
+            "method": prepared.config.method,
+            "steps": prepared.total_steps,
+            "first_loss": steps[0]["loss"],
+            "last_loss": steps[-1]["loss"],
+            "seconds": seconds,
+            "tokens": sum(record["tokens"] for record in steps),
+            "tokens_per_second": sum(record["tokens"] for record in steps) / seconds,
+            "skipped_steps": sum(record["skipped"] for record in steps),
+            "trained_parameters": session.plan["trained_parameters"],
+            "base_parameters": session.plan["base_parameters"],
+        },
+        evaluation={} if comparison is None else comparison.as_dict(),
+        data=prepared.data_summary(),
+        memory=memory | ({} if predicted is None else {"predicted_bytes": predicted.pop("total"), "parts": predicted}),
+        reproduce={
+            "commands": [f"foundry verify run {run.path}", f"foundry chat {run.path}"],
+            "config_digest": facts["config_digest"],
+            "seed": prepared.config.seed,
+            "code_sha256": facts["receipt"]["code"]["sha256"],
+            "model_fingerprint": prepared.model_fingerprint,
+            "renderer": prepared.renderer.name,
+        },
+        machine=facts["receipt"]["machine"],
+        notes=_notes(facts, session),
+    )
+
+
+def _notes(facts: Mapping[str, Any], session: Session) -> tuple[str, ...]:
+    notes = [f"Resumed from step {each['from_step']}." for each in facts.get("resumed", [])]
+    if session.trial.num_pieces > 1:
+        notes.append(f"Memory was short: the longest batch is computed in {session.trial.num_pieces} pieces.")
+    return tuple(notes)

@@ -1,0 +1,61 @@
+"""A run's model while the run is under way: loaded, tried on its longest batch, with the plan that came of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from model_foundry.client.local import TrainingClient
+from model_foundry.engine.platform import resident_memory_bytes
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.models.memory import MemoryEstimate
+from model_foundry.recipes.plan import Trial, plan_facts, predict_memory, try_longest_batch
+from model_foundry.recipes.preparation import Prepared
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The engine that holds the model, and what was found out about both."""
+
+    prepared: Prepared
+    engine: TorchEngine
+    model_id: str
+    process_bytes: int
+    memory: MemoryEstimate | None
+    trial: Trial
+    plan: dict[str, Any]
+
+    @property
+    def client(self) -> TrainingClient:
+        return TrainingClient(self.engine, self.model_id)
+
+
+def open_session(prepared: Prepared) -> Session:
+    """Load the model and try the longest batch on it."""
+    config = prepared.config
+    engine = TorchEngine(
+        device=config.model.device,
+        dtype=config.model.dtype,
+        num_threads=config.training.num_threads,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        implementation=config.model.implementation,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    process_bytes = resident_memory_bytes()
+    base_name = config.model.name if prepared.source.adapter is None else str(prepared.source.folder)
+    model_id = engine.create_model(
+        prepared.source.folder,
+        lora=prepared.lora,
+        seed=config.seed,
+        adapter=prepared.source.adapter,
+        base_name=base_name,
+    )
+    memory = predict_memory(prepared, engine, model_id, process_bytes=process_bytes)
+    trial = try_longest_batch(engine, model_id, prepared)
+    if trial.num_pieces > 1:
+        logger.warning("the longest batch is computed in %s pieces to fit the memory", trial.num_pieces)
+    plan = plan_facts(prepared, engine.describe(model_id), trial, memory)
+    return Session(prepared, engine, model_id, process_bytes, memory, trial, plan)
