@@ -1,8 +1,9 @@
 """What training did to the answers: case by case, and beyond what luck alone would show.
 
 A model that merely answers differently also answers some questions better. So every share comes with an interval over
-the questions (paired bootstrap; Efron and Tibshirani 1993) and with a noise floor: the share of cases that would count
-as improved had nothing been learned. Knows texts and numbers; nothing of models or files.
+the questions and a noise floor: the share of cases that would count as improved had nothing been learned. What is
+gained above the floor is judged question by question (paired bootstrap; Efron and Tibshirani 1993). Knows texts and
+numbers; nothing of models or files.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -60,10 +62,10 @@ class Comparison:
         cases: in the order asked.
         metric: the score that decided what counts as improved.
         improved: the share that scored higher afterwards; `same` and `worse` likewise.
-        interval: 95 % of resampled question sets have an `improved` within this.
+        interval: 95 % interval of `improved` (Wilson 1927: unlike a bootstrap, it knows that 5 of 5 is not yet all).
         noise: how large a share counts as improved by luck alone, by how that was estimated (see `compare`).
-        margin_interval: the same interval for improved minus the largest noise, question by question.
-        change_interval: the same interval for the mean change in score.
+        margin_interval: 95 % of resampled question sets have an improved minus largest noise within this.
+        change_interval: likewise for the mean change in score.
         verdict: improved, worse, or unclear when the intervals reach into the noise.
     """
 
@@ -158,7 +160,8 @@ def compare(
     if repeats:
         luck["repeated"] = _repeated_luck(expected, before, repeats, metric=metric)
     floor = max(luck.values(), key=lambda shares: float(shares.mean()))
-    interval, margin, change = _intervals(np.stack([improved, improved - floor, gains]), seed=seed)
+    interval = _share_interval(int(improved.sum()), len(cases))
+    margin, change = _bootstrap_intervals(np.stack([improved - floor, gains]), seed=seed)
     return Comparison(
         cases=cases,
         metric=metric,
@@ -169,11 +172,11 @@ def compare(
         noise={name: float(shares.mean()) for name, shares in luck.items()},
         margin_interval=margin,
         change_interval=change,
-        verdict=_verdict(margin, change),
+        verdict=_verdict(interval[0] - float(floor.mean()), margin, change),
     )
 
 
-def _intervals(values: np.ndarray, *, seed: int) -> list[tuple[float, float]]:
+def _bootstrap_intervals(values: np.ndarray, *, seed: int) -> list[tuple[float, float]]:
     """Paired bootstrap intervals of the row means of float [num_statistics, num_cases]: all from the same questions."""
     num_cases = values.shape[1]
     random_source = np.random.Generator(np.random.Philox(key=seed))
@@ -230,10 +233,19 @@ def _repeated_luck(
     return shares / len(repeats)
 
 
-def _verdict(margin: tuple[float, float], change: tuple[float, float]) -> str:
-    if margin[0] > 0 and change[0] > 0:
+def _verdict(share_margin: float, margin: tuple[float, float], change: tuple[float, float]) -> str:
+    if share_margin > 0 and margin[0] > 0 and change[0] > 0:
         return IMPROVED
     return WORSE if change[1] < 0 else "unclear"
+
+
+def _share_interval(num_hits: int, num_cases: int) -> tuple[float, float]:
+    """Wilson's score interval of a share."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share, spread = num_hits / num_cases, z * z / num_cases
+    centre = share + spread / 2
+    reach = (spread * (share * (1 - share) + spread / 4)) ** 0.5
+    return max(0.0, (centre - reach) / (1 + spread)), min(1.0, (centre + reach) / (1 + spread))
 
 
 def _check_lengths(prompts: Sequence[str], columns: Sequence[Sequence[str]]) -> None:

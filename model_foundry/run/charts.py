@@ -16,7 +16,7 @@ from typing import Any
 WIDTH, HEIGHT = 520, 290
 LEFT, RIGHT, TOP, BOTTOM = 70, 22, 14, 46
 MAX_POINTS = 600
-NUM_COLOURS = 6
+NUM_COLOURS = 8
 _UNSHOWABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
@@ -56,6 +56,8 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     values = [y for one in drawn for _, y in one.points]
     if is_log and min(values) <= 0:
         is_log, y_label = False, f"{y_label} (linear: not all positive)"
+    if is_log:
+        y_label = f"{y_label}, log scale"
     x_axis = _Axis.linear([x for one in drawn for x, _ in one.points], pixels=(LEFT, WIDTH - RIGHT), is_integer=True)
     make = _Axis.logarithmic if is_log else _Axis.linear
     y_axis = make(values, pixels=(HEIGHT - BOTTOM, TOP))
@@ -92,14 +94,13 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, scale: float = 1
 
 
 def smoothed(points: Sequence[tuple[float, float]], *, share: float = 0.05) -> list[tuple[float, float]]:
-    """Centred moving mean over about `share` of the points, narrower at both ends; [] for fewer than 8 points."""
+    """Moving mean over about `share` of the points around each, fewer at both ends; [] for fewer than 8 points."""
     if len(points) < 8:
         return []
     reach = max(1, round(len(points) * share / 2))
     result = []
     for index, (x, _) in enumerate(points):
-        near = min(reach, index, len(points) - 1 - index)
-        window = points[index - near : index + near + 1]
+        window = points[max(0, index - reach) : index + reach + 1]
         result.append((x, sum(y for _, y in window) / len(window)))
     return result
 

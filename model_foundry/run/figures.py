@@ -55,12 +55,14 @@ def check_value(value: float | str | None, bound: str) -> str:
 
 
 def bytes_text(num_bytes: float) -> str:
-    """A size with the unit that gives it three digits or so."""
+    """A size to three digits, in the unit that gives it so few."""
     power = 0
     while abs(num_bytes) >= 1024 and power < len(_BYTE_NAMES) - 1:
         num_bytes /= 1024
         power += 1
-    return f"{num_bytes:.0f} {_BYTE_NAMES[power]}" if power < 2 else f"{num_bytes:,.4g} {_BYTE_NAMES[power]}"
+    size = abs(num_bytes)
+    num_digits = 0 if power == 0 or size >= 100 else 1 if size >= 10 else 2
+    return f"{num_bytes:,.{num_digits}f} {_BYTE_NAMES[power]}"
 
 
 def duration_text(seconds: float) -> str:

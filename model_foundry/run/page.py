@@ -99,8 +99,8 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
         f'<tr><td data-label="Check"><span class="badge {"pass" if check["passed"] else "fail"}">'
         f"{'pass' if check['passed'] else 'FAIL'}</span> {escape(label(check['name']))}</td>"
         f'<td data-label="Value" class="num">{escape(check_value(check["value"], check["bound"]))}</td>'
-        f'<td data-label="Bound">{escape(check["bound"])}</td>'
-        f'<td data-label="Evidence">{escape(check["evidence"])}</td></tr>'
+        f'<td data-label="Bound">{_prose(check["bound"])}</td>'
+        f'<td data-label="Evidence">{_prose(check["evidence"])}</td></tr>'
         for check in checks
     )
     return _table(("Check", "Value", "Bound", "Evidence"), rows, kind="checks")
@@ -149,7 +149,7 @@ def _noise(evaluation: Mapping[str, Any]) -> str:
         f"{share_text(interval[1])}). Noise floor, the share that luck alone would improve: "
         f"{share_text(evaluation['noise_floor'])} ({parts}). Verdict: {evaluation['verdict']}."
     )
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{_prose(text)}</p>"
 
 
 def _case_group(title: str, meaning: str, cases: Sequence[Mapping[str, Any]], *, total: int) -> str:
@@ -285,6 +285,11 @@ def _section(title: str, *parts: str) -> str:
 def _table(columns: Sequence[str], rows: str, *, kind: str) -> str:
     head = "".join(f"<th scope=col>{column}</th>" for column in columns)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _prose(text: str) -> str:
+    """Escaped, and no line begins with a percent sign."""
+    return escape(text).replace(" %", "\u00a0%")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -6,12 +6,12 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5b6570; --paper: #fff; --panel: #f5f6f8; --rule: #dde1e6;
   --pass: #1a7f4b; --fail: #c0362c; --none: #6b7280; --pass-bg: #e6f4ec; --fail-bg: #fbeae8;
   --series-1: #2f6fde; --series-2: #d9730d; --series-3: #1a8f6a; --series-4: #8a4fd0; --series-5: #c23b78;
-  --series-6: #7a8491; }
+  --series-6: #7a8491; --series-7: #0e8ba0; --series-8: #a1702b; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ed; --soft: #9aa5b1; --paper: #14171b; --panel: #1d2127; --rule: #333a43;
     --pass: #4cc38a; --fail: #ff7b6f; --none: #9aa5b1; --pass-bg: #16301f; --fail-bg: #3a1d1a;
     --series-1: #6ea3ff; --series-2: #f5a04c; --series-3: #4cc38a; --series-4: #b58cf0; --series-5: #f07aaf;
-    --series-6: #9aa5b1; } }
+    --series-6: #9aa5b1; --series-7: #4cc5d8; --series-8: #d3a567; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }

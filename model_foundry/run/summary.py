@@ -55,8 +55,9 @@ def _evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     )
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
     lines = [f"{len(cases)} held-out questions: {counts}"]
+    width = max((len(label(name)) for name in before), default=0)
     lines += [
-        f"  {label(name):<10} {share_text(before[name]):>7} → {share_text(after[name])}"
+        f"  {label(name):<{width}} {share_text(before[name]):>7} → {share_text(after[name])}"
         for name in before
         if name in after
     ]

@@ -98,16 +98,25 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     """A verdict that changes from one run of the report to the next is none."""
     after = EXPECTED[:40] + RAMBLING[40:]
     assert compared(RAMBLING, after, seed=3).as_dict() == compared(RAMBLING, after, seed=3).as_dict()
-    assert compared(RAMBLING, after, seed=3).interval != compared(RAMBLING, EXPECTED[:39] + RAMBLING[39:]).interval
 
 
 def test_the_interval_is_about_as_wide_as_theory_says() -> None:
     """A bootstrap over the wrong axis, or over too few resamples, gives intervals of any width."""
     share = 40 / NUM
-    low, high = compared(RAMBLING, EXPECTED[:40] + RAMBLING[40:]).interval
+    result = compared(RAMBLING, EXPECTED[:40] + RAMBLING[40:])
     half_width = 1.96 * (share * (1 - share) / NUM) ** 0.5
-    assert low == pytest.approx(share - half_width, abs=0.03)
-    assert high == pytest.approx(share + half_width, abs=0.03)
+    for low, high in (result.interval, result.margin_interval):
+        assert low == pytest.approx(share - half_width, abs=0.03)
+        assert high == pytest.approx(share + half_width, abs=0.03)
+
+
+def test_all_of_a_few_is_not_all() -> None:
+    """Every resample of 3 improved answers out of 3 is 3 of 3: a bootstrap alone would be certain."""
+    few = compare(PROMPTS[:3], expected=EXPECTED[:3], before=RAMBLING[:3], after=EXPECTED[:3])
+    assert few.interval[0] < 0.5
+    assert few.interval[1] == 1.0
+    texts = {"expected": EXPECTED[:3], "before": RAMBLING[:3], "after": EXPECTED[:3], "repeats": [EXPECTED[:3]]}
+    assert compare(PROMPTS[:3], **texts).verdict == "unclear"
 
 
 def test_the_report_s_dict_is_plain_json() -> None:

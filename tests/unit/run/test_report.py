@@ -116,7 +116,7 @@ class Page(HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
     @property
     def names(self) -> set[str]:
@@ -142,7 +142,7 @@ def test_the_page_shows_what_the_run_measured(tmp_path: Path) -> None:
     for shown in (
         "Passed", "3 of 3 checks passed", "demo-20260101-120000", "0 % → 93 %", "2 min 05 s", "801 MiB",
         "97.1 %", "> 50 %", "Training loss 3.1 → 0.09", "Old Winifred bell.", "On Mondays.", "longer than 128 tokens",
-        "19,571", "off by -7 %", "foundry verify run runs/demo", "Imaginary 9000", "24 GiB", "resumed once",
+        "19,571", "off by -7 %", "foundry verify run runs/demo", "Imaginary 9000", "24.0 GiB", "resumed once",
         "28 improved, 1 same, 1 worse", "Noise floor", "1871",
     ):  # fmt: skip
         assert shown in text, shown
