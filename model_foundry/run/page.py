@@ -203,7 +203,7 @@ def _training(records: Sequence[Mapping[str, Any]], training: Mapping[str, Any])
     charts = [
         line_chart(losses, title="Loss", x_label="step", y_label="nats a token", is_log=_spans_decades(loss)),
         _curve(steps, "learning_rate", title="Learning rate", y_label="learning rate"),
-        _curve(steps, "grad_norm", title="Gradient norm", y_label="L2 norm before clipping"),
+        _curve(steps, "grad_norm", title="Gradient norm before clipping", y_label="L2 norm"),
     ]
     skipped = [record for record in steps if record.get("skipped")]
     note = f"<p>{len(skipped)} steps were skipped: their gradients were not finite.</p>" if skipped else ""
