@@ -98,7 +98,9 @@ def write_with_transformers(folder: Path, kind: str, *, seed: int = 0, **changes
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_draw(name, tuple(parameter.shape), generator))
+            drawn = _draw(name, tuple(parameter.shape), generator)
+            # Gemma's norms multiply by one more than their weight.
+            parameter.copy_(drawn - 1 if kind == "gemma" and drawn.ndim == 1 else drawn)
     model.save_pretrained(folder)
     return write_tokenizer(folder)
 
@@ -124,7 +126,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
         return 0.3 * noise if name.endswith("bias") else 1.0 + 0.3 * noise
     if "embed" in name or "wte" in name or "wpe" in name:
         return noise * 0.5
-    return noise * (1.5 / math.sqrt(shape[-1]))
+    return noise / math.sqrt(shape[-1])
 
 
 def random_rows(lengths: Sequence[int], *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[torch.Tensor]:

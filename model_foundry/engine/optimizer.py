@@ -39,7 +39,8 @@ class FlatAdamW:
                 parameter.grad = self.grad[place:end].view(parameter.shape)
                 parameter.requires_grad_(True)
                 place = end
-        self._groups = [part for part in (slice(0, self.num_decayed), slice(self.num_decayed, place)) if part.stop > part.start]
+        groups = (slice(0, self.num_decayed), slice(self.num_decayed, place))
+        self._groups = [part for part in groups if part.stop > part.start]
         self.exp_avg = torch.zeros_like(self.flat)
         self.exp_avg_sq = torch.zeros_like(self.flat)
 
@@ -73,9 +74,10 @@ class FlatAdamW:
             place = end
         return out
 
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor], step: int, *, where: str) -> None:
-        """Copy moments in; all or nothing.
+    def fitting_state(
+        self, tensors: Mapping[str, torch.Tensor], *, where: str
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of (moment, stored value); nothing is changed.
 
         Raises:
             ArchitectureMismatchError: names or shapes differ.
@@ -83,9 +85,19 @@ class FlatAdamW:
         mine = self.state_tensors()
         wrong = sorted(mine.keys() ^ tensors.keys()) or [n for n in mine if mine[n].shape != tensors[n].shape]
         if wrong:
-            raise ArchitectureMismatchError(f"the optimizer state does not fit this model, {wrong[0]} first", where=where)
-        for name, value in mine.items():
-            value.copy_(tensors[name])
+            what = f"the optimizer state does not fit this model, {wrong[0]} first"
+            raise ArchitectureMismatchError(what, where=where)
+        return [(value, tensors[name]) for name, value in mine.items()]
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor], step: int, *, where: str) -> None:
+        """Copy moments in; all or nothing.
+
+        Raises:
+            ArchitectureMismatchError: names or shapes differ.
+        """
+        for mine, stored in self.fitting_state(tensors, where=where):
+            mine.copy_(stored)
         self.step = step
 
     def reset(self) -> None:

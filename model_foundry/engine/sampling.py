@@ -37,8 +37,7 @@ def stream_tokens(
         chosen = _choose(logits, params, active, position)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
         tokens = chosen.tolist()
-        for row, token, logprob in zip(active, tokens, logprobs.tolist(), strict=True):
-            yield row, token, logprob
+        yield from zip(active, tokens, logprobs.tolist(), strict=True)
         going = [place for place, token in enumerate(tokens) if token not in params.stop_token_ids]
         if not going or position + 1 == params.max_tokens:
             return

@@ -21,26 +21,16 @@ from model_foundry.types import LoraConfig
 PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
-# What each of PEFT's options must be for the adapter to mean what we compute; all else is a matter of training only.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False, True),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "lora_bias": (False, None),
-    "megatron_config": (None,),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "eva_config": (None,),
-    "corda_config": (None,),
-    "loftq_config": (None, {}),
-}
+# Options of PEFT that we read, and those that say how an adapter was made or kept but not what it computes. Any other
+# one must be off: an option that we have never heard of may change the result as well.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"}
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# The other ways to start (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights; PEFT does so again on loading.
+_STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adapter_tensors(linears: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
@@ -113,18 +103,33 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     where = str(folder / CONFIG_NAME)
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise ModelError(f"peft_type is {config.get('peft_type')!r}; only LORA adapters are loaded", where=where)
-    for key, allowed in _NEUTRAL.items():
-        if key in config and config[key] not in allowed:
-            raise ModelError(f"{key} is {config[key]!r}, which is not supported here", where=where)
+    _refuse_other_options(config, where)
     targets = config.get("target_modules")
+    if not (targets and (isinstance(targets, str) or all(isinstance(target, str) for target in targets))):
+        raise ModelError(f"target_modules is {targets!r}; it must name layers", where=where)
+    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha", 8)}
+    numbers["lora_dropout"] = config.get("lora_dropout") or 0.0
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (key == "r" and value < 1):
+            raise ModelError(f"{key} is {value!r}, which is not a possible value", where=where)
     return LoraConfig(
-        r=int(config["r"]),
-        lora_alpha=float(config.get("lora_alpha", 8)),
-        lora_dropout=float(config.get("lora_dropout", 0.0)),
-        target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
+        r=int(numbers["r"]),
+        lora_alpha=float(numbers["lora_alpha"]),
+        lora_dropout=float(numbers["lora_dropout"]),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
     )
+
+
+def _refuse_other_options(config: Mapping[str, Any], where: str) -> None:
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS_THAT_KEEP_THE_BASE:
+        hint = "Save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain adapter of it."
+        raise ModelError(f"init_lora_weights is {start!r}, which changed the base weights", where=where, hint=hint)
+    for key in sorted(config.keys() - _READ - _HARMLESS - {"init_lora_weights"}):
+        if config[key] and not (key == "bias" and config[key] == "none"):
+            raise ModelError(f"{key} is {config[key]!r}, which is not supported here", where=where)
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,12 +144,13 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"cannot be read ({error})", where=str(path)) from error
 
 
-@torch.no_grad()
-def load_adapter_tensors(linears: Mapping[str, Linear], tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
-    """Copy adapter values into layers that are adapted already; all or nothing.
+def fitting_adapter(
+    linears: Mapping[str, Linear], tensors: Mapping[str, torch.Tensor], *, where: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of (adapter tensor of the layers, stored value); nothing is changed.
 
     Raises:
-        ArchitectureMismatchError: names or shapes differ; the layers are as they were.
+        ArchitectureMismatchError: names or shapes differ.
     """
     mine = adapter_tensors(linears)
     missing, extra = sorted(mine.keys() - tensors.keys()), sorted(tensors.keys() - mine.keys())
@@ -155,5 +161,15 @@ def load_adapter_tensors(linears: Mapping[str, Linear], tensors: Mapping[str, to
         if value.shape != tensors[name].shape:
             found, wanted = tuple(tensors[name].shape), tuple(value.shape)
             raise ArchitectureMismatchError(f"{name} has shape {found}, the model needs {wanted}", where=where)
-    for name, value in mine.items():
-        value.copy_(tensors[name])
+    return [(value, tensors[name]) for name, value in mine.items()]
+
+
+@torch.no_grad()
+def load_adapter_tensors(linears: Mapping[str, Linear], tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+    """Copy adapter values into layers that are adapted already; all or nothing.
+
+    Raises:
+        ArchitectureMismatchError: names or shapes differ; the layers are as they were.
+    """
+    for mine, stored in fitting_adapter(linears, tensors, where=where):
+        mine.copy_(stored)

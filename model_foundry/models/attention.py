@@ -235,8 +235,8 @@ def attend_packed(
         return PackedAttention.apply(q, k, v, rope, rows, window)  # pyright: ignore[reportReturnType]
     cos_q, sin_q, cos_k, sin_k = rope
     q, k = _rotate_autograd(q, cos_q, sin_q), _rotate_autograd(k, cos_k, sin_k)
-    parts = [x.split(list(rows.lengths)) for x in (q, k, v)]
-    return torch.cat([_sdpa(*row, window) for row in zip(*parts, strict=True)])
+    parts = zip(*(x.split(list(rows.lengths)) for x in (q, k, v)), strict=True)
+    return torch.cat([_sdpa(row_q, row_k, row_v, window) for row_q, row_k, row_v in parts])
 
 
 def _rotate_autograd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

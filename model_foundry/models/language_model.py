@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from model_foundry.errors import ModelError
+from model_foundry.errors import ArchitectureMismatchError, ModelError
 from model_foundry.models.attention import PackedRows
 from model_foundry.models.config import ModelConfig, native_obstacle
 from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, prefill
@@ -64,6 +64,19 @@ class LanguageModel(nn.Module):
         """Base weights by Hugging Face name."""
         raise NotImplementedError
 
+    def fitting_weights(self, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of (base weight, value stored in a Hugging Face folder); nothing is changed.
+
+        Raises:
+            ModelError: the folder cannot be read.
+            ArchitectureMismatchError: names or shapes differ.
+        """
+        raise NotImplementedError
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Activations in this type, even where the weights are kept in float32 to be trained."""
+        raise NotImplementedError
+
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Every base weight, for full fine-tuning; tied ones once."""
         return {name: p for name, p in self.named_parameters() if ".lora_" not in name}
@@ -95,6 +108,12 @@ class NativeModel(LanguageModel):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.decoder.weights()
 
+    def fitting_weights(self, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return _pairs(dict(self.weights()), dict(read_tensors(folder)), folder)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        self.decoder.compute_dtype = dtype
+
     def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
         return _NativeDecoding(self.decoder, num_sequences, capacity)
 
@@ -124,7 +143,7 @@ class ForeignModel(LanguageModel):
     def __init__(self, wrapped: TransformersModel, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.wrapped = wrapped
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.weights_dtype = compute_dtype, wrapped.model.dtype
         self.vocab_size = wrapped.vocab_size
         limit = getattr(wrapped.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_position_embeddings = int(limit) if limit else None
@@ -144,7 +163,9 @@ class ForeignModel(LanguageModel):
 
     def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         device = next(self.parameters()).device.type
-        with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype == torch.bfloat16):
+        # Only float32 weights being trained need it: a frozen model is in the compute type already.
+        mixed = self.compute_dtype != self.weights_dtype
+        with torch.autocast(device, self.compute_dtype, enabled=mixed):
             return torch.cat(self.wrapped.logits(list(rows)))
 
     @property
@@ -156,6 +177,15 @@ class ForeignModel(LanguageModel):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, tensor) for name, tensor in self.wrapped.tensors() if ".lora_" not in name)
+
+    def fitting_weights(self, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        # A folder may name and cut weights otherwise than the model does (experts): only transformers knows how.
+        stored = load_transformers_model(folder, self.weights_dtype, "cpu")
+        theirs = {f"wrapped.{name}": p.detach() for name, p in stored.named_parameters()}
+        return _pairs({name: p.detach() for name, p in self.base_parameters().items()}, theirs, folder)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        self.compute_dtype = dtype
 
     def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
         return _ForeignDecoding(self)
@@ -185,6 +215,15 @@ class _ForeignDecoding:
         self.caches = [self.caches[row] for row in rows.tolist()]
 
 
+def _pairs(
+    mine: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], folder: Path
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    wrong = sorted(mine.keys() ^ stored.keys()) or [name for name in mine if mine[name].shape != stored[name].shape]
+    if wrong:
+        raise ArchitectureMismatchError(f"the weights do not fit this model, {wrong[0]} first", where=str(folder))
+    return [(value, stored[name]) for name, value in mine.items()]
+
+
 def load_language_model(
     folder: Path,
     *,
@@ -211,6 +250,6 @@ def load_language_model(
             wrapped.enable_gradient_checkpointing()
         return ForeignModel(wrapped, dtype)
     shape = ModelConfig.from_hf(config, where=str(folder / "config.json"))
-    decoder = Decoder(shape, dict(read_tensors(folder)), dtype=dtype, device=device, where=str(folder))
+    decoder = Decoder(shape, read_tensors(folder), dtype=dtype, device=device, where=str(folder))
     decoder.gradient_checkpointing = gradient_checkpointing
     return NativeModel(decoder)

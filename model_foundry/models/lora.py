@@ -1,8 +1,8 @@
 """Linear layers with a low-rank adapter beside a frozen weight: y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
 
-LoRA (Hu et al. 2021), rank-stabilised scaling (Kalajdzievski 2023), DoRA (Liu et al. 2024), by PEFT's names. Layers that
-read the same input share one product with all their A's. No gradient work is done for a frozen weight, and adapters are
-float32 whatever the compute type. Randomness is counted (seed, step, row), never drawn from hidden state.
+LoRA (Hu et al. 2021), rank-stabilised scaling (Kalajdzievski 2023), DoRA (Liu et al. 2024), by PEFT's names. Layers
+that read the same input share one product with all their A's. No gradient work is done for a frozen weight, and
+adapters are float32 whatever the compute type. Randomness is counted (seed, step, row), never drawn from hidden state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model_foundry.types import LoraConfig
 
 @dataclass(slots=True)
 class DropoutCounter:
-    """Which row of which step stands where in the packed batch, so that a dropout mask is a function of the row alone."""
+    """Which row of which step stands where in a batch, so that a dropout mask is a function of the row alone."""
 
     seed: int = 0
     step: int = 0
@@ -160,13 +160,17 @@ def _composed(x: torch.Tensor, layer: Linear) -> torch.Tensor:
 
 def _drop(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     """Inverted dropout whose mask depends on (seed, step, row, layer), not on how the batch was packed or split."""
-    counter = layer.counter
-    if counter is None or sum(tokens for _, tokens in counter.rows) != x.numel() // x.shape[-1]:
+    counter, width = layer.counter, x.shape[-1]
+    lengths = [] if counter is None else [tokens for _, tokens in counter.rows]
+    num_places, longest = x.numel() // width, max(lengths, default=0)
+    if counter is None or num_places not in (sum(lengths), longest * len(lengths)):
         raise ModelError("dropout was asked for on a batch whose rows are not known", hint="Set lora.lora_dropout=0.")
-    masks = [
-        torch.rand(tokens, x.shape[-1], generator=generator(counter.seed, counter.step, row, layer.salt))
-        for row, tokens in counter.rows
-    ]
+    padded = num_places != sum(lengths)
+    masks = []
+    for row, tokens in counter.rows:
+        masks.append(torch.rand(tokens, width, generator=generator(counter.seed, counter.step, row, layer.salt)))
+        if padded:
+            masks.append(torch.ones(longest - tokens, width))
     keep = torch.cat(masks).to(x.device) >= layer.dropout
     return x * (keep.view(x.shape).to(x.dtype) / (1.0 - layer.dropout))
 
@@ -181,18 +185,22 @@ def generator(seed: int, *parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little"))
 
 
-def select_targets(names: Iterable[str], target_modules: str | Sequence[str]) -> list[str]:
+def select_targets(
+    names: Iterable[str], target_modules: str | Sequence[str], *, every_target: bool = True
+) -> list[str]:
     """The linear layers that `target_modules` names, by PEFT's rules.
 
     Args:
         names: full names of the linear layers that can be adapted.
         target_modules: `all-linear`, a regular expression over the full name, or name endings.
+        every_target: each name ending must match a layer. PEFT asks only that one of them does, so a stored adapter
+            may name more.
 
     Raises:
         ModelError: a name that matches nothing; the choices are listed.
     """
     names = list(names)
-    if target_modules == "all-linear":
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         return names
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     hint = f"Name some of {', '.join(endings)}, or use all-linear."
@@ -207,17 +215,20 @@ def select_targets(names: Iterable[str], target_modules: str | Sequence[str]) ->
     chosen_set: set[str] = set()
     for target in target_modules:
         found = {name for name in names if name == target or name.endswith("." + target)}
-        if not found:
+        if not found and every_target:
             raise ModelError(f"{target!r} matches no linear layer", where="lora.target_modules", hint=hint)
         chosen_set |= found
+    if not chosen_set:
+        what = f"{', '.join(map(repr, target_modules)) or 'an empty list'} matches no linear layer"
+        raise ModelError(what, where="lora.target_modules", hint=hint)
     return [name for name in names if name in chosen_set]
 
 
 def adapt(
-    layers: Mapping[str, Linear], lora: LoraConfig, *, seed: int, counter: DropoutCounter
+    layers: Mapping[str, Linear], lora: LoraConfig, *, seed: int, counter: DropoutCounter, every_target: bool = True
 ) -> dict[str, Linear]:
     """Put a fresh adapter on every layer that `lora.target_modules` names; returns those layers by name."""
-    chosen = select_targets(layers, lora.target_modules)
+    chosen = select_targets(layers, lora.target_modules, every_target=every_target)
     for name in chosen:
         layers[name].adapt(lora, name=name, seed=seed, counter=counter)
     return {name: layers[name] for name in chosen}

@@ -30,7 +30,8 @@ def native(folder: Path) -> NativeModel:
 
 
 def theirs(folder: Path) -> Any:
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, loading = loaded
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 

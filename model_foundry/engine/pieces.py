@@ -1,0 +1,242 @@
+"""A batch through a model in pieces: rows packed, one pass a piece, done again in smaller pieces where memory ran out.
+
+It knows models and losses. It knows nothing of model ids, optimizer steps or files.
+
+Shapes: T tokens of a row, N tokens of a piece, M of them with a loss due, D width.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from model_foundry.engine.base import LogprobScope
+from model_foundry.engine.losses import Loss, head_pass
+from model_foundry.engine.optimizer import FlatAdamW
+from model_foundry.engine.platform import is_out_of_memory
+from model_foundry.errors import EngineError, OutOfMemoryError
+from model_foundry.models.language_model import LanguageModel
+from model_foundry.models.lora import DropoutCounter
+from model_foundry.types import Datum, ForwardBackwardOutput
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Passes:
+    """Runs batches through one model, and remembers those whose gradients are pending, to be able to do them again.
+
+    Attributes:
+        planned_piece_tokens: pieces of at most this many tokens, by configuration.
+        max_piece_tokens: the same, learnt where memory ran out.
+        pending: batches since the last step.
+        torn: a pass was broken off half-way (Ctrl-C), so the gradients are not those of `pending`.
+    """
+
+    model: LanguageModel
+    counter: DropoutCounter
+    device: torch.device
+    optimizer: FlatAdamW | None
+    planned_piece_tokens: int | None = None
+    max_piece_tokens: int | None = None
+    pending: list[tuple[tuple[Datum, ...], Loss]] = field(default_factory=list)
+    torn: bool = False
+    _piece_lengths: tuple[int, ...] = ()
+
+    def forward(self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope) -> ForwardBackwardOutput:
+        """The loss alone, without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self._until_it_fits(lambda _: self._in_pieces(data, loss, scope=scope, backward=False))
+        finally:
+            self.model.train(was_training)
+
+    def forward_backward(self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope) -> ForwardBackwardOutput:
+        """Add the gradients of a batch to what is pending, or raise with the gradients as they were."""
+        self.mend()
+
+        def attempt(again: bool) -> ForwardBackwardOutput:
+            if again:
+                self._replay()
+            return self._in_pieces(data, loss, scope=scope, backward=True)
+
+        learnt = self.max_piece_tokens
+        self.torn = True
+        try:
+            output = self._until_it_fits(attempt)
+        except Exception:
+            self.max_piece_tokens = learnt
+            self.mend()
+            raise
+        self.pending.append((tuple(data), loss))
+        self.torn = False
+        return output
+
+    def mend(self) -> None:
+        """Bring the gradients back to those of `pending`, where a pass broke off.
+
+        Raises:
+            OutOfMemoryError: memory ran out over that as well; nothing is pending any more.
+        """
+        if not self.torn:
+            return
+        try:
+            self._until_it_fits(lambda _: self._replay())
+        except OutOfMemoryError as error:
+            num_batches = len(self.pending)
+            self.clear()
+            what = f"{error.what}, and again over the {num_batches} batches before it, whose gradients are lost"
+            raise OutOfMemoryError(what, hint=error.hint) from error
+        self.torn = False
+
+    def clear(self) -> None:
+        """Nothing is pending."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        self.pending.clear()
+        self.torn = False
+
+    def _replay(self) -> None:
+        """The gradients of `pending`, computed again from nothing."""
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        pending, self.pending = self.pending, []
+        try:
+            for batch, loss in pending:
+                self._in_pieces(batch, loss, scope="due", backward=True)
+                self.pending.append((batch, loss))
+        finally:
+            self.pending = pending
+
+    def _until_it_fits(self, attempt: Callable[[bool], T]) -> T:
+        """`attempt(again)`, with `max_piece_tokens` halved each time memory runs out.
+
+        Raises:
+            OutOfMemoryError: on a piece that is a single row.
+        """
+        again = False
+        while True:
+            try:
+                return attempt(again)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Only here are the tensors of the failed pass gone: inside the handler its traceback still holds them.
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            num_tokens = sum(self._piece_lengths)
+            if len(self._piece_lengths) < 2:
+                raise OutOfMemoryError(
+                    f"memory ran out on a single row of {num_tokens} tokens",
+                    hint="Lower data.max_length, set training.gradient_checkpointing=true, or use a smaller model.",
+                )
+            self.max_piece_tokens = num_tokens // 2
+            again = True
+
+    def _in_pieces(
+        self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
+    ) -> ForwardBackwardOutput:
+        total, logprobs = 0.0, {}
+        first_row = sum(len(batch) for batch, _ in self.pending)
+        limit = min((n for n in (self.planned_piece_tokens, self.max_piece_tokens) if n), default=None)
+        pieces = split_by_tokens([datum.num_tokens for datum in data], limit)
+        for piece in pieces:
+            self.counter.rows = tuple((first_row + row, data[row].num_tokens) for row in piece)
+            self._piece_lengths = tuple(data[row].num_tokens for row in piece)
+            result = self._piece([data[row] for row in piece], loss, scope=scope, backward=backward)
+            total += result[0]
+            logprobs.update(zip(piece, result[1], strict=True))
+        return ForwardBackwardOutput(total, tuple(logprobs[row] for row in range(len(data))), len(pieces))
+
+    def _piece(
+        self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
+    ) -> tuple[float, list[np.ndarray]]:
+        """One packed pass: loss and log-probabilities by row."""
+        rows = [torch.from_numpy(datum.tokens.astype(np.int64)).to(self.device) for datum in data]
+        inputs = {
+            name: torch.from_numpy(np.concatenate([datum.loss_inputs[name] for datum in data])).to(self.device)
+            for name in loss.inputs
+        }
+        inputs["target_tokens"] = inputs["target_tokens"].long()
+        due = inputs[loss.due] != 0
+        wanted = torch.ones_like(due) if scope == "all" else due
+        hidden = self.model.hidden(rows)
+        flat = hidden.detach()
+        chosen = None if bool(wanted.all()) else wanted.nonzero()[:, 0]
+        part = flat if chosen is None else flat[chosen]
+        picked = inputs if chosen is None else {name: value[chosen] for name, value in inputs.items()}
+        result = head_pass(part, self.model.head, loss, picked, backward=backward)
+        if backward and result.d_hidden is not None:
+            gradient = result.d_hidden
+            if chosen is not None:
+                gradient = torch.zeros_like(flat)
+                gradient[chosen] = result.d_hidden
+            hidden.backward(gradient)
+        logprobs = np.full(flat.shape[0], np.nan, dtype=np.float32)
+        logprobs[wanted.cpu().numpy()] = result.logprobs.cpu().numpy()
+        ends = np.cumsum([datum.num_tokens for datum in data])[:-1]
+        return result.loss, np.split(logprobs, ends)
+
+
+def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Rows in order, in pieces of at most `limit` tokens; a longer row stands alone."""
+    pieces: list[list[int]] = [[]]
+    size = 0
+    for row, length in enumerate(lengths):
+        if limit is not None and pieces[-1] and size + length > limit:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(row)
+        size += length
+    return pieces
+
+
+def check_batch(data: Sequence[Datum], model: LanguageModel, loss: Loss) -> None:
+    """Refuse what would fail half-way, or mean something else.
+
+    Raises:
+        EngineError: no rows, an input missing or of another length, too many tokens, or one outside the vocabulary.
+    """
+    if not data:
+        raise EngineError("a batch without rows")
+    for number, datum in enumerate(data):
+        what = _wrong_shapes(datum, loss) or _wrong_tokens(datum, model.vocab_size)
+        if what is not None:
+            raise EngineError(what, where=f"row {number}")
+        limit = model.max_position_embeddings
+        if limit is not None and datum.num_tokens > limit:
+            raise EngineError(
+                f"{datum.num_tokens} tokens exceed the model's context of {limit}",
+                where=f"row {number}",
+                hint="Lower data.max_length.",
+            )
+
+
+def _wrong_shapes(datum: Datum, loss: Loss) -> str | None:
+    missing = [name for name in loss.inputs if name not in datum.loss_inputs]
+    if missing:
+        return f"it lacks {missing[0]}"
+    if datum.tokens.ndim != 1 or datum.num_tokens == 0:
+        return f"its tokens have shape {datum.tokens.shape}"
+    for name in loss.inputs:
+        if (shape := np.shape(datum.loss_inputs[name])) != datum.tokens.shape:
+            return f"it has {datum.num_tokens} tokens and {name} of shape {shape}"
+    return None
+
+
+def _wrong_tokens(datum: Datum, vocab_size: int) -> str | None:
+    for name, ids in {"tokens": datum.tokens, "target_tokens": datum.loss_inputs["target_tokens"]}.items():
+        if not np.issubdtype(ids.dtype, np.integer):
+            return f"{name} are {ids.dtype} instead of integers"
+        for token in (int(ids.min()), int(ids.max())):
+            if not 0 <= token < vocab_size:
+                return f"token {token} in {name} is not in the vocabulary of {vocab_size}"
+    return None

@@ -1,0 +1,85 @@
+"""What the torch engine writes and reads: weights by layout, optimizer moments, and the facts a continuation needs.
+
+Reading is in two steps, so that nothing is changed until everything fits. It knows nothing of batches or model ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_foundry.checkpoint.tensors import read_tensors
+from model_foundry.errors import ArchitectureMismatchError, CheckpointError
+from model_foundry.models.adapter import read_adapter_config
+from model_foundry.models.folder import fill_model_folder, read_config
+from model_foundry.models.lora import Linear, select_targets
+from model_foundry.types import LoraConfig
+
+STATE_FORMAT = 1
+_FACTS = {"optimizer_step": int, "counter_step": int, "seed": int}
+
+
+def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Moments and facts of a checkpoint's `state/`.
+
+    Raises:
+        CheckpointError: there is none, or it belongs to another kind of engine.
+    """
+    path = folder / "state" / "engine.json"
+    try:
+        facts = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        hint = "Load the weights alone; the optimizer then starts afresh."
+        raise CheckpointError(f"holds no optimizer state ({error})", where=str(folder), hint=hint) from error
+    if not isinstance(facts, dict) or (facts.get("engine"), facts.get("format")) != ("torch", STATE_FORMAT):
+        found = facts if not isinstance(facts, dict) else f"{facts.get('engine')!r}, format {facts.get('format')}"
+        raise CheckpointError(
+            f"the optimizer state was written by the engine {found}",
+            where=str(folder),
+            hint="Load the weights alone, or use the engine that wrote it.",
+        )
+    for key, kind in _FACTS.items():
+        if not isinstance(facts.get(key), kind):
+            raise CheckpointError(f"{key} is {facts.get(key)!r}", where=str(path))
+    return read_tensors(folder / "state" / "optimizer.safetensors"), facts
+
+
+def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, Linear]) -> LoraConfig:
+    """The stored adapter's shape, with the dropout asked for; what the two say about the function must agree.
+
+    Raises:
+        ModelError: the adapter's configuration cannot be used.
+        ArchitectureMismatchError: it is another function than the one asked for.
+    """
+    stored = read_adapter_config(adapter)
+    if asked is None:
+        return stored
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if getattr(stored, key) != getattr(asked, key):
+            raise ArchitectureMismatchError(
+                f"the adapter has {key}={getattr(stored, key)}; {getattr(asked, key)} was asked for", where=str(adapter)
+            )
+    layers = select_targets(linears, stored.target_modules, every_target=False)
+    wanted = select_targets(linears, asked.target_modules)
+    if differing := sorted(set(layers) ^ set(wanted)):
+        which = "adapts" if differing[0] in layers else "leaves out"
+        raise ArchitectureMismatchError(
+            f"the adapter {which} {differing[0]}, other than the target_modules asked for", where=str(adapter)
+        )
+    return replace(stored, lora_dropout=asked.lora_dropout)
+
+
+def write_full_weights(folder: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A Hugging Face folder into an existing empty one: the base's configuration and tokenizer, these weights.
+
+    `config.json` names the type that the weights have, for transformers loads them in the type that it names.
+    """
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    config = read_config(base) | {"dtype": dtype, "torch_dtype": dtype}
+    fill_model_folder(folder, config, tensors.items(), tokenizer_from=base)
