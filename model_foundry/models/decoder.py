@@ -70,8 +70,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """float32 [.., 1]."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    """[.., 1], float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
