@@ -40,7 +40,7 @@ class Engine(Protocol):
     def create_model(
         self, base: Path, *, lora: LoraConfig | None, seed: int = 0, adapter: Path | None = None, trainable: bool = True
     ) -> str:
-        """Load a Hugging Face folder, with a fresh adapter (`lora`) or a stored one (`adapter`). Returns the model's id."""
+        """Load a Hugging Face folder; `lora`: a fresh adapter, `adapter`: a stored one. Returns the model's id."""
         ...
 
     def forward(

@@ -49,7 +49,13 @@ class HeadResult:
 
 @torch.no_grad()
 def head_pass(
-    hidden: torch.Tensor, head: torch.Tensor | None, loss: Loss, inputs: Inputs, *, backward: bool
+    hidden: torch.Tensor,
+    head: torch.Tensor | None,
+    loss: Loss,
+    inputs: Inputs,
+    *,
+    backward: bool,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> HeadResult:
     """Loss, log-probabilities and gradient of the tokens where a loss is due.
 
@@ -57,32 +63,30 @@ def head_pass(
         hidden: [M, D] before the head; without a head, logits [M, V].
         head: [V, D]. When it is trained, its gradient is added to `head.grad` (float32).
         inputs: the loss's inputs, each [M].
+        chunk_logits: how many logits exist at once.
     """
     num_tokens = hidden.shape[0]
     weight = None if head is None else head.detach().to(hidden.dtype)
     vocab_size = hidden.shape[1] if weight is None else weight.shape[0]
-    step = max(1, CHUNK_LOGITS // vocab_size)
+    step = max(1, chunk_logits // vocab_size)
     d_hidden = torch.empty_like(hidden) if backward else None
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
     total = 0.0
     for first in range(0, num_tokens, step):
         part = slice(first, min(first + step, num_tokens))
         chunk = {name: value[part] for name, value in inputs.items()}
-        logits = hidden[part].clone() if weight is None else functional.linear(hidden[part], weight)
+        logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
         targets = chunk["target_tokens"][:, None]
-        picked = logits.gather(1, targets).float()
-        top = logits.amax(1, keepdim=True).float()
-        probabilities = torch.softmax(logits, dim=1)
-        chosen = probabilities.gather(1, targets).float()
-        # log p from the normaliser where p is too small for a float.
-        logp = torch.where(chosen > 1e-30, chosen.log(), picked - _log_normaliser(logits, top, chosen))[:, 0]
+        # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
+        probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        logp = _log(probabilities.gather(1, targets), logits, targets)[:, 0]
         logprobs[part] = logp
         slope, value = _slope(loss, logp, chunk)
         total += float(value.double().sum())
         if d_hidden is None:
             continue
-        d_logits = probabilities.mul_(-slope.to(probabilities.dtype)[:, None])
-        d_logits.scatter_add_(1, targets, slope.to(probabilities.dtype)[:, None])
+        slope = slope.to(probabilities.dtype)[:, None]
+        d_logits = probabilities.mul_(-slope).scatter_add_(1, targets, slope).to(hidden.dtype)
         if weight is None or head is None:
             d_hidden[part] = d_logits
             continue
@@ -93,11 +97,13 @@ def head_pass(
     return HeadResult(total, logprobs, d_hidden)
 
 
-def _log_normaliser(logits: torch.Tensor, top: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """log Σ exp, float32 [M, 1]; only computed where some token needs it."""
-    if bool((chosen > 1e-30).all()):
-        return top
-    return torch.logsumexp(logits.float(), dim=1, keepdim=True)
+def _log(chosen: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log of the targets' probabilities [M, 1]; from the normaliser where they are too small for a float."""
+    tiny = chosen < 1e-30
+    if not bool(tiny.any()):
+        return chosen.log()
+    wide = logits.to(chosen.dtype)
+    return torch.where(tiny, wide.gather(1, targets) - torch.logsumexp(wide, dim=1, keepdim=True), chosen.log())
 
 
 def _slope(loss: Loss, logprobs: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

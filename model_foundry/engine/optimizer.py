@@ -50,7 +50,7 @@ class FlatAdamW:
     @torch.no_grad()
     def apply(self, params: AdamParams) -> OptimStepOutput:
         """One step; the gradients are cleared. Not finite: nothing changes but that, and it says so."""
-        norm = float(torch.linalg.vector_norm(self.grad, dtype=torch.float64 if self.grad.is_cpu else torch.float32))
+        norm = _norm(self.grad)
         if not math.isfinite(norm):
             self.zero_grad()
             return OptimStepOutput(grad_norm=norm, skipped=True, step=self.step)
@@ -105,6 +105,14 @@ class FlatAdamW:
         self.exp_avg.zero_()
         self.exp_avg_sq.zero_()
         self.step = 0
+
+
+def _norm(values: torch.Tensor) -> float:
+    """L2 norm. In float64 on a CPU, part by part, for torch copies what it widens: large gradients must not overflow."""
+    if not values.is_cpu:
+        return float(torch.linalg.vector_norm(values))
+    parts = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in values.split(2**20))
+    return math.sqrt(sum(float(part) ** 2 for part in parts))
 
 
 def _adamw(state: FlatAdamW, part: slice, params: AdamParams, weight_decay: float) -> None:

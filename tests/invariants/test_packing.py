@@ -202,22 +202,22 @@ def test_packed_attention_equals_plain_autograd(
 ) -> None:
     torch.manual_seed(0)
     num_tokens, width = sum(lengths), 6
-    inputs: Any = [
+    q, k, v = (
         torch.randn(num_tokens, count, width, dtype=torch.float64, requires_grad=True)
-        for count in (heads[0], *[heads[1]] * 2)
-    ]
+        for count in (heads[0], heads[1], heads[1])
+    )
     angles = torch.randn(num_tokens, 1, width // 2, dtype=torch.float64)
     rope = (angles.cos() * 0.4, angles.sin() * 0.4, angles.cos(), angles.sin())
     grad = torch.randn(num_tokens, heads[0], width, dtype=torch.float64)
-    want = plain_attention(*inputs, rope, lengths, window)
-    want_grads = torch.autograd.grad(want, inputs, grad)
-    got = attend_packed(*inputs, rope, PackedRows.of(lengths), window)
+    want = plain_attention(q, k, v, rope, lengths, window)
+    want_grads = torch.autograd.grad(want, (q, k, v), grad)
+    got = attend_packed(q, k, v, rope, PackedRows.of(lengths), window)
     assert_same(got, want, bound=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(got, inputs, grad), want_grads, strict=True):
+    for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), grad), want_grads, strict=True):
         assert float((mine - theirs).abs().max()) < 1e-11
 
 
-def test_a_finished_or_broken_pass_leaves_no_mask_of_another_window() -> None:
+def test_layers_of_different_windows_share_a_pass_and_not_a_mask() -> None:
     """Masks are shared by all layers of a pass, and layers may have different windows."""
     rows, torch_rng = PackedRows.of((300,)), torch.Generator().manual_seed(0)
     q = torch.randn(300, 2, 4, dtype=torch.float64, generator=torch_rng)
