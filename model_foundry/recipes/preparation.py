@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from model_foundry.checkpoint.manifest import hash_file
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.batches import BatchPlan
 from model_foundry.data.rows import read_rows
@@ -168,7 +170,7 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     return Prepared(
         config=config,
         source=source,
-        model_fingerprint=fingerprint(source.folder),
+        model_fingerprint=source_fingerprint(source),
         renderer=renderer,
         now=now,
         train=train,
@@ -180,6 +182,16 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         learning_rate=_learning_rate(config, total_steps),
         data_formats=formats,
     )
+
+
+def source_fingerprint(source: ModelSource) -> str:
+    """sha256 over the weights a run starts from, an adapter's included."""
+    base = fingerprint(source.folder)
+    if source.adapter is None:
+        return base
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    adapter = "".join(f" {hash_file(source.adapter / name).sha256}" for name in names)
+    return sha256((base + adapter).encode()).hexdigest()
 
 
 def count_steps(config: TrainConfig, batches_per_epoch: int) -> tuple[int, int]:

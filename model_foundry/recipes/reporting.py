@@ -122,12 +122,14 @@ def make_report(
             "renderer": prepared.renderer.name,
         },
         machine=facts["receipt"]["machine"],
-        notes=_notes(facts, session),
+        notes=_notes(facts, session, num_skipped=sum(record["skipped"] for record in steps)),
     )
 
 
-def _notes(facts: Mapping[str, Any], session: Session) -> tuple[str, ...]:
+def _notes(facts: Mapping[str, Any], session: Session, *, num_skipped: int) -> tuple[str, ...]:
     notes = [f"Resumed from step {each['from_step']}." for each in facts.get("resumed", [])]
+    if num_skipped:
+        notes.append(f"{num_skipped} steps were skipped: their gradients were not finite.")
     if session.trial.num_pieces > 1:
         notes.append(f"Memory was short: the longest batch is computed in {session.trial.num_pieces} pieces.")
     return tuple(notes)
