@@ -1,12 +1,16 @@
 """Choosing the next token, and continuing many prompts at once with a key/value cache.
 
-Randomness is a function of (seed, prompt, position): the same whatever else is in the batch.
+Randomness is a function of (seed, prompt, how often the prompt stood in the batch before, position): the same whatever
+else is in the batch, and different for copies of one prompt.
 
 Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,15 +30,20 @@ def stream_tokens(
     The logprob is the model's own, at temperature 1 and without filters.
 
     Raises:
-        EngineError: an empty prompt, or one longer than the model's context.
+        EngineError: an empty prompt, one longer than the model's context or with a token outside the vocabulary, or
+            parameters that mean nothing.
     """
+    _check_params(params)
     _check_prompts(model, prompts, params)
+    if not prompts or params.max_tokens == 0:
+        return
+    sources = _random_sources(prompts)
     capacity = max(len(prompt) for prompt in prompts) + params.max_tokens
     decoding = model.decoding(len(prompts), capacity)
     logits = decoding.start([torch.from_numpy(prompt.astype(np.int64)).to(device) for prompt in prompts])
     active = list(range(len(prompts)))
     for position in range(params.max_tokens):
-        chosen = _choose(logits, params, active, position)
+        chosen = _choose(logits, params, [sources[row] for row in active], position)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
         tokens = chosen.tolist()
         yield from zip(active, tokens, logprobs.tolist(), strict=True)
@@ -66,6 +75,29 @@ def collect(
     )
 
 
+def _random_sources(prompts: Sequence[np.ndarray]) -> list[str]:
+    """A name for each prompt's randomness, from its tokens and how many equal ones come before it."""
+    seen: Counter[str] = Counter()
+    sources = []
+    for prompt in prompts:
+        digest = hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest()
+        sources.append(f"{digest}-{seen[digest]}")
+        seen[digest] += 1
+    return sources
+
+
+def _check_params(params: SamplingParams) -> None:
+    wrong = {
+        "temperature": not (math.isfinite(params.temperature) and params.temperature >= 0),
+        "top_p": not 0 < params.top_p <= 1,
+        "top_k": params.top_k < 0,
+        "max_tokens": params.max_tokens < 0,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise EngineError(f"{name} is {getattr(params, name)}", where="sampling")
+
+
 def _check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
     limit = model.max_position_embeddings
     for number, prompt in enumerate(prompts):
@@ -77,16 +109,21 @@ def _check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: 
                 where=f"prompt {number}",
                 hint="Shorten the prompt or lower max_new_tokens.",
             )
+        for token in (int(prompt.min()), int(prompt.max())):
+            if not 0 <= token < model.vocab_size:
+                what = f"token {token} is not in the vocabulary of {model.vocab_size}"
+                raise EngineError(what, where=f"prompt {number}")
 
 
-def _choose(logits: torch.Tensor, params: SamplingParams, rows: Sequence[int], position: int) -> torch.Tensor:
+def _choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str], position: int) -> torch.Tensor:
     """int64 [B] from float32 [B, V]."""
     if params.temperature == 0:
         return logits.argmax(dim=1)
-    probabilities = torch.softmax(filtered(logits / params.temperature, params), dim=1)
-    draws = torch.tensor([float(torch.rand((), generator=generator(params.seed, row, position))) for row in rows])
-    cumulative = probabilities.cpu().double().cumsum(1)
-    thresholds = draws.double()[:, None] * cumulative[:, -1:]
+    # The largest logit first, so that dividing by a small temperature overflows towards certainty.
+    scaled = (logits - logits.amax(dim=1, keepdim=True)) / params.temperature
+    cumulative = torch.softmax(filtered(scaled, params), dim=1).cpu().double().cumsum(1)
+    draws = [float(torch.rand((), generator=generator(params.seed, source, position))) for source in sources]
+    thresholds = torch.tensor(draws, dtype=torch.float64)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[1] - 1).to(logits.device)
 
 
