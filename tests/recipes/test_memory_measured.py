@@ -1,0 +1,68 @@
+"""Predicted peak memory within 20 % of the measured one: real model, fresh processes, two lengths, LoRA and full."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from model_foundry.models.config import ModelConfig
+from model_foundry.models.finder import resolve_model
+from model_foundry.models.folder import read_config
+from model_foundry.models.memory import estimate_memory
+from model_foundry.types import LoraConfig
+
+pytestmark = pytest.mark.slow
+
+STEP = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from model_foundry.engine.platform import resident_memory_bytes
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.types import AdamParams, Datum, LoraConfig
+job = json.loads(sys.argv[1])
+before = resident_memory_bytes()
+engine = TorchEngine(dtype=job["dtype"], device="cpu", gradient_checkpointing=job["checkpointing"])
+model = engine.create_model(Path(job["folder"]), lora=LoraConfig() if job["lora"] else None)
+random = np.random.default_rng(0)
+rows = [random.integers(5, 49000, length + 1).astype(np.int32) for length in job["rows"]]
+data = [Datum.from_row(row, np.ones(len(row), np.float32)) for row in rows]
+engine.forward_backward(model, data)
+engine.optim_step(model, AdamParams())
+print(json.dumps({"before": before, "peak": engine.peak_memory_bytes()}))
+"""
+
+
+@pytest.mark.parametrize(
+    "lora, dtype, rows, checkpointing",
+    [
+        (True, "float32", [256, 256], False),
+        (True, "float32", [768], False),
+        (True, "bfloat16", [256, 256], False),
+        (True, "float32", [256, 256], True),
+        (False, "float32", [256, 256], False),
+        (False, "float32", [768], False),
+    ],
+)
+def test_the_predicted_peak_is_within_a_fifth_of_the_measured_one(
+    lora: bool, dtype: str, rows: list[int], checkpointing: bool
+) -> None:
+    """A plan that says 3 GB for a run that takes 5 is worse than none."""
+    folder = resolve_model("smollm2-135m-instruct").folder
+    job = {"folder": str(folder), "lora": lora, "dtype": dtype, "rows": rows, "checkpointing": checkpointing}
+    command = [sys.executable, "-c", STEP, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    estimate = estimate_memory(
+        ModelConfig.from_hf(read_config(folder)),
+        lora=LoraConfig() if lora else None,
+        rows=rows,
+        dtype_bytes=2 if dtype == "bfloat16" else 4,
+        gradient_checkpointing=checkpointing,
+        process_bytes=measured["before"],
+    )
+    assert estimate.total == pytest.approx(measured["peak"], rel=0.2), estimate.as_dict()
