@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from model_foundry.cli.main import main
 from model_foundry.config.load import load_config
 from model_foundry.config.schema import TrainConfig
 from model_foundry.run.metrics import read_metrics
@@ -91,6 +94,19 @@ def foundry(
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def foundry_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same command line within this process: no second import of torch, for tests of what it says."""
+    stdout, stderr, folder, code = io.StringIO(), io.StringIO(), Path.cwd(), 0
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            main.main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    finally:
+        os.chdir(folder)  # `foundry resume` goes where the run was started
+    return subprocess.CompletedProcess(list(arguments), code, stdout.getvalue(), stderr.getvalue())
 
 
 def assert_one_paragraph(done: subprocess.CompletedProcess[str], *, code: int, words: tuple[str, ...] = ()) -> str:

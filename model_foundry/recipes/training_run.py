@@ -86,16 +86,22 @@ def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime
             where=str(config.run_dir),
             hint="Go on with it: --resume auto; or start another: run_dir=…",
         )
-    with leave_on_signals():
-        if exists:
-            with RunDirectory.open(config.run_dir) as run:
-                run.require_config(digest, text)
-                return _in_run(run, config, digest, resumed=True)
-        with run_logging(level=config.logging.level):
-            prepared = prepare(config, now=now or utc_now())
-            start = _receipt(prepared, digest)
-        with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
-            return _in_run(run, config, digest, resumed=False, prepared=prepared)
+    try:
+        with leave_on_signals():
+            if exists:
+                with RunDirectory.open(config.run_dir) as run:
+                    run.require_config(digest, text)
+                    return _in_run(run, config, digest, resumed=True)
+            with run_logging(level=config.logging.level):
+                prepared = prepare(config, now=now or utc_now())
+                start = _receipt(prepared, digest)
+            with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
+                return _in_run(run, config, digest, resumed=False, prepared=prepared)
+    except KeyboardInterrupt:
+        if not is_run(config.run_dir):
+            raise InterruptedRunError("interrupted before the run began") from None
+        hint = f"Go on with: foundry resume {config.run_dir}"
+        raise InterruptedRunError("interrupted; it goes on from its last checkpoint", hint=hint) from None
 
 
 def _in_run(
@@ -118,25 +124,21 @@ def _in_run(
             )
             report = _train_and_prove(run, prepared, digest, resumed=resumed)
         except (KeyboardInterrupt, InterruptedRunError) as error:
-            interrupted = error
-            if isinstance(error, KeyboardInterrupt):
-                what = "interrupted; it goes on from its last checkpoint"
-                interrupted = InterruptedRunError(what, hint=f"Go on with: foundry resume {run.path}.")
-            _note(run, "interrupted", interrupted)
-            raise interrupted from None
+            _note(run, "interrupted", str(error) or "interrupted")
+            raise
         except Exception as error:
             # To the file alone: the command line says it on the console.
             logger.debug("the run failed", exc_info=True)
-            _note(run, "failed", error)
+            _note(run, "failed", str(error))
             raise
         run.record_outcome("finished")
         return report
 
 
-def _note(run: RunDirectory, outcome: Outcome, error: BaseException) -> None:
+def _note(run: RunDirectory, outcome: Outcome, message: str) -> None:
     """Note how the run ended; a disk that is full must not hide why it ended."""
     with suppress(FoundryError):
-        run.record_outcome(outcome, message=str(error))
+        run.record_outcome(outcome, message=message)
 
 
 def _finished_report(run: RunDirectory) -> Report | None:
