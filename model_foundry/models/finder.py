@@ -19,10 +19,10 @@ from model_foundry.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from model_foundry.errors import ModelError, ModelNotFoundError
 from model_foundry.models import fetch
 from model_foundry.models.cache import CacheEntry, Say, entry_folder, fill, list_entries, usable
-from model_foundry.models.folder import weight_files
+from model_foundry.models.folder import fingerprint, weight_files
 from model_foundry.models.gguf import convert_gguf
 from model_foundry.models.hashes import file_sha256
-from model_foundry.models.runs import adapter_base, checkpoint_of_run, checkpoint_part, run_base
+from model_foundry.models.runs import adapter_base, checkpoint_of_run, checkpoint_part, run_base, trained_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +201,32 @@ class _Finder:
     def _adapter(self, name: str, adapter: Path) -> ModelSource:
         if not (adapter / "adapter_model.safetensors").is_file():
             raise ModelError("adapter_model.safetensors is missing", where=str(adapter))
-        base = run_base(adapter) or adapter_base(adapter)
-        source = self.find(base)
+        base, source = self._base(adapter)
         if source.adapter is not None:
-            what = f"it was trained on {base}, which is an adapter itself"
-            raise ModelError(what, where=str(adapter), hint="Merge that one first, and train on the merged model.")
+            # A run of ours that starts from an adapter trains that one further, so its own takes the other's place.
+            if base != run_base(adapter):
+                what = f"it was trained on {base}, which is an adapter itself"
+                raise ModelError(what, where=str(adapter), hint="Merge that one first, and train on the merged model.")
+            return ModelSource(source.folder, name, {**source.provenance, "adapter": str(adapter)}, adapter)
+        trained = trained_on(adapter)
+        if trained is not None and trained != fingerprint(source.folder):
+            self.say(f"warning: {base} is not the same weights here that {adapter} was trained on; answers may differ")
         provenance = {**source.provenance, "adapter": str(adapter), "base": base}
         return ModelSource(source.folder, name, provenance, adapter)
+
+    def _base(self, adapter: Path) -> tuple[str, ModelSource]:
+        """The base by the name in the run's configuration, else by the adapter's own: one may be a path elsewhere."""
+        named = run_base(adapter)
+        if named is not None:
+            try:
+                return named, self.find(named)
+            except ModelNotFoundError:
+                own = adapter_base(adapter)
+                if own == named:
+                    raise
+                return own, self.find(own)
+        own = adapter_base(adapter)
+        return own, self.find(own)
 
     def _not_found(self, name: str, *, looks_like_path: bool, no_hub: bool = False) -> ModelNotFoundError:
         known = [*KNOWN_MODELS, *(entry.name for entry in list_entries(home=self.home))]

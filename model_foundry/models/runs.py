@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from model_foundry.checkpoint.manifest import read_manifest
 from model_foundry.checkpoint.store import FINAL, CheckpointStore
-from model_foundry.errors import ModelError
+from model_foundry.errors import CheckpointError, ModelError
 from model_foundry.models.folder import read_json
 
 PARTS = ("adapter", "model")
@@ -57,3 +58,13 @@ def adapter_base(adapter: Path) -> str:
         what = "base_model_name_or_path is missing, so the model under this adapter is not known"
         raise ModelError(what, where=str(adapter / "adapter_config.json"))
     return str(adapter / base) if not Path(base).exists() and (adapter / base).is_dir() else base
+
+
+def trained_on(adapter: Path) -> str | None:
+    """Fingerprint of the base that a checkpoint's adapter was trained on, where its manifest says so."""
+    try:
+        metadata = read_manifest(adapter.parent).fields.get("metadata")
+    except CheckpointError:
+        return None
+    value = metadata.get("model") if isinstance(metadata, dict) else None
+    return value if isinstance(value, str) else None

@@ -18,6 +18,7 @@ from model_foundry.errors import CheckpointCorruptError, ModelError, ModelNotFou
 from model_foundry.models import fetch
 from model_foundry.models.cache import damage, entry_folder, fill, read_entry
 from model_foundry.models.finder import resolve_model
+from model_foundry.models.folder import fingerprint
 
 MakeModel = Callable[..., Path]
 KNOWN = "smollm2-135m-instruct"
@@ -194,6 +195,29 @@ def test_a_run_is_its_newest_checkpoint_on_the_base_of_its_configuration(tiny_mo
     assert resolve_model(str(run / "checkpoints" / "step-00000010")).adapter is not None
 
 
+def test_another_base_than_the_adapter_was_trained_on_is_said(tiny_model: MakeModel, tmp_path: Path) -> None:
+    """The same name can be other weights on another machine: an adapter on them answers a little differently."""
+    base, run = tiny_model(), tmp_path / "run"
+    for name, trained in (("same", fingerprint(base)), ("other", "0" * 64)):
+        store = CheckpointStore(run / name / "checkpoints")
+        (run / name).mkdir(parents=True)
+        store.save("final", 1, lambda f: write_adapter(f / "adapter", str(base)) and None, {"model": trained})
+    said: list[str] = []
+    resolve_model(str(run / "same"), say=said.append)
+    assert said == []
+    resolve_model(str(run / "other"), say=said.append)
+    assert "not the same weights" in said[0]
+
+
+def test_a_base_that_moved_is_found_by_the_adapters_own_name(tiny_model: MakeModel, tmp_path: Path) -> None:
+    base = tiny_model()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"config": {"model": {"name": "./gone"}}}))
+    adapter = write_adapter(run / "checkpoints" / "step-1" / "adapter", str(base))
+    assert resolve_model(str(adapter)).folder == base
+
+
 def test_a_damaged_final_checkpoint_is_passed_over_and_said(tiny_model: MakeModel, tmp_path: Path) -> None:
     """Serving the damaged one, or silently an older one, would both be wrong."""
     run = write_run(tmp_path / "run", str(tiny_model()))
@@ -224,6 +248,15 @@ def test_an_adapter_on_an_adapter_is_refused(tiny_model: MakeModel, tmp_path: Pa
     lower = write_adapter(tmp_path / "lower", str(tiny_model()))
     with pytest.raises(ModelError, match="adapter itself"):
         resolve_model(str(write_adapter(tmp_path / "upper", str(lower))))
+
+
+def test_a_run_that_trained_an_adapter_further_stands_on_the_first_base(tiny_model: MakeModel, tmp_path: Path) -> None:
+    """Its adapter holds all that was learned: refusing it, or stacking both, would each be wrong."""
+    base = tiny_model()
+    first = write_run(tmp_path / "first", str(base))
+    second = write_run(tmp_path / "second", str(first))
+    source = resolve_model(str(second), say=ignore)
+    assert (source.folder, source.adapter) == (base, second / "checkpoints" / "final" / "adapter")
 
 
 @pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model.safetensors"])
