@@ -108,7 +108,7 @@ class FlatAdamW:
 
 
 def _norm(values: torch.Tensor) -> float:
-    """L2 norm. In float64 on a CPU, part by part, for torch copies what it widens: large gradients must not overflow."""
+    """L2 norm; on a CPU in float64, which does not overflow, and part by part, for torch copies what it widens."""
     if not values.is_cpu:
         return float(torch.linalg.vector_norm(values))
     parts = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in values.split(2**20))

@@ -7,7 +7,6 @@ Shapes: T tokens of a row, N tokens of a piece, M of them with a loss due, D wid
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -18,7 +17,7 @@ import torch
 from model_foundry.engine.base import LogprobScope
 from model_foundry.engine.losses import Loss, head_pass
 from model_foundry.engine.optimizer import FlatAdamW
-from model_foundry.engine.platform import is_out_of_memory
+from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.errors import EngineError, OutOfMemoryError
 from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.lora import DropoutCounter
@@ -128,14 +127,13 @@ class Passes:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             # Only here are the tensors of the failed pass gone: inside the handler its traceback still holds them.
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(self.device)
             num_tokens = sum(self._piece_lengths)
             if len(self._piece_lengths) < 2:
                 raise OutOfMemoryError(
-                    f"memory ran out on a single row of {num_tokens} tokens",
+                    f"memory ran out on a single row of {num_tokens} tokens ({said})",
                     hint="Lower data.max_length, set training.gradient_checkpointing=true, or use a smaller model.",
                 )
             self.max_piece_tokens = num_tokens // 2

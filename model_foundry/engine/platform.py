@@ -6,6 +6,8 @@ It knows nothing of models.
 from __future__ import annotations
 
 import ctypes
+import errno
+import gc
 import os
 import platform
 import resource
@@ -16,6 +18,11 @@ import torch
 from model_foundry.errors import EngineError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_OUT_OF_MEMORY_SIGNS = (
+    "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "STATUS_ALLOC_FAILED",
+    # oneDNN, when it finds no room for its kernels or its working memory.
+    "could not create a primitive", "could not execute a primitive", "could not create a memory",
+)  # fmt: skip
 _allocator_tuned = False
 
 
@@ -74,6 +81,19 @@ def keep_freed_memory() -> bool:
     return _allocator_tuned
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing uses, and ask for no more than is needed from now on: memory has just run out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    elif _allocator_tuned:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TOP_PAD, 2**20)
+        libc.malloc_trim(0)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: on the device with CUDA, else resident."""
     if device.type == "cuda":
@@ -96,7 +116,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that an allocation failed; torch's CPU allocator raises a plain RuntimeError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
-    )
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS)
