@@ -82,7 +82,7 @@ def head_pass(
         logp = _log(probabilities.gather(1, targets), logits, targets)[:, 0]
         logprobs[part] = logp
         slope, value = _slope(loss, logp, chunk)
-        total += float(value.double().sum())
+        total += float(value.cpu().double().sum())
         if d_hidden is None:
             continue
         slope = slope.to(probabilities.dtype)[:, None]

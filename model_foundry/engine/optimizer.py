@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from model_foundry.errors import ArchitectureMismatchError
+from model_foundry.errors import ArchitectureMismatchError, EngineError
 from model_foundry.types import AdamParams, OptimStepOutput
 
 
@@ -49,7 +49,12 @@ class FlatAdamW:
 
     @torch.no_grad()
     def apply(self, params: AdamParams) -> OptimStepOutput:
-        """One step; the gradients are cleared. Not finite: nothing changes but that, and it says so."""
+        """One step; the gradients are cleared. Not finite: nothing changes but that, and it says so.
+
+        Raises:
+            EngineError: a hyper-parameter that would ruin the weights; nothing was changed.
+        """
+        _check(params)
         norm = _norm(self.grad)
         if not math.isfinite(norm):
             self.zero_grad()
@@ -105,6 +110,21 @@ class FlatAdamW:
         self.exp_avg.zero_()
         self.exp_avg_sq.zero_()
         self.step = 0
+
+
+def _check(params: AdamParams) -> None:
+    ranges = {
+        "learning_rate": params.learning_rate >= 0,
+        "beta1": 0 <= params.beta1 < 1,
+        "beta2": 0 <= params.beta2 < 1,
+        "eps": params.eps > 0,
+        "weight_decay": params.weight_decay >= 0,
+        "grad_clip_norm": params.grad_clip_norm >= 0,
+    }
+    for name, is_possible in ranges.items():
+        value = getattr(params, name)
+        if not (is_possible and math.isfinite(value)):
+            raise EngineError(f"{name} is {value}", where="optim_step")
 
 
 def _norm(values: torch.Tensor) -> float:

@@ -233,6 +233,18 @@ def attend_packed(
     """Attention of one layer over packed rows; rope = (cos, sin) for queries, scale included, and for keys."""
     if q.device.type == "cpu":
         return PackedAttention.apply(q, k, v, rope, rows, window)  # pyright: ignore[reportReturnType]
+    return attend_row_by_row(q, k, v, rope, rows, window)
+
+
+def attend_row_by_row(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: tuple[torch.Tensor, ...],
+    rows: PackedRows,
+    window: int | None,
+) -> torch.Tensor:
+    """The same through torch's fused kernels: for accelerators, where a row fills the machine."""
     cos_q, sin_q, cos_k, sin_k = rope
     q, k = _rotate_autograd(q, cos_q, sin_q), _rotate_autograd(k, cos_k, sin_k)
     parts = zip(*(x.split(list(rows.lengths)) for x in (q, k, v)), strict=True)

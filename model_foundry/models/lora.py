@@ -149,9 +149,10 @@ def _composed(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     if layer.lora_magnitude is None:
         return functional.linear(x, weight, bias) + layer.scaling * update
     # DoRA: the direction is W + s B A, its length a parameter; the norm is a constant for the gradient (section 4.3).
-    direction = layer.matrix.float() + layer.scaling * (layer.lora_B @ layer.lora_A)
-    gain = (layer.lora_magnitude / direction.detach().norm(dim=1)).to(x.dtype)
-    out = gain * (functional.linear(x if dropped is x else dropped, weight) + layer.scaling * update)
+    with torch.no_grad():
+        norm = torch.addmm(layer.matrix.float(), layer.lora_B, layer.lora_A, alpha=layer.scaling).norm(dim=1)
+    gain = (layer.lora_magnitude / norm).to(x.dtype)
+    out = gain * (functional.linear(dropped, weight) + layer.scaling * update)
     if dropped is not x:
         # As PEFT: the base path sees the undropped input, the DoRA correction the dropped one.
         out = out + functional.linear(x, weight) - functional.linear(dropped, weight)

@@ -41,7 +41,7 @@ def base(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def disturb(tensors: Mapping[str, torch.Tensor], *, seed: int = 3) -> None:
+def disturb(tensors: Mapping[str, torch.Tensor], *, seed: int = 3, amount: float = 0.1) -> None:
     """Values that a trained adapter could have: a fresh one changes nothing, so anything would equal anything."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in tensors.items():
@@ -49,7 +49,7 @@ def disturb(tensors: Mapping[str, torch.Tensor], *, seed: int = 3) -> None:
         if "magnitude" in name:
             tensor.mul_(1 + 0.2 * noise)
         else:
-            tensor.add_(noise * 0.1)
+            tensor.add_(noise * amount)
 
 
 @torch.no_grad()
@@ -286,13 +286,14 @@ def test_an_adapter_of_another_shape_than_asked_for_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
-def test_bfloat16_trains_near_float32(kind: str, tiny_folder: TinyFolder) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_trains_near_float32(variant: str, kind: str, tiny_folder: TinyFolder) -> None:
     """Adapters stay float32; a dtype mix-up in one path is an error or a wrong gradient."""
     data = random_data(LENGTHS)
     results = []
     for dtype in ("float32", "bfloat16"):
         own = engine(dtype=dtype)
-        model_id = own.create_model(tiny_folder(kind), lora=lora_config())
+        model_id = own.create_model(tiny_folder(kind), lora=lora_config(variant))
         disturb(own.trained_tensors(model_id))
         loss = own.forward_backward(model_id, data).loss_sum
         assert own.forward(model_id, data).loss_sum == pytest.approx(loss, rel=0.03)
@@ -301,3 +302,25 @@ def test_bfloat16_trains_near_float32(kind: str, tiny_folder: TinyFolder) -> Non
     assert loss == pytest.approx(exact_loss, rel=0.03)
     assert functional.cosine_similarity(exact, rough, dim=0) > 0.99
     assert float(rough.norm() / exact.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_real_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct: one pass and one step, against peft."""
+    from model_foundry.models.finder import resolve_model
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    own, folder = engine(), resolve_model("smollm2-135m-instruct").folder
+    model_id = own.create_model(folder, lora=lora_config())
+    disturb(own.trained_tensors(model_id), amount=0.01)
+    own.save_weights(model_id, tmp_path)
+    peer: Any = PeftModel.from_pretrained(base(folder), tmp_path / "adapter", is_trainable=True).eval()
+    assert_same_logits(own, model_id, peer)
+    data = random_data((40, 16))
+    loss = summed_loss(peer, data)
+    loss.backward()
+    assert own.forward_backward(model_id, data).loss_sum == pytest.approx(float(loss.detach()), rel=1e-5)
+    theirs = [peft_parameter(peer, name) for name in own.trained_tensors(model_id)]
+    scale = max(float(p.grad.abs().max()) for p in theirs if p.grad is not None)
+    for grad, parameter in zip(gradients(own, model_id), theirs, strict=True):
+        assert parameter.grad is not None
+        assert float((grad - parameter.grad).abs().max()) < 2e-5 * scale

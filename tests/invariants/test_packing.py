@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models import attention
-from model_foundry.models.attention import PackedRows, attend_packed
+from model_foundry.models.attention import PackedRows, attend_packed, attend_row_by_row
 from model_foundry.models.decoder import RMSNorm, _GatedSilu
 from model_foundry.models.language_model import load_language_model
 from model_foundry.models.lora import DropoutCounter, Linear, project
@@ -211,10 +211,11 @@ def test_packed_attention_equals_plain_autograd(
     grad = torch.randn(num_tokens, heads[0], width, dtype=torch.float64)
     want = plain_attention(q, k, v, rope, lengths, window)
     want_grads = torch.autograd.grad(want, (q, k, v), grad)
-    got = attend_packed(q, k, v, rope, PackedRows.of(lengths), window)
-    assert_same(got, want, bound=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), grad), want_grads, strict=True):
-        assert float((mine - theirs).abs().max()) < 1e-11
+    for attend in (attend_packed, attend_row_by_row):
+        got = attend(q, k, v, rope, PackedRows.of(lengths), window)
+        assert_same(got, want, bound=1e-12)
+        for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), grad), want_grads, strict=True):
+            assert float((mine - theirs).abs().max()) < 1e-11
 
 
 def test_layers_of_different_windows_share_a_pass_and_not_a_mask() -> None:

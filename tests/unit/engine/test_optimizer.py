@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model_foundry.engine.optimizer import FlatAdamW
-from model_foundry.errors import ArchitectureMismatchError
+from model_foundry.errors import ArchitectureMismatchError, EngineError
 from model_foundry.types import AdamParams
 
 SHAPES = {"bias": (5,), "matrix": (3, 5), "cube": (2, 2, 3), "norm": (7,), "wide": (2, 40)}
@@ -148,3 +148,23 @@ def test_a_reset_optimizer_takes_the_steps_of_a_new_one() -> None:
         set_gradients(optimizer.parameters, 1)
         assert optimizer.apply(STEPS[1]).step == 1
     assert torch.equal(used.flat, fresh.flat)
+
+
+WRONG = [
+    ("learning_rate", float("nan")),
+    ("learning_rate", -1e-3),
+    ("beta2", 1.0),
+    ("eps", 0.0),
+    ("weight_decay", -1.0),
+]
+
+
+@pytest.mark.parametrize("name, value", [*WRONG, ("grad_clip_norm", float("inf"))])
+def test_a_hyper_parameter_that_ruins_the_weights_is_refused(name: str, value: float) -> None:
+    optimizer = FlatAdamW(parameters())
+    set_gradients(optimizer.parameters, 0)
+    before = optimizer.flat.clone()
+    with pytest.raises(EngineError, match=name):
+        optimizer.apply(AdamParams(**{name: value}))
+    assert torch.equal(optimizer.flat, before)
+    assert optimizer.grad.any()
