@@ -37,14 +37,23 @@ def checkpoint_part(checkpoint: Path) -> Path | None:
 
 
 def run_base(adapter: Path) -> str | None:
-    """The base model as the run's configuration names it, for an adapter inside a run; else None."""
+    """The base model as the run's configuration names it, for an adapter inside a run; else None.
+
+    A relative folder means the folder that the run was started in, wherever we are now.
+    """
     run = adapter.parent.parent.parent
     if adapter.parent.parent.name != "checkpoints" or not (run / "run.json").is_file():
         return None
-    config = read_json(run / "run.json").get("config")
+    facts = read_json(run / "run.json")
+    config, receipt = facts.get("config"), facts.get("receipt")
     model = config.get("model") if isinstance(config, dict) else None
     name = model.get("name") if isinstance(model, dict) else None
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    started_in = receipt.get("working_directory") if isinstance(receipt, dict) else None
+    if isinstance(started_in, str) and Path(started_in, name).exists():
+        return str(Path(started_in, name))
+    return name
 
 
 def adapter_base(adapter: Path) -> str:

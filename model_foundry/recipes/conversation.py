@@ -11,7 +11,6 @@ import numpy as np
 from model_foundry.config.schema import ChatConfig, ModelSection
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.finder import ModelSource, resolve_model
-from model_foundry.models.folder import read_json
 from model_foundry.rendering import Renderer
 from model_foundry.run.directory import RunDirectory, is_run, utc_now
 from model_foundry.tokenizer import Tokenizer
@@ -93,6 +92,9 @@ def _trained_template(section: ModelSection) -> tuple[str, datetime]:
     if run is None:
         return section.template, utc_now()
     facts = RunDirectory.read(run).facts
-    stored = read_json(run / "run.json").get("config", {}).get("model", {}).get("template", "auto")
     now = datetime.fromisoformat(facts["now"]) if "now" in facts else utc_now()
-    return (stored if section.template == "auto" else section.template), now
+    if section.template != "auto":
+        return section.template, now
+    stored = str(facts["config"]["model"]["template"])
+    started_in = Path(str(facts["receipt"]["working_directory"]))
+    return str(started_in / stored) if stored.endswith(".jinja") else stored, now

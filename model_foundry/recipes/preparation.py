@@ -10,11 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from model_foundry.checkpoint.manifest import hash_file
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.batches import BatchPlan
 from model_foundry.data.rows import read_rows
@@ -98,6 +96,8 @@ class Prepared:
         files = {"train_file": data.train_file, "validation_file": data.validation_file, "questions": evaluation.file}
         template = Path(self.config.model.template)
         files["template"] = template if template.suffix == ".jinja" else None
+        adapter = self.source.adapter
+        files["adapter"] = None if adapter is None else adapter / "adapter_model.safetensors"
         return {role: path for role, path in files.items() if path is not None}
 
     def data_summary(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     return Prepared(
         config=config,
         source=source,
-        model_fingerprint=source_fingerprint(source),
+        model_fingerprint=fingerprint(source.folder),
         renderer=renderer,
         now=now,
         train=train,
@@ -182,16 +182,6 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         learning_rate=_learning_rate(config, total_steps),
         data_formats=formats,
     )
-
-
-def source_fingerprint(source: ModelSource) -> str:
-    """sha256 over the weights a run starts from, an adapter's included."""
-    base = fingerprint(source.folder)
-    if source.adapter is None:
-        return base
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    adapter = "".join(f" {hash_file(source.adapter / name).sha256}" for name in names)
-    return sha256((base + adapter).encode()).hexdigest()
 
 
 def count_steps(config: TrainConfig, batches_per_epoch: int) -> tuple[int, int]:

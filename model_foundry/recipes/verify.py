@@ -19,8 +19,9 @@ from model_foundry.checkpoint.store import FINAL
 from model_foundry.config.schema import TrainConfig
 from model_foundry.errors import RunError, UsageError
 from model_foundry.models.finder import resolve_model
+from model_foundry.models.folder import fingerprint
 from model_foundry.recipes.killing import Kill, kill_often, run_to_end
-from model_foundry.recipes.preparation import require_same_data, source_fingerprint
+from model_foundry.recipes.preparation import require_same_data
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.metrics import comparable_lines
 from model_foundry.run.receipts import receipt
@@ -77,7 +78,7 @@ def verify_run(
         raise RunError("has not finished", where=str(run), hint=f"Let it finish first: foundry resume {run}")
     recorded.checkpoints.open(FINAL)
     files = {role: Path(each["path"]) for role, each in facts["receipt"]["data"].items()}
-    model_fingerprint = source_fingerprint(resolve_model(config.model.name))
+    model_fingerprint = fingerprint(resolve_model(config.model.name).folder)
     now = receipt(argv=(), config_digest="", data_files=files, model_fingerprint=model_fingerprint)
     require_same_data(facts["receipt"], now, where=str(run))
     differences = [
