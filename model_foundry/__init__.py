@@ -7,9 +7,15 @@ the command line for help, costs nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Read by torch's libraries when they are loaded, so set before. OpenMP threads that spin while they wait make a busy
+# machine ten times slower; oneDNN's default of 1,024 kept kernels is half a gigabyte once rows of many lengths came by.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 if TYPE_CHECKING:
     from model_foundry import errors as errors

@@ -69,32 +69,48 @@ def head_pass(
     weight = None if head is None else head.detach().to(hidden.dtype)
     vocab_size = hidden.shape[1] if weight is None else weight.shape[0]
     step = max(1, chunk_logits // vocab_size)
-    d_hidden = torch.empty_like(hidden) if backward else None
-    logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
-    total = 0.0
+    result = HeadResult(
+        loss=0.0,
+        logprobs=torch.empty(num_tokens, dtype=torch.float32, device=hidden.device),
+        d_hidden=torch.empty_like(hidden) if backward else None,
+    )
     for first in range(0, num_tokens, step):
-        part = slice(first, min(first + step, num_tokens))
-        chunk = {name: value[part] for name, value in inputs.items()}
-        logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
-        targets = chunk["target_tokens"][:, None]
-        # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
-        probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        logp = _log(probabilities.gather(1, targets), logits, targets)[:, 0]
-        logprobs[part] = logp
-        slope, value = _slope(loss, logp, chunk)
-        total += float(value.cpu().double().sum())
-        if d_hidden is None:
-            continue
-        slope = slope.to(probabilities.dtype)[:, None]
-        d_logits = probabilities.mul_(-slope).scatter_add_(1, targets, slope).to(hidden.dtype)
-        if weight is None or head is None:
-            d_hidden[part] = d_logits
-            continue
-        torch.mm(d_logits, weight, out=d_hidden[part])
-        if head.requires_grad:
-            gradient = (d_logits.t() @ hidden[part]).float()
-            head.grad = gradient if head.grad is None else head.grad.add_(gradient)
-    return HeadResult(total, logprobs, d_hidden)
+        # A call of its own: its logits are gone before the next piece makes its own.
+        _head_piece(slice(first, min(first + step, num_tokens)), hidden, head, weight, loss, inputs, result)
+    return result
+
+
+def _head_piece(
+    part: slice,
+    hidden: torch.Tensor,
+    head: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    loss: Loss,
+    inputs: Inputs,
+    result: HeadResult,
+) -> None:
+    """One piece of tokens; its share of the result is written into `result`."""
+    chunk = {name: value[part] for name, value in inputs.items()}
+    logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
+    targets = chunk["target_tokens"][:, None]
+    # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
+    probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logp = _log(probabilities.gather(1, targets), logits, targets)[:, 0]
+    result.logprobs[part] = logp
+    slope, value = _slope(loss, logp, chunk)
+    result.loss += float(value.cpu().double().sum())
+    if result.d_hidden is None:
+        return
+    del logits
+    slope = slope.to(probabilities.dtype)[:, None]
+    d_logits = probabilities.mul_(-slope).scatter_add_(1, targets, slope).to(hidden.dtype)
+    if weight is None or head is None:
+        result.d_hidden[part] = d_logits
+        return
+    torch.mm(d_logits, weight, out=result.d_hidden[part])
+    if head.requires_grad:
+        gradient = (d_logits.t() @ hidden[part]).float()
+        head.grad = gradient if head.grad is None else head.grad.add_(gradient)
 
 
 def _log(chosen: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
