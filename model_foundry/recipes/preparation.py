@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -152,12 +152,14 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     validation = None
     if config.data.validation_file is not None:
         validation = _tokenised(config, config.data.validation_file, renderer, "validation", formats)
+    model = read_config(source.folder)
     for tokenised in (train, validation):
         if tokenised is not None:
-            _require_fit(tokenised, read_config(source.folder), max_length=config.data.max_length)
+            _require_fit(tokenised, model, max_length=config.data.max_length)
     questions: tuple[Question, ...] = ()
     if config.evaluation.file is not None:
         questions = read_questions(config.evaluation.file, system=config.evaluation.system)
+        _require_room(questions, renderer, _context(model), max_new_tokens=config.evaluation.max_new_tokens)
     batches = BatchPlan(
         train.lengths,
         batch_size=config.training.batch_size,
@@ -223,9 +225,9 @@ def _require_fit(data: TokenisedSet, model: Mapping[str, Any], *, max_length: in
     Raises:
         ConfigError: a row is longer than the model's context. ModelError: a token is not in its vocabulary.
     """
-    context = model.get("max_position_embeddings") or model.get("n_positions")
+    context = _context(model)
     longest = int(data.lengths.argmax())
-    if isinstance(context, int) and data.datums[longest].num_tokens > context:
+    if context is not None and data.datums[longest].num_tokens > context:
         raise ConfigError(
             f"{max_length:,} is more than the model's context of {context:,} tokens, and {data.sources[longest]} has "
             f"{data.datums[longest].num_tokens:,}", where="data.max_length", hint=f"Set data.max_length={context}.",
@@ -238,6 +240,30 @@ def _require_fit(data: TokenisedSet, model: Mapping[str, Any], *, max_length: in
                 f"the tokenizer gives token {highest}, and the model knows {vocabulary:,} tokens", where=source,
                 hint="Use the tokenizer that the model was trained with.",
             )  # fmt: skip
+
+
+def _require_room(
+    questions: Sequence[Question], renderer: Renderer, context: int | None, *, max_new_tokens: int
+) -> None:
+    """Refuse questions whose answers would run out of the model's context, before training rather than after.
+
+    Raises:
+        ConfigError: naming the longest question.
+    """
+    if context is None:
+        return
+    length, source = max((len(renderer.prompt(question.messages)), question.source) for question in questions)
+    if length + max_new_tokens > context:
+        raise ConfigError(
+            f"{length} tokens of {source} and {max_new_tokens} new ones exceed the model's context of {context:,}",
+            where="evaluation.max_new_tokens", hint="Lower it, or shorten the question.",
+        )  # fmt: skip
+
+
+def _context(model: Mapping[str, Any]) -> int | None:
+    """The longest row that a model reads, by its config.json, where that says so."""
+    context = model.get("max_position_embeddings") or model.get("n_positions")
+    return context if isinstance(context, int) else None
 
 
 def _learning_rate(config: TrainConfig, total_steps: int) -> LearningRate:

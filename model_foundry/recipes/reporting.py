@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from model_foundry.checkpoint.atomic import atomic_write
+from model_foundry.errors import FoundryError
 from model_foundry.evals.before_after import Comparison, compare
 from model_foundry.evals.generation import answer_questions
 from model_foundry.recipes import proof
@@ -40,8 +41,12 @@ def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: b
         batch_size=evaluation.batch_size,
     )
     texts = [answer.text for answer in answers]
-    path.parent.mkdir(exist_ok=True)
-    atomic_write(path, json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        hint = f"What was trained is saved; when there is room: foundry resume {run.path}"
+        raise FoundryError(f"cannot be written ({error.strerror or error})", where=str(path), hint=hint) from error
     return texts
 
 

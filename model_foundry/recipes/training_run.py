@@ -24,7 +24,7 @@ from model_foundry.recipes.preparation import Prepared, prepare, require_same_da
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
 from model_foundry.recipes.saving import RunSaver, load_checkpoint
 from model_foundry.recipes.session import Session, open_session
-from model_foundry.run.directory import Outcome, RunDirectory, is_run, utc_now
+from model_foundry.run.directory import Outcome, RunDirectory, is_run, require_free, utc_now
 from model_foundry.run.logs import run_logging
 from model_foundry.run.metrics import MetricsLog
 from model_foundry.run.progress import open_progress
@@ -91,12 +91,14 @@ def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime
             if exists:
                 with RunDirectory.open(config.run_dir) as run:
                     run.require_config(digest, text)
-                    return _in_run(run, config, digest, resumed=True)
+                    return _in_run(run, config, digest)
+            require_free(config.run_dir)
             with run_logging(level=config.logging.level):
-                prepared = prepare(config, now=now or utc_now())
-                start = _receipt(prepared, digest)
+                # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
+                session = open_session(prepare(config, now=now or utc_now()))
+                start = _receipt(session.prepared, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
-                return _in_run(run, config, digest, resumed=False, prepared=prepared)
+                return _in_run(run, config, digest, session=session)
     except KeyboardInterrupt:
         if not is_run(config.run_dir):
             raise InterruptedRunError("interrupted before the run began") from None
@@ -104,25 +106,25 @@ def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime
         raise InterruptedRunError("interrupted; it goes on from its last checkpoint", hint=hint) from None
 
 
-def _in_run(
-    run: RunDirectory, config: TrainConfig, digest: str, *, resumed: bool, prepared: Prepared | None = None
-) -> Report:
-    """Everything that happens in the run's folder, its outcome noted whatever it is."""
+def _in_run(run: RunDirectory, config: TrainConfig, digest: str, *, session: Session | None = None) -> Report:
+    """Everything that happens in the run's folder, its outcome noted whatever it is; without a session it goes on."""
     with run_logging(run.log_path, level=config.logging.level):
+        resumed = session is None
         try:
-            if resumed and (report := _finished_report(run)) is not None:
-                logger.info("%s has finished already; foundry verify run %s runs it again", run.path, run.path)
-                return report
-            if prepared is None:
+            if session is None:
+                if (report := _finished_report(run)) is not None:
+                    logger.info("%s has finished already; foundry verify run %s runs it again", run.path, run.path)
+                    return report
                 prepared = prepare(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
                 require_same_data(run.facts["receipt"], _receipt(prepared, digest), where=str(run.path))
+                session = open_session(prepared)
             run.record(
                 config=config.model_dump(mode="json"),
-                now=prepared.now.isoformat(),
-                renderer=prepared.renderer.name,
-                total_steps=prepared.total_steps,
+                now=session.prepared.now.isoformat(),
+                renderer=session.prepared.renderer.name,
+                total_steps=session.prepared.total_steps,
             )
-            report = _train_and_prove(run, prepared, digest, resumed=resumed)
+            report = _train_and_prove(run, session, digest, resumed=resumed)
         except (KeyboardInterrupt, InterruptedRunError) as error:
             _note(run, "interrupted", str(error) or "interrupted")
             raise
@@ -149,7 +151,8 @@ def _finished_report(run: RunDirectory) -> Report | None:
     return None if newest is None or newest.name != FINAL else read_report(run.path)
 
 
-def _train_and_prove(run: RunDirectory, prepared: Prepared, digest: str, *, resumed: bool) -> Report:
+def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resumed: bool) -> Report:
+    prepared, engine, model_id = session.prepared, session.engine, session.model_id
     config = prepared.config
     checkpoint = _newest_checkpoint(run) if resumed else None
     step = 0 if checkpoint is None else checkpoint.step
@@ -158,8 +161,6 @@ def _train_and_prove(run: RunDirectory, prepared: Prepared, digest: str, *, resu
         config=config.model_dump(mode="json"), resume_step=step if resumed else None,
     )  # fmt: skip
     with trackers, run.open_metrics() as metrics:
-        session = open_session(prepared)
-        engine, model_id = session.engine, session.model_id
         logger.info("the plan:\n%s", plan_text(session.plan))
         start_tensors = _copied(engine.trained_tensors(model_id)) if prepared.lora is not None else {}
         before = held_out_answers(run, session, "before", reuse=True)

@@ -73,17 +73,7 @@ class RunDirectory:
         Raises:
             RunError: it already holds a run, holds something else, cannot be written, or is locked by another process.
         """
-        if is_run(run_dir):
-            raise RunError(
-                "already holds a run", where=str(run_dir), hint="Go on with --resume auto, or give another run_dir=…."
-            )
-        foreign = _foreign_names(run_dir)
-        if foreign:
-            raise RunError(
-                f"is not empty and holds no run (there is {', '.join(foreign[:3])})",
-                where=str(run_dir),
-                hint="Give a new or empty run_dir=….",
-            )
+        require_free(run_dir)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             atomic.sync_directory(run_dir.resolve().parent)
@@ -271,6 +261,25 @@ class RunDirectory:
 def is_run(path: Path) -> bool:
     """Whether a run was started in this folder."""
     return (path / "run.json").is_file()
+
+
+def require_free(run_dir: Path) -> None:
+    """Refuse a folder in which no new run can begin; it need not exist.
+
+    Raises:
+        RunError: it already holds a run or something else, or cannot be read.
+    """
+    if is_run(run_dir):
+        raise RunError(
+            "already holds a run", where=str(run_dir), hint="Go on with --resume auto, or give another run_dir=…."
+        )
+    foreign = _foreign_names(run_dir)
+    if foreign:
+        raise RunError(
+            f"is not empty and holds no run (there is {', '.join(foreign[:3])})",
+            where=str(run_dir),
+            hint="Give a new or empty run_dir=….",
+        )
 
 
 def config_differences(ours: str, theirs: str) -> tuple[str, ...]:
