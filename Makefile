@@ -32,7 +32,11 @@ lock: ## solve pyproject.toml afresh and pin the result (TORCH=x.y.z moves torch
 	@locks/relock.sh
 
 demo: $(STAMP) ## fine-tune SmolLM2-135M on examples/demo, ask before and after, verify, write runs/demo/report.html
-	@$(VENV)/bin/foundry train examples/demo/demo.yaml $(ARGS)
+	@$(VENV)/bin/foundry train examples/demo/demo.yaml --resume auto $(ARGS)
+	@printf '%s\n' 'Next:' '  open runs/demo/report.html' \
+	  '  $(VENV)/bin/foundry chat runs/demo prompt="When was Old Winifred cast?"' \
+	  '  $(VENV)/bin/foundry verify run runs/demo      # trains it again and compares every bit' \
+	  '  your own data: see README.md'
 
 test: $(STAMP) ## every test but the long proofs and the GPU's
 	@$(PYTEST) $(PARALLEL) -m "not prove and not gpu" tests $(ARGS)
