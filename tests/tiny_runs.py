@@ -106,7 +106,7 @@ def foundry_here(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = int(leave.code or 0)
     finally:
         os.chdir(folder)  # `foundry resume` goes where the run was started
-    return subprocess.CompletedProcess(list(arguments), code, stdout.getvalue(), stderr.getvalue())
+    return subprocess.CompletedProcess([str(each) for each in arguments], code, stdout.getvalue(), stderr.getvalue())
 
 
 def assert_one_paragraph(done: subprocess.CompletedProcess[str], *, code: int, words: tuple[str, ...] = ()) -> str:

@@ -31,13 +31,15 @@ def stored_config(run: Path) -> TrainConfig:
     """
     from model_foundry.run.directory import RunDirectory
 
-    directory = RunDirectory.read(run)
     path = run.resolve()
-    started_in = Path(str(directory.facts["receipt"]["working_directory"]))
+    try:
+        started_in = Path(RunDirectory.read(run).facts["receipt"]["working_directory"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"the run's record lacks {error}", where=str(run / "run.json")) from error
     if started_in != Path.cwd():
         if not started_in.is_dir():
             raise RunError(f"the folder it was started in is gone ({started_in})", where=str(run))
         click.echo(f"going to {started_in}, where the run was started", err=True)
         os.chdir(started_in)
-    overrides = [f"run_dir={path}"]
-    return load_config(TrainConfig, path=path / "config.yaml", overrides=overrides, environ={}).config
+    config = load_config(TrainConfig, path=path / "config.yaml", environ={}).config
+    return config.model_copy(update={"run_dir": path})

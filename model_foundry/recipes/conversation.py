@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from model_foundry.config.schema import ChatConfig, ModelSection
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.models.finder import ModelSource, resolve_model
+from model_foundry.errors import RunError
+from model_foundry.models.finder import resolve_model
 from model_foundry.rendering import Renderer
 from model_foundry.run.directory import RunDirectory, is_run, utc_now
 from model_foundry.tokenizer import Tokenizer
@@ -60,8 +62,8 @@ class Reader:
 
     def __init__(self, section: ModelSection) -> None:
         self.source = resolve_model(section.name)
-        template, now = _trained_template(section)
-        self.renderer = Renderer(Tokenizer.load(self.source.folder), template, now=now)
+        section, now = as_trained(section)
+        self.renderer = Renderer(Tokenizer.load(self.source.folder), section.template, now=now)
         self.engine = TorchEngine(device=section.device, dtype=section.dtype, implementation=section.implementation)
         self.model_id = self.engine.create_model(
             self.source.folder, lora=None, adapter=self.source.adapter, trainable=False
@@ -77,24 +79,37 @@ def open_conversation(config: ChatConfig) -> Conversation:
     return Conversation(reader.engine, reader.model_id, reader.renderer, config)
 
 
-def run_of(source: ModelSource, name: str) -> Path | None:
-    """The run that a name or its adapter lies in, or None."""
-    candidates = [Path(name), *Path(name).parents[:3]]
-    if source.adapter is not None:
-        candidates += list(source.adapter.parents[:3])
-    return next((path for path in candidates if is_run(path)), None)
+def run_of(name: str) -> Path | None:
+    """The run that `model.name` names, or that the checkpoint or adapter which it names lies in; else None."""
+    path = Path(name).expanduser()
+    return next((each for each in (path, *path.parents[:3]) if is_run(each)), None)
 
 
-def _trained_template(section: ModelSection) -> tuple[str, datetime]:
-    """The template and date of the run that `section` names, unless another template is asked for."""
-    path = Path(section.name)
-    run = next((each for each in (path, *path.parents[:3]) if is_run(each)), None)
+def as_trained(section: ModelSection) -> tuple[ModelSection, datetime]:
+    """The section with what it leaves open as the run that it names was trained, and the date that run's template saw.
+
+    The same compute type as in training gives the answers that its report shows.
+    """
+    run = run_of(section.name)
     if run is None:
-        return section.template, utc_now()
+        return section, utc_now()
     facts = RunDirectory.read(run).facts
+    stored, started_in = stored_section(facts, "model")
+    open_fields = {"dtype", "implementation", "template"} - section.model_fields_set
+    update = {name: value for name, value in stored.items() if name in open_fields}
+    if str(update.get("template", "")).endswith(".jinja"):
+        update["template"] = str(started_in / update["template"])
     now = datetime.fromisoformat(facts["now"]) if "now" in facts else utc_now()
-    if section.template != "auto":
-        return section.template, now
-    stored = str(facts["config"]["model"]["template"])
-    started_in = Path(str(facts["receipt"]["working_directory"]))
-    return str(started_in / stored) if stored.endswith(".jinja") else stored, now
+    return section.model_copy(update=update), now
+
+
+def stored_section(facts: Mapping[str, Any], section: str) -> tuple[dict[str, Any], Path]:
+    """A section of the configuration that a run's record holds, and the folder that its relative paths mean.
+
+    Raises:
+        RunError: the record lacks them.
+    """
+    try:
+        return dict(facts["config"][section]), Path(facts["receipt"]["working_directory"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"the run's record lacks {error}", where="run.json") from error

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from model_foundry.config.schema import EvaluateConfig
+from model_foundry.config.schema import EvaluateConfig, EvaluationSection
 from model_foundry.errors import ConfigError
 from model_foundry.evals.generation import answer_questions, read_questions
 from model_foundry.evals.metrics import mean_scores, score
-from model_foundry.models.finder import resolve_model
-from model_foundry.recipes.conversation import Reader, run_of
+from model_foundry.recipes.conversation import Reader, run_of, stored_section
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.logs import run_logging
 
@@ -28,7 +27,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: no questions are named, and the model is no run that has some.
     """
     with run_logging(level="info"):
-        path, evaluation = _questions_file(config), config.evaluation
+        path, evaluation = _questions(config)
         questions = read_questions(path, system=evaluation.system)
         reader = Reader(config.model)
         answers = answer_questions(
@@ -67,16 +66,15 @@ def _interval(values: list[float], *, seed: int) -> list[float]:
     return [float(each) for each in np.quantile(means, [0.025, 0.975])]
 
 
-def _questions_file(config: EvaluateConfig) -> Path:
-    if config.evaluation.file is not None:
-        return config.evaluation.file
-    name = config.model.name
-    run = run_of(resolve_model(name), name)
+def _questions(config: EvaluateConfig) -> tuple[Path, EvaluationSection]:
+    """The questions and how to ask them; what is left open is taken from the run that is asked."""
+    evaluation, run = config.evaluation, run_of(config.model.name)
+    if evaluation.file is not None:
+        return evaluation.file, evaluation
     if run is not None:
-        facts = RunDirectory.read(run).facts
-        file = facts["config"]["evaluation"]["file"]
-        if file is not None:
-            path = Path(file)
-            return path if path.is_absolute() else Path(facts["receipt"]["working_directory"]) / path
+        stored, started_in = stored_section(RunDirectory.read(run).facts, "evaluation")
+        if stored["file"] is not None:
+            update = {name: value for name, value in stored.items() if name not in evaluation.model_fields_set}
+            return started_in / stored["file"], evaluation.model_copy(update=update)
     hint = 'Set evaluation.file=FILE.jsonl with one {"prompt": …, "answer": …} a line.'
     raise ConfigError("no questions are named", where="evaluation.file", hint=hint)

@@ -103,6 +103,8 @@ def test_evaluate_asks_the_run_s_own_questions(home: Home, tmp_path: Path) -> No
     assert result["scores"]["exact"] == 1.0
     assert result["num_questions"] == len(result["cases"]) == len(COLOURS)
     assert result["exact_interval"] == [1.0, 1.0]
+    report = json.loads((home.run / "report.json").read_bytes())
+    assert [case["answer"] for case in result["cases"]] == [case["after"] for case in report["evaluation"]["cases"]]
     base = foundry("evaluate", "model", "evaluation.file=questions.jsonl", "evaluation.max_new_tokens=12",
                    "model.template=chatml", "--show", 2, cwd=home.folder)  # fmt: skip
     assert base.returncode == 0, base.stderr
@@ -226,3 +228,37 @@ def test_a_run_names_the_rows_that_it_left_out(home: Home, tmp_path: Path) -> No
     report = json.loads((tmp_path / "run" / "report.json").read_bytes())
     assert report["data"]["train"]["dropped"] == 1
     assert "train.jsonl:9" in report["data"]["train"]["first_dropped"][0]
+
+
+def test_evaluate_asks_as_the_run_asked(home: Home, tmp_path: Path) -> None:
+    """Prevents another score than the report's, because the system message or the answer's length was another."""
+    questions = write_questions(tmp_path / "questions.jsonl")
+    config = write_project(
+        tmp_path, model=home.folder / "model", training__max_steps=2, evaluation__file=str(questions),
+        evaluation__system="Be brief.", evaluation__max_new_tokens=7,
+    )  # fmt: skip
+    assert foundry_here("train", config).returncode == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_bytes())
+    result = json.loads(foundry_here("evaluate", tmp_path / "run", "--json").stdout)
+    assert [case["answer"] for case in result["cases"]] == [case["after"] for case in report["evaluation"]["cases"]]
+    longer = json.loads(foundry_here("evaluate", tmp_path / "run", "--json", "evaluation.max_new_tokens=20").stdout)
+    assert all(len(case["answer"]) > 7 for case in longer["cases"])
+
+
+@pytest.mark.parametrize("name, content", [("run.json", "{"), ("run.json", "{}"), ("config.yaml", "a: [b"),
+                                           ("config.yaml", ""), ("report.json", "{}")])  # fmt: skip
+def test_a_run_whose_records_are_damaged_is_an_error_in_words(
+    name: str, content: str, home: Home, tmp_path: Path
+) -> None:
+    """Prevents a traceback where a file of a run was edited or cut."""
+    config = write_project(tmp_path, model=home.folder / "model", training__max_steps=2)
+    assert foundry_here("train", config).returncode == 0
+    (tmp_path / "run" / name).write_text(content)
+    commands = [("resume",), ("report",)] if name == "report.json" else [("resume",), ("verify", "run"), ("chat",)]
+    for command in commands:
+        options = ("prompt=x",) if command == ("chat",) else ()
+        done = foundry_here(*command, tmp_path / "run", *options)
+        if done.returncode:
+            assert_one_paragraph(done, code=2)
+        assert "Traceback" not in done.stderr
+    assert foundry_here("runs", tmp_path).returncode == 0

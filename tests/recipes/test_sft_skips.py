@@ -98,3 +98,13 @@ def test_an_absurd_rate_ends_in_finite_weights_or_in_an_error(model: Path, tmp_p
     with pytest.raises(EngineError, match="steps in a row"):
         run_training(config)
     assert records(config.run_dir)[-1]["skipped"]
+
+
+def test_a_run_that_begins_and_ends_with_skipped_steps_has_a_report(poisoned: Path, tmp_path: Path) -> None:
+    """Prevents a report that cannot be written because a loss is not a number."""
+    config = tiny_config(tmp_path, model=poisoned, training__max_steps=8, criteria__loss_fall=0.0, **COMMON)
+    write_rows(tmp_path / "train.jsonl", bad={0, 7})
+    report = run_training(config)
+    assert (report.training["first_loss"], report.training["last_loss"]) == (None, None)
+    assert (config.run_dir / "report.html").exists()
+    assert "2 steps had no finite loss" in report.checks[0].evidence
