@@ -98,6 +98,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: on the device with CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        # Not getrusage: its peak survives exec, so a process started by a large one would report its parent's.
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -42,15 +42,20 @@ def stream_tokens(
     decoding = model.decoding(len(prompts), capacity)
     logits = decoding.start([torch.from_numpy(prompt.astype(np.int64)).to(device) for prompt in prompts])
     active = list(range(len(prompts)))
+    done: set[int] = set()
     for position in range(params.max_tokens):
         chosen = _choose(logits, params, [sources[row] for row in active], position)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
-        tokens = chosen.tolist()
-        yield from zip(active, tokens, logprobs.tolist(), strict=True)
-        going = [place for place, token in enumerate(tokens) if token not in params.stop_token_ids]
+        for row, token, logprob in zip(active, chosen.tolist(), logprobs.tolist(), strict=True):
+            if row not in done:
+                yield row, token, logprob
+                if token in params.stop_token_ids:
+                    done.add(row)
+        going = [place for place, row in enumerate(active) if row not in done]
         if not going or position + 1 == params.max_tokens:
             return
-        if len(going) < len(active):
+        # The batch is halved, not thinned row by row: on a CPU every size costs compiled kernels that stay in memory.
+        if len(going) <= len(active) // 2:
             kept = torch.tensor(going, device=device)
             decoding.keep(kept)
             chosen = chosen[kept]

@@ -9,7 +9,7 @@ Shapes: N packed tokens, D width, H heads, K key/value heads, V vocabulary, B se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from model_foundry.models.attention import PackedRows, attend_packed, rotate
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.lora import Linear, project
 from model_foundry.models.rope import rope_frequencies
+
+SHAPE_TOKENS = 32
+"""On a CPU, sizes come in multiples of this: for every number of tokens it meets, oneDNN compiles kernels and keeps
+them, 20 MB for a model of 30 layers."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D], not yet rotated) → [N, H, D]."""
@@ -261,6 +265,16 @@ class Decoder(nn.Module):
         return functional.linear(hidden, self.head_weight.to(hidden.dtype))
 
 
+def fill_up(rows: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, PackedRows]:
+    """Pack rows; on a CPU up to a multiple of SHAPE_TOKENS, by a last row that nobody reads."""
+    lengths, parts = [int(row.shape[0]) for row in rows], list(rows)
+    spare = -sum(lengths) % SHAPE_TOKENS if device.type == "cpu" else 0
+    if spare:
+        lengths.append(spare)
+        parts.append(torch.zeros(spare, dtype=torch.int64))
+    return torch.cat(parts), PackedRows.of(lengths, device)
+
+
 class KeyValueCache:
     """Keys (rotated) and values of B sequences, right-padded: [layers][B, capacity, K, D]; `lengths` int64 [B]."""
 
@@ -282,22 +296,24 @@ class KeyValueCache:
 @torch.no_grad()
 def prefill(model: Decoder, prompts: list[torch.Tensor], cache: KeyValueCache) -> torch.Tensor:
     """Read the prompts (int64 [T_i]) into an empty cache; the hidden state [B, D] of each one's last token."""
-    rows = PackedRows.of([int(p.shape[0]) for p in prompts], model.embed_tokens.device)
+    device = model.embed_tokens.device
+    lengths = [int(p.shape[0]) for p in prompts]
+    tokens, rows = fill_up(prompts, device)
     rope = model.rope(rows.positions)
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rotated, start = rotate(k, rope[2], rope[3]), 0
-        for row, length in enumerate(rows.lengths):
+        for row, length in enumerate(lengths):
             cache.keys[layer][row, :length] = rotated[start : start + length]
             cache.values[layer][row, :length] = v[start : start + length]
             start += length
         return attend_packed(q, k, v, rope, rows, model.config.window(layer))
 
-    x = model.embed(torch.cat(prompts))
+    x = model.embed(tokens)
     for layer in model.layers:
         x = layer(x, attend)
-    cache.lengths += torch.tensor(rows.lengths, device=x.device)
-    ends = torch.tensor(rows.lengths, device=x.device).cumsum(0) - 1
+    cache.lengths += torch.tensor(lengths, device=device)
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1
     return model.norm(x[ends])
 
 
@@ -305,7 +321,9 @@ def prefill(model: Decoder, prompts: list[torch.Tensor], cache: KeyValueCache) -
 def decode_step(model: Decoder, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
     """Append one token to each sequence (int64 [B]); the hidden state [B, D] after it."""
     rope = model.rope(cache.lengths)
-    size = int(cache.lengths.max()) + 1
+    # Sizes in steps, as in `fill_up`; what lies beyond a sequence's end is masked.
+    size = -(-(int(cache.lengths.max()) + 1) // SHAPE_TOKENS) * SHAPE_TOKENS
+    size = min(size, cache.keys[0].shape[1])
     place = torch.arange(size, device=tokens.device)[None, :]
     batch = torch.arange(tokens.shape[0], device=tokens.device)
 

@@ -17,14 +17,10 @@ from torch import nn
 from model_foundry.errors import ArchitectureMismatchError, ModelError
 from model_foundry.models.attention import PackedRows
 from model_foundry.models.config import ModelConfig, native_obstacle
-from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, prefill
+from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, fill_up, prefill
 from model_foundry.models.fallback import TransformersModel, load_transformers_model
 from model_foundry.models.folder import read_config, read_tensors
 from model_foundry.models.lora import Linear
-
-SHAPE_TOKENS = 32
-"""On a CPU, training passes are filled up to a multiple of this by a row nobody reads: for every number of tokens that
-it meets, oneDNN compiles and keeps kernels, 20 MB of them for a model of 30 layers."""
 
 Implementation = Literal["auto", "native", "transformers"]
 
@@ -99,14 +95,11 @@ class NativeModel(LanguageModel):
         self.max_position_embeddings = decoder.config.max_position_embeddings
 
     def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        lengths = [int(row.shape[0]) for row in rows]
-        num_tokens, parts = sum(lengths), list(rows)
         device = self.decoder.embed_tokens.device
-        spare = -num_tokens % SHAPE_TOKENS
-        if spare and device.type == "cpu" and torch.is_grad_enabled() and not self._drops():
-            lengths.append(spare)
-            parts.append(torch.zeros(spare, dtype=torch.int64))
-        return self.decoder(torch.cat(parts), PackedRows.of(lengths, device))[:num_tokens]
+        if self._drops():
+            # Dropout masks belong to the rows that the engine counted.
+            return self.decoder(torch.cat(list(rows)), PackedRows.of([int(row.shape[0]) for row in rows], device))
+        return self.decoder(*fill_up(rows, device))[: sum(int(row.shape[0]) for row in rows)]
 
     def _drops(self) -> bool:
         return self.training and any(linear.dropout for linear in self.decoder.linears().values())
