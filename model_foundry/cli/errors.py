@@ -10,16 +10,18 @@ import errno
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
 from model_foundry import __version__
 from model_foundry.cli.extras import extra_of
-from model_foundry.errors import FoundryError, MissingExtraError, UsageError
+from model_foundry.errors import FoundryError, InterruptedRunError, MissingExtraError, UsageError
 
 EXIT_FAILURE = 3
 
@@ -55,6 +57,13 @@ def exit_code_of(error: BaseException, *, as_json: bool, arguments: Sequence[str
         said = _unforeseen(error, arguments)
     _say(said, kind=type(error).__name__ if isinstance(error, FoundryError) else type(said).__name__, as_json=as_json)
     return said.exit_code
+
+
+def hush_ctrl_c(error: BaseException) -> None:
+    """We are leaving because of a signal: another impatient Ctrl-C must not interrupt saying so."""
+    if isinstance(error, (KeyboardInterrupt, InterruptedRunError)):
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_foundry_error(error: BaseException) -> FoundryError | None:

@@ -79,8 +79,9 @@ class LazyGroup(click.Group):
             code = self._run(arguments, prog_name or "foundry")
             sys.stdout.flush()
         except BaseException as error:
-            from model_foundry.cli.errors import exit_code_of
+            from model_foundry.cli.errors import exit_code_of, hush_ctrl_c
 
+            hush_ctrl_c(error)
             code = exit_code_of(error, as_json=as_json, arguments=arguments)
         sys.exit(code)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from model_foundry.recipes.verify import compare_runs
 from tests.tiny_models import write_tiny_model
 from tests.tiny_runs import (
     COLOURS,
@@ -262,3 +264,15 @@ def test_a_run_whose_records_are_damaged_is_an_error_in_words(
             assert_one_paragraph(done, code=2)
         assert "Traceback" not in done.stderr
     assert foundry_here("runs", tmp_path).returncode == 0
+
+
+def test_an_unfinished_run_named_relative_to_its_folder_resumes_from_another(home: Home, tmp_path: Path) -> None:
+    """Prevents a resume that reads other files of the same names, or none."""
+    run = tmp_path / "copy"
+    shutil.copytree(home.run, run)
+    shutil.rmtree(run / "checkpoints" / "final")
+    (run / "report.json").unlink()
+    done = foundry("resume", run.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"going to {home.folder}" in done.stderr
+    assert all(check.passed for check in compare_runs(home.run, run))
