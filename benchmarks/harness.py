@@ -107,7 +107,10 @@ def model_folder(options: Options) -> Path:
 def environment(num_threads: int) -> dict[str, str]:
     threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **threads, **quiet, "WANDB_DISABLED": "true", "PYTHONWARNINGS": "ignore"}
+    # Importing our package has set these here, for its own sake; a peer gets the system's.
+    own = ("OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    return {**inherited, **threads, **quiet, "WANDB_DISABLED": "true", "PYTHONWARNINGS": "ignore"}
 
 
 def run_worker(worker: str, spec: Mapping[str, Any], *, options: Options) -> Result:

@@ -6,6 +6,10 @@ next forward pass.
 
 from __future__ import annotations
 
+# isort: off
+import model_foundry  # noqa: F401 - before torch, as the command line does: it sets what torch's libraries read
+# isort: on
+
 import contextlib
 import time
 from pathlib import Path
