@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CHATML = (
@@ -21,6 +23,10 @@ CORPUS = [
     "[INST] Is it so? [/INST] It is. [INST] 0123456789 [/INST] <s> and </s> are written like this.",
     "system user assistant tool ### Instruction: ### Response: Below is an instruction that describes a task.",
 ] * 4
+
+# A change is judged by the same examples every time; on a developer's machine every run tries new ones.
+settings.register_profile("ci", derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def byte_level_tokenizer(specials: list[str], *, vocab_size: int = 500) -> Tokenizer:

@@ -201,7 +201,9 @@ def test_no_text_ever_yields_a_control_id(renderer: Renderer, texts: list[str]) 
     assert sum(t in special for t in row.tokens.tolist()) == sum(t in special for t in template_only.tokens.tolist())
     assert row.text == f"<|im_start|>user\n{texts[0]}<|im_end|>\n<|im_start|>assistant\n{texts[1]}<|im_end|>\n"
     assert renderer.tokenizer.decode(row.tokens) == row.text
-    assert "".join(trained(renderer, row)) == f"{texts[1]}<|im_end|>" or "\ufffd" in "".join(trained(renderer, row))
+    # A token that straddles the turn's start (a newline of the template with the answer's first spaces) is trained.
+    said = "".join(trained(renderer, row))
+    assert said.removeprefix("\n") == f"{texts[1]}<|im_end|>" or said == f"{texts[1]}<|im_end|>" or "\ufffd" in said
 
 
 @given(texts=st.lists(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), min_size=2, max_size=2))
