@@ -4,6 +4,9 @@ from __future__ import annotations
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "gguf", "huggingface_hub", "filelock", "psutil"),
+    "data": ("pyarrow", "zstandard"),
+    "code": ("tree_sitter", "tree_sitter_lua", "tree_sitter_gdscript"),
+    "generate": ("anthropic", "httpx"),
     "track": ("tensorboard", "wandb", "mlflow"),
 }
 """Extra -> the modules it makes importable."""

@@ -6,7 +6,6 @@ imported when there is one.
 
 from __future__ import annotations
 
-import importlib
 import io
 import sys
 from collections.abc import Sequence
@@ -15,12 +14,15 @@ from typing import Any, NoReturn
 import click
 
 from model_foundry import __version__
+from model_foundry.cli.lazy import LazyGroup
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("model_foundry.cli.train:command", "Fine-tune a model, and prove that it improved."),
     "resume": ("model_foundry.cli.resume:command", "Go on with a run where its last checkpoint left it."),
     "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
     "chat": ("model_foundry.cli.chat:command", "Talk to a model or a run."),
+    "data": ("model_foundry.cli.data:command", "Check, inspect, convert, deduplicate and pack training data."),
+    "generate": ("model_foundry.cli.generate:command", "Make a data set from code through a batch API, never paid twice."),
     "models": ("model_foundry.cli.models:command", "Fetch, list and describe models."),
     "config": ("model_foundry.cli.config:command", "Check a configuration, print its schema."),
     "verify": ("model_foundry.cli.verify:command", "Prove that a run resumes and repeats to the last bit."),
@@ -33,37 +35,8 @@ VERBS: dict[str, tuple[str, str]] = {
 EPILOG = "foundry VERB --help says more. Docs: docs/configuration.md, docs/cli.md."
 
 
-class LazyGroup(click.Group):
-    """Lists the verbs from the table; imports one only to run it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        module, _, attribute = VERBS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        command.name = cmd_name
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        word = args[0]
-        if word not in VERBS and not word.startswith("-"):
-            import difflib
-
-            from model_foundry.errors import UsageError
-
-            near = difflib.get_close_matches(word, VERBS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}"
-            raise UsageError(f"there is no verb '{word}'", hint=hint)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+class Foundry(LazyGroup):
+    """The verbs, and how a command line ends: an exit code, and one paragraph for an error."""
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
         """Run a command line and leave with its exit code; every error becomes one paragraph.
@@ -95,7 +68,8 @@ class LazyGroup(click.Group):
 
 
 @click.command(
-    cls=LazyGroup,
+    cls=Foundry,
+    table=VERBS,
     epilog=EPILOG,
     subcommand_metavar="VERB [CONFIG] [KEY=VALUE]...",
     context_settings={"help_option_names": ["-h", "--help"]},

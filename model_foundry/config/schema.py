@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class InputFile:
-    """Marks a file that must exist and may be written relative to the YAML that names it."""
-
-
-InputPath = Annotated[Path, InputFile]
-TemplateName = Annotated[str, InputFile]
-
-
-class Section(BaseModel):
-    """A frozen part of a configuration; unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("true and false are not numbers")
-        return value
-
-
-def broken_rule(field: str, message: str) -> PydanticCustomError:
-    """A rule between fields that does not hold; `field` (dotted from another section) is where the error points."""
-    return PydanticCustomError("rule", "{message}", {"field": field, "message": message})
-
+from model_foundry.config.section import (
+    Fraction,
+    InputPath,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    TemplateName,
+    broken_rule,
+)
 
 class ModelSection(Section):
     name: str = "smollm2-135m-instruct"

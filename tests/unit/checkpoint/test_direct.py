@@ -56,7 +56,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"before"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's always-full device")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's always-full device")
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     file = DirectFile(tmp_path / "file", planned_bytes=0)
     full = os.open("/dev/full", os.O_WRONLY)
