@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -125,6 +125,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if get_origin(annotation) in (tuple, list):
         return f"a list, each {describe(get_args(annotation)[0])}"
+    if get_origin(annotation) in (dict, Mapping):
+        return f"a mapping, each value {describe(get_args(annotation)[1])}"
     name = SCALAR_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
     return f"{name}{_bounds(metadata)}"
 

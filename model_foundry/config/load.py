@@ -117,6 +117,10 @@ def _adapt(tree: Branch, fields: Mapping[str, FieldSpec], warnings: list[str]) -
             value = leaf.text
         if isinstance(value, str) and names_file(spec, value):
             value = _find_file(dotted, value, leaf.origin, warnings)
+        elif isinstance(value, list) and spec.input_file:
+            value = [
+                _find_file(dotted, item, leaf.origin, warnings) if isinstance(item, str) else item for item in value
+            ]
         return Leaf(value, leaf.origin, leaf.text, leaf.hides)
 
     return map_leaves(tree, change)
