@@ -19,8 +19,42 @@ from model_foundry.types import Datum
 
 Overlength = Literal["drop", "truncate", "error"]
 TrainOn = Literal["assistant", "last_assistant", "all"]
+ProblemKind = Literal["untrained", "template", "border", "overlong"]
 MAX_DROPPED_NAMED = 10
 GIANT_ROW_CHARS = 1_000_000
+
+
+def _no_rows() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """A row that cannot be used: no answers in it, refused by the template, answers that it does not show, too long."""
+
+    source: str
+    what: str
+    kind: ProblemKind
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LostRow:
+    """A row that is not trained on.
+
+    Attributes:
+        index: its place in the row set.
+        source: where it came from.
+        reason: why, the same words for all rows of a kind.
+        num_tokens: its length; at least so many where that was enough to know.
+        is_overlong: whether its length is the reason.
+    """
+
+    index: int
+    source: str
+    reason: str
+    num_tokens: int
+    is_overlong: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +72,10 @@ class TokenisedSet:
         num_trained_tokens: targets with a weight.
         reasons: why rows were left out, and how many each.
         first_dropped: the first few rows left out, by source and reason.
+        indices: int64 [num_datums], the place of each datum's row in the row set.
+        full_lengths: int64 [num_datums], tokens of each row before truncation.
+        escaped: bool [num_datums], which rows `num_escaped` counts.
+        lost: every row that was left out.
     """
 
     datums: tuple[Datum, ...]
@@ -50,6 +88,10 @@ class TokenisedSet:
     num_trained_tokens: int
     reasons: Mapping[str, int] = field(default_factory=dict)
     first_dropped: tuple[str, ...] = ()
+    indices: np.ndarray = field(default_factory=_no_rows)
+    full_lengths: np.ndarray = field(default_factory=_no_rows)
+    escaped: np.ndarray = field(default_factory=_no_rows)
+    lost: tuple[LostRow, ...] = ()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -65,7 +107,7 @@ def tokenise_rows(
     overlength: Overlength = "drop",
     train_on: TrainOn = "assistant",
 ) -> TokenisedSet:
-    """Render every row.
+    """Render every row, or refuse them all.
 
     Args:
         rows: what to render.
@@ -78,27 +120,66 @@ def tokenise_rows(
         DataError: rows without an assistant turn, rows the template refuses, over-long rows under `error`, or
             nothing left to train on.
     """
+    made, problems = attempt_rows(rows, renderer, max_length=max_length, overlength=overlength, train_on=train_on)
+    bad = BadRows()
+    for problem in problems:
+        bad.add(problem.source, problem.what)
+    hint = next((problem.hint for problem in problems if problem.hint), None)
+    bad.raise_if_any(num_rows=len(rows.rows), path=rows.path, hint=hint)
+    if not made.datums:
+        why = "; ".join(f"{count:,} {reason}" for reason, count in made.reasons.items())
+        raise DataError(
+            f"no row is left to train on: {why}",
+            where=None if rows.path is None else str(rows.path),
+            hint="Raise data.max_length or set data.overlength=truncate; see also data.train_on",
+        )
+    return made
+
+
+def attempt_rows(
+    rows: RowSet,
+    renderer: Renderer,
+    *,
+    max_length: int,
+    overlength: Overlength = "drop",
+    train_on: TrainOn = "assistant",
+) -> tuple[TokenisedSet, tuple[RowProblem, ...]]:
+    """What `tokenise_rows` does, with every row that it would refuse named and passed over; nothing may be left.
+
+    Raises:
+        TemplateError: there is no template for conversations, or one that does what it must not.
+    """
     if any(row.text is None for row in rows.rows):
         renderer.require_template()
     collector = _Collector(max_length, overlength)
-    hint = None
-    for row in rows.rows:
+    for index, row in enumerate(rows.rows):
         if row.text is None and train_on != "all" and not any(m.role == "assistant" for m in row.messages):
-            collector.bad.add(row.source, "no message has the role assistant, so there is nothing to train on")
+            what = "no message has the role assistant, so there is nothing to train on"
+            collector.problems.append(RowProblem(row.source, what, "untrained"))
             continue
         try:
             at_least = 0 if overlength == "truncate" else _min_tokens(renderer, row)
             if at_least > max_length:
-                collector.add_overlong(row.source, f"at least {at_least:,} tokens")
+                collector.add_overlong(index, row.source, at_least, "at least ")
             else:
-                collector.add(row.source, _render(renderer, row, train_on))
+                collector.add(index, row.source, _render(renderer, row, train_on))
         except UnsafeTemplateError:
             raise  # each row would take seconds to fail
         except DataError as error:
-            collector.bad.add(row.source, error.what if error.where is None else f"{error.where}: {error.what}")
-            hint = hint or error.hint
-    collector.bad.raise_if_any(num_rows=len(rows.rows), path=rows.path, hint=hint)
-    return collector.finish(rows)
+            what = error.what if error.where is None else f"{error.where}: {error.what}"
+            collector.problems.append(RowProblem(row.source, what, _kind(renderer, row), error.hint))
+    return collector.finish(num_rows=len(rows.rows)), tuple(collector.problems)
+
+
+def _kind(renderer: Renderer, row: Row) -> ProblemKind:
+    """Whether the template refuses a row as such, or writes it and does not show what of it is an answer."""
+    if row.text is not None:
+        return "template"
+    try:
+        renderer.text(row.messages, tools=row.tools)
+    except DataError:
+        return "template"
+    return "border"
 
 
 def _render(renderer: Renderer, row: Row, train_on: TrainOn) -> Rendered:
@@ -120,63 +201,66 @@ class _Collector:
     """Applies the length policy row by row and keeps the counts."""
 
     def __init__(self, max_length: int, overlength: Overlength) -> None:
-        self.bad = BadRows()
+        self.problems: list[RowProblem] = []
         self._max_length = max_length
         self._overlength = overlength
         self._datums: list[Datum] = []
         self._sources: list[str] = []
-        self._reasons: Counter[str] = Counter()
+        self._indices: list[int] = []
+        self._full_lengths: list[int] = []
+        self._escaped: list[bool] = []
+        self._lost: list[LostRow] = []
         self._first_dropped: list[str] = []
-        self._num_truncated = self._num_escaped = self._num_trained = 0
+        self._num_truncated = self._num_trained = 0
 
-    def add(self, source: str, row: Rendered) -> None:
+    def add(self, index: int, source: str, row: Rendered) -> None:
         tokens, weights = row.tokens, row.weights
         num_tokens, limit = len(tokens), self._max_length
         is_long = num_tokens > limit
         if is_long and self._overlength != "truncate":
-            self.add_overlong(source, f"{num_tokens:,} tokens")
+            self.add_overlong(index, source, num_tokens)
             return
         if is_long:
             tokens, weights = tokens[:limit], weights[:limit]
         num_trained = int(np.count_nonzero(weights[1:]))
         if num_trained == 0:
             after = " once truncated" if is_long else ""
-            self._drop(source, f"nothing to train on{after}", f"{num_tokens:,} tokens")
+            self._drop(LostRow(index, source, f"nothing to train on{after}", num_tokens, is_long))
             return
         self._num_truncated += is_long
-        self._num_escaped += row.escaped
         self._num_trained += num_trained
         self._datums.append(Datum.from_row(tokens, weights))
         self._sources.append(source)
+        self._indices.append(index)
+        self._full_lengths.append(num_tokens)
+        self._escaped.append(row.escaped)
 
-    def add_overlong(self, source: str, how_long: str) -> None:
+    def add_overlong(self, index: int, source: str, num_tokens: int, bound: str = "") -> None:
         if self._overlength == "error":
-            self.bad.add(source, f"{how_long}, over data.max_length {self._max_length:,}")
+            what = f"{bound}{num_tokens:,} tokens, over data.max_length {self._max_length:,}"
+            self.problems.append(RowProblem(source, what, "overlong"))
         else:
-            self._drop(source, f"longer than {self._max_length:,} tokens", how_long)
+            self._drop(LostRow(index, source, f"longer than {self._max_length:,} tokens", num_tokens, True), bound)
 
-    def _drop(self, source: str, reason: str, detail: str) -> None:
-        self._reasons[reason] += 1
+    def _drop(self, row: LostRow, bound: str = "") -> None:
+        self._lost.append(row)
         if len(self._first_dropped) < MAX_DROPPED_NAMED:
-            self._first_dropped.append(f"{source}: {reason} ({detail})")
+            self._first_dropped.append(f"{row.source}: {row.reason} ({bound}{row.num_tokens:,} tokens)")
 
-    def finish(self, rows: RowSet) -> TokenisedSet:
-        if not self._datums:
-            why = "; ".join(f"{count:,} {reason}" for reason, count in self._reasons.items())
-            raise DataError(
-                f"no row is left to train on: {why}",
-                where=None if rows.path is None else str(rows.path),
-                hint="Raise data.max_length or set data.overlength=truncate; see also data.train_on",
-            )
+    def finish(self, *, num_rows: int) -> TokenisedSet:
         return TokenisedSet(
             datums=tuple(self._datums),
             sources=tuple(self._sources),
-            num_rows=len(rows.rows),
-            num_dropped=sum(self._reasons.values()),
+            num_rows=num_rows,
+            num_dropped=len(self._lost),
             num_truncated=self._num_truncated,
-            num_escaped=self._num_escaped,
+            num_escaped=sum(self._escaped),
             num_tokens=sum(datum.num_tokens for datum in self._datums),
             num_trained_tokens=self._num_trained,
-            reasons=dict(self._reasons),
+            reasons=dict(Counter(row.reason for row in self._lost)),
             first_dropped=tuple(self._first_dropped),
+            indices=np.array(self._indices, dtype=np.int64),
+            full_lengths=np.array(self._full_lengths, dtype=np.int64),
+            escaped=np.array(self._escaped, dtype=bool),
+            lost=tuple(self._lost),
         )

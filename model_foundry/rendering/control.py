@@ -68,6 +68,10 @@ class ControlText:
         """Whether the text holds a control token."""
         return any(first in text for first in self._first) and self._pattern.search(text) is not None
 
+    def find(self, text: str) -> tuple[str, ...]:
+        """The control tokens in the text, each once, in order."""
+        return tuple(dict.fromkeys(match.group() for match in self._pattern.finditer(text)))
+
     def concerns(self, text: str) -> bool:
         """Whether the text holds a control token, or part of one at either end."""
         if self.occurs(text):

@@ -139,6 +139,11 @@ class Renderer:
         weights = np.ones(len(ids), dtype=np.float32)
         return Rendered(np.array(ids, dtype=np.int32), weights, text, self._control.occurs(text))
 
+    def control_tokens_in(self, text: str, *, role: str = "user") -> tuple[str, ...]:
+        """The control tokens that people wrote into a text of this role; each is encoded as plain text."""
+        own = self._control_of_assistant if role == "assistant" else self._control
+        return own.find(text)
+
     def min_tokens(self, text: str) -> int:
         """At least so many tokens has `text`, told without encoding it; 0 where the tokenizer does not allow it."""
         most = self.tokenizer.max_chars_per_token
