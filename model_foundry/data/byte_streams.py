@@ -11,7 +11,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from model_foundry.errors import DataError, MissingExtraError
 
@@ -171,25 +171,25 @@ def utf8_problem(data: bytes) -> str | None:
     return None
 
 
-def _unpacking(head: bytes) -> Callable[[BinaryIO], Iterator[bytes]]:
+def _unpacking(head: bytes) -> Callable[[IO[bytes]], Iterator[bytes]]:
     if head.startswith(_GZIP_MAGIC):
         return _gunzip
     return _unzstd if head.startswith(_ZSTD_MAGIC) else _plain
 
 
-def _plain(file: BinaryIO) -> Iterator[bytes]:
+def _plain(file: IO[bytes]) -> Iterator[bytes]:
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
 
 
-def _gunzip(file: BinaryIO) -> Iterator[bytes]:
+def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
     try:
-        yield from _plain(gzip.GzipFile(fileobj=file))
+        yield from _plain(gzip.GzipFile(fileobj=file))  # pyright: ignore[reportArgumentType]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UnreadableError(f"the file is compressed or binary, and not whole gzip data: {error}") from error
 
 
-def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:

@@ -57,21 +57,40 @@ class InputFiles:
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def iter_records(path: Path, *, text_suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[Record]:
+def local_path(name: Path | str) -> Path:
+    """Where rows lie on this machine; a data set of the hub (`hf://datasets/org/name`) is fetched first.
+
+    Raises:
+        DataError: as `hub.fetch_dataset`.
+    """
+    if (address := hub_address(name)) is None:
+        return Path(name)
+    from model_foundry.data.hub import fetch_dataset
+
+    return fetch_dataset(address)
+
+
+def hub_address(name: Path | str) -> str | None:
+    """The address of a data set on the hub, None for a path. A Path has lost one of the two slashes."""
+    text = str(name)
+    return f"hf://{text[4:].lstrip('/')}" if text.startswith("hf:/") else None
+
+
+def iter_records(path: Path | str, *, text_suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[Record]:
     """Every row of a file, or of all files of a folder.
 
     The suffix chooses the reader, but a file that begins like Parquet or like a JSON list is read as that. A text file
     is one record. An unknown suffix is read as JSON Lines.
 
     Args:
-        path: a file or a folder.
+        path: a file, a folder, or a data set of the hub.
         text_suffixes: which files are texts; give ".lua" to stream code as it stands.
 
     Raises:
         DataError: there is no such file, or a folder holds none that can be read. MissingExtraError: the package for
         Parquet or Zstandard is not installed.
     """
-    path = Path(path)
+    path = local_path(path)
     inputs = find_inputs(path, text_suffixes=text_suffixes)
     if path.is_dir() and not inputs.files:
         skipped = "; ".join(f"{count:,} {reason}" for reason, count in inputs.skipped.items())
@@ -84,18 +103,18 @@ def iter_records(path: Path, *, text_suffixes: Collection[str] = TEXT_SUFFIXES) 
         yield from _file_records(file, name, text_suffixes)
 
 
-def input_files(path: Path) -> list[Path]:
+def input_files(path: Path | str) -> list[Path]:
     """The files that `iter_records` reads, in its order: [path] for a file."""
     return list(find_inputs(path).files)
 
 
-def find_inputs(path: Path, *, text_suffixes: Collection[str] = TEXT_SUFFIXES) -> InputFiles:
+def find_inputs(path: Path | str, *, text_suffixes: Collection[str] = TEXT_SUFFIXES) -> InputFiles:
     """Look through a folder and those below it; each file and folder is met once, so links in a circle do no harm.
 
     Files are sorted by their path. Hidden ones and other suffixes are left out and counted, and so are texts (a
     README.md, say) in a folder that also holds files of rows.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         return InputFiles((path,))
     search = _Search(path)
@@ -175,16 +194,14 @@ class _Search:
 
 def _file_records(path: Path, name: str, text_suffixes: Collection[str]) -> Iterator[Record]:
     suffix = data_suffix(path)
-    read = _READERS.get(suffix, _json_records)
     if suffix in text_suffixes:
-        read = _text_records
+        records = _text_records(path, name)
     elif _is_parquet(path):
-        read = _parquet_records
+        records = _parquet_records(path)
+    else:
+        records = _READERS.get(suffix, _json_records)(path)
     try:
-        if read is _text_records:
-            yield from _text_records(path, name)
-        else:
-            yield from read(path)
+        yield from records
     except UnreadableError as error:
         yield Record(str(path) if error.line is None else f"{path}:{error.line}", None, error.problem)
 

@@ -6,38 +6,30 @@ there and what was expected. Knows nothing of files, tokens or templates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from model_foundry.data.fields import (
+    FieldError,
+    any_message,
+    describe,
+    field_of,
+    message_list,
+    optional_system,
+    optional_tools,
+    require_turns,
+    sharegpt_message,
+)
 from model_foundry.types import Message
 
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-
-
-class FieldError(Exception):
-    """One field of one row is not what the format wants."""
-
-    def __init__(self, field: str, found: str, expected: str) -> None:
-        super().__init__(f"{field}: {found} where {expected} was expected")
+_CONVERSATION_FIELDS = frozenset({"messages", "conversations", "instruction"})
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Parsed:
-    """What a row holds: messages (and tools a template may show), or a text; and the fields that were read."""
+    """What a row holds: messages (and tools a template may show), a text, or two answers; and the fields read."""
 
     def __init__(
         self,
@@ -45,25 +37,26 @@ class Parsed:
         *,
         text: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chosen: Sequence[Message] = (),
+        rejected: Sequence[Message] = (),
+        label: bool | None = None,
         read: frozenset[str],
     ) -> None:
         self.messages = tuple(messages)
         self.text = text
         self.tools = None if tools is None else tuple(tools)
+        self.chosen = tuple(chosen)
+        self.rejected = tuple(rejected)
+        self.label = label
         self.read = read
-
-
-def describe(value: Any) -> str:
-    """What a value is, in words, short enough for an error."""
-    kind = _KINDS.get(type(value), "a number")
-    if value is None or isinstance(value, (dict, list)):
-        return kind
-    shown = repr(value)
-    return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '…'})"
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
     """The format whose fields the row has, or None."""
+    if "chosen" in row and "rejected" in row:
+        return "preference"
+    if _is_kto(row):
+        return "kto"
     if "messages" in row:
         return "messages"
     if "conversations" in row:
@@ -82,27 +75,17 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
 def parse_messages(row: Mapping[str, Any]) -> Parsed:
     """{"messages": [{"role", "content"}]}, or the same under "conversations"; "tools" go to the template."""
     key = "messages" if "messages" in row or "conversations" not in row else "conversations"
-    messages = _message_list(_field(row, key, list, "a list of messages"), key)
-    tools = row.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise FieldError("tools", describe(tools), "a list of objects")
-    return Parsed(messages, tools=tools or None, read=frozenset({key, "tools"}))
+    messages = message_list(field_of(row, key, list, "a list of messages"), key)
+    return Parsed(messages, tools=optional_tools(row), read=frozenset({key, "tools"}))
 
 
 def parse_sharegpt(row: Mapping[str, Any]) -> Parsed:
-    """{"conversations": [{"from": "human" | "gpt" | …, "value"}]}, optional "system"."""
-    turns = _field(row, "conversations", list, "a list of turns")
-    messages = _optional_system(row)
-    for index, turn in enumerate(turns):
-        place = f"conversations[{index}]"
-        if not isinstance(turn, dict):
-            raise FieldError(place, describe(turn), 'an object with "from" and "value"')
-        name = _field(turn, "from", str, "text", place=place)
-        if name not in _SHAREGPT_ROLES:
-            raise FieldError(f"{place}.from", describe(name), f"one of {', '.join(_SHAREGPT_ROLES)}")
-        messages.append(Message(_SHAREGPT_ROLES[name], _field(turn, "value", str, "text", place=place)))
-    _require_turns(messages, "conversations")
-    return Parsed(messages, read=frozenset({"conversations", "system"}))
+    """{"conversations": [{"from": "human" | "gpt" | …, "value"}]}, optional "system" and "tools"."""
+    turns = field_of(row, "conversations", list, "a list of turns")
+    messages = optional_system(row)
+    messages += [sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
+    require_turns(turns, "conversations")
+    return Parsed(messages, tools=optional_tools(row), read=frozenset({"conversations", "system", "tools"}))
 
 
 def parse_alpaca(row: Mapping[str, Any]) -> Parsed:
@@ -110,51 +93,80 @@ def parse_alpaca(row: Mapping[str, Any]) -> Parsed:
 
     A chat template sees instruction and input as one message, a line apart; the Alpaca template sees both fields.
     """
-    messages = _optional_system(row)
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise FieldError("history", describe(history), "a list of [question, answer] pairs")
-    for index, pair in enumerate(history):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise FieldError(f"history[{index}]", describe(pair), "a pair [question, answer] of texts")
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    instruction = _field(row, "instruction", str, "text")
-    given = row.get("input") or ""
-    if not isinstance(given, str):
-        raise FieldError("input", describe(given), "text")
-    if given:
-        extra = {"instruction": instruction, "input": given}
-        messages.append(Message("user", f"{instruction}\n{given}", extra))
-    else:
-        messages.append(Message("user", instruction))
-    messages.append(Message("assistant", _field(row, "output", str, "text")))
+    messages = _alpaca_prompt(row)
+    messages.append(Message("assistant", field_of(row, "output", str, "text")))
     return Parsed(messages, read=frozenset({"instruction", "input", "output", "system", "history"}))
 
 
 def parse_input_output(row: Mapping[str, Any]) -> Parsed:
     """{"input", "output"} or {"question", "answer"}, optional "system"."""
     asked, answered = ("question", "answer") if "question" in row and "input" not in row else ("input", "output")
-    messages = _optional_system(row)
-    messages.append(Message("user", _field(row, asked, str, "text")))
-    messages.append(Message("assistant", _field(row, answered, str, "text")))
+    messages = optional_system(row)
+    messages.append(Message("user", field_of(row, asked, str, "text")))
+    messages.append(Message("assistant", field_of(row, answered, str, "text")))
     return Parsed(messages, read=frozenset({asked, answered, "system"}))
 
 
 def parse_prompt_completion(row: Mapping[str, Any]) -> Parsed:
-    """{"prompt", "completion"}: texts (a question and an answer), or lists of messages."""
+    """{"prompt", "completion"}: texts (a question and an answer), or lists of messages; optional "system", "tools"."""
     prompt = _side(row, "prompt", "user")
     completion = _side(row, "completion", "assistant")
-    if not completion:
-        raise FieldError("completion", "an empty list", "at least one message")
-    return Parsed([*_optional_system(row), *prompt, *completion], read=frozenset({"prompt", "completion", "system"}))
+    return Parsed(
+        [*optional_system(row), *prompt, *completion],
+        tools=optional_tools(row),
+        read=frozenset({"prompt", "completion", "system", "tools"}),
+    )
 
 
 def parse_text(row: Mapping[str, Any]) -> Parsed:
-    """{"text"}: plain text, trained on throughout."""
-    text = _field(row, "text", str, "text")
+    """{"text"}: plain text, trained on throughout. A "path" beside it only says where it comes from."""
+    text = field_of(row, "text", str, "text")
     if not text:
         raise FieldError("text", "an empty text", "at least one character")
-    return Parsed(text=text, read=frozenset({"text"}))
+    return Parsed(text=text, read=frozenset({"text", "path"}))
+
+
+def parse_preference(row: Mapping[str, Any]) -> Parsed:
+    """{"prompt", "chosen", "rejected"}: the better and the worse answer to one prompt.
+
+    The prompt may stand under "prompt" (a text or messages), "messages", "conversations" or "instruction"; the answers
+    are texts, turns, or lists of turns. Without a prompt the answers are whole conversations, and what they begin with
+    alike is the prompt, as in TRL; Anthropic's "Human: … Assistant: …" texts are such conversations too.
+    """
+    prompt, read = _preference_prompt(row)
+    chosen, rejected = (_answer(row, key, is_conversation=prompt is None) for key in ("chosen", "rejected"))
+    if prompt is None:
+        if chosen[0] != rejected[0]:
+            raise FieldError("rejected", "a conversation that begins otherwise", "one that begins like chosen")
+        length = _common_length(chosen, rejected)
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    else:
+        # Some sets repeat the prompt at the beginning of both answers.
+        length = len(prompt)
+        chosen, rejected = (side[length:] if side[:length] == prompt else side for side in (chosen, rejected))
+    for key, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side or side[0].role != "assistant":
+            raise FieldError(key, f"a turn by the {side[0].role}" if side else "no answer", "a turn by the assistant")
+    read |= {"chosen", "rejected", "tools"}
+    return Parsed(prompt, tools=optional_tools(row), chosen=chosen, rejected=rejected, read=read)
+
+
+def parse_kto(row: Mapping[str, Any]) -> Parsed:
+    """{"prompt", "completion", "label"}: one answer, and whether it is a good one.
+
+    The conversation may also be messages, ShareGPT or Alpaca; LLaMA-Factory calls the label "kto_tag".
+    """
+    key = "kto_tag" if "kto_tag" in row and "label" not in row else "label"
+    label = field_of(row, key, bool, "true or false")
+    rest = {name: value for name, value in row.items() if name not in ("label", "kto_tag")}
+    name = detect_format(rest)
+    if name not in ("messages", "sharegpt", "alpaca", "prompt_completion"):
+        raise FieldError("prompt", "nothing", "a text or a list of messages, and a completion")
+    parsed = PARSERS[name](rest)
+    if parsed.messages[-1].role != "assistant":
+        where = "completion" if name == "prompt_completion" else "messages"
+        raise FieldError(where, f"a last turn by the {parsed.messages[-1].role}", "a last turn by the assistant")
+    return Parsed(parsed.messages, tools=parsed.tools, label=label, read=parsed.read | {key})
 
 
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
@@ -164,63 +176,88 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
     "input_output": parse_input_output,
     "prompt_completion": parse_prompt_completion,
     "text": parse_text,
+    "preference": parse_preference,
+    "kto": parse_kto,
 }
 
 
-def _field(row: Mapping[str, Any], key: str, kind: type, expected: str, *, place: str = "") -> Any:
-    name = f"{place}.{key}" if place else key
-    if key not in row:
-        raise FieldError(name, "nothing", expected)
-    if not isinstance(row[key], kind):
-        raise FieldError(name, describe(row[key]), expected)
-    return row[key]
+def _is_kto(row: Mapping[str, Any]) -> bool:
+    """A bad answer taken for one to imitate does harm, so a completion with any label counts."""
+    if "kto_tag" in row or ("label" in row and "prompt" in row and "completion" in row):
+        return True
+    return isinstance(row.get("label"), bool) and not _CONVERSATION_FIELDS.isdisjoint(row)
 
 
-def _optional_system(row: Mapping[str, Any]) -> list[Message]:
-    system = row.get("system") or ""
-    if not isinstance(system, str):
-        raise FieldError("system", describe(system), "text")
-    return [Message("system", system)] if system else []
+def _alpaca_prompt(row: Mapping[str, Any]) -> list[Message]:
+    messages = optional_system(row)
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise FieldError("history", describe(history), "a list of [question, answer] pairs")
+    for index, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise FieldError(f"history[{index}]", describe(pair), "a pair [question, answer] of texts")
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    instruction = field_of(row, "instruction", str, "text")
+    given = row.get("input") or ""
+    if not isinstance(given, str):
+        raise FieldError("input", describe(given), "text")
+    if given:
+        extra = {"instruction": instruction, "input": given}
+        messages.append(Message("user", f"{instruction}\n{given}", extra))
+    else:
+        messages.append(Message("user", instruction))
+    return messages
 
 
 def _side(row: Mapping[str, Any], key: str, role: str) -> list[Message]:
     value = row.get(key)
     if isinstance(value, str):
         return [Message(role, value)]
-    return _message_list(_field(row, key, list, "text or a list of messages"), key)
-
-
-def _message_list(items: list[Any], key: str) -> list[Message]:
-    _require_turns(items, key)
-    return [_message(item, f"{key}[{index}]") for index, item in enumerate(items)]
-
-
-def _require_turns(items: Sequence[Any], key: str) -> None:
-    if not items:
+    items = field_of(row, key, list, "text or a list of messages")
+    if not items and key == "completion":
         raise FieldError(key, "an empty list", "at least one message")
+    return message_list(items, key)
 
 
-def _message(item: Any, place: str) -> Message:
-    if not isinstance(item, dict):
-        raise FieldError(place, describe(item), 'an object with "role" and "content"')
-    role = _field(item, "role", str, "text", place=place)
-    if role not in ROLES:
-        raise FieldError(f"{place}.role", describe(role), f"one of {', '.join(ROLES)}")
-    extra = {key: value for key, value in item.items() if key not in ("role", "content") and value is not None}
-    if item.get("content") is None and "tool_calls" in extra:
-        return Message(role, "", extra)  # OpenAI's way to say that a turn only calls tools
-    return Message(role, _content(item, place), extra)
+def _preference_prompt(row: Mapping[str, Any]) -> tuple[list[Message] | None, frozenset[str]]:
+    """The prompt and the fields it was read from; None where the answers are whole conversations."""
+    if "prompt" in row:
+        return [*optional_system(row), *_side(row, "prompt", "user")], frozenset({"prompt", "system"})
+    if "messages" in row:
+        parsed = parse_messages(row)
+        return list(parsed.messages), parsed.read
+    if "conversations" in row:
+        parsed = PARSERS[detect_format({"conversations": row["conversations"]}) or "messages"](row)
+        return list(parsed.messages), parsed.read
+    if "instruction" in row:
+        return _alpaca_prompt(row), frozenset({"instruction", "input", "system", "history"})
+    return None, frozenset()
 
 
-def _content(item: Mapping[str, Any], place: str) -> str:
-    content = item.get("content")
-    if isinstance(content, list):
-        return "".join(_text_part(part, f"{place}.content[{index}]") for index, part in enumerate(content))
-    return _field(item, "content", str, "text", place=place)
+def _answer(row: Mapping[str, Any], key: str, *, is_conversation: bool) -> list[Message]:
+    value = row.get(key)
+    if isinstance(value, str):
+        if not is_conversation:
+            return [Message("assistant", value)]
+        if not (turns := _hh_turns(value)):
+            raise FieldError("prompt", "nothing", "a text or a list of messages, or answers that are conversations")
+        return turns
+    if isinstance(value, dict):
+        return [any_message(value, key)]
+    items = field_of(row, key, list, "text, a turn or a list of turns")
+    require_turns(items, key)
+    return [any_message(item, f"{key}[{index}]") for index, item in enumerate(items)]
 
 
-def _text_part(part: Any, place: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise FieldError(place, describe(part), 'a text part {"type": "text", "text": …}')
-    return text
+def _hh_turns(text: str) -> list[Message]:
+    """The turns of a text in the spelling of Anthropic's hh-rlhf; none where it is not one."""
+    before, *parts = _HH_TURN.split("\n\n" + text.lstrip("\n"))
+    if before.strip() or not parts:
+        return []
+    return [Message(_HH_ROLES[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _common_length(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Turns that both begin with; each keeps at least one as its answer."""
+    longest = min(len(chosen), len(rejected)) - 1
+    return next((index for index in range(longest) if chosen[index] != rejected[index]), longest)

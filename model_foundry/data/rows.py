@@ -1,24 +1,23 @@
-"""Read a file of rows, or say what is wrong with it: by file, line and field, several rows at once.
+"""Read rows, or say what is wrong with them: by file, line and field, several rows at once.
 
-Knows files and formats; does not know tokens, templates or policies.
+Knows formats, and files only through `iter_records`; does not know tokens, templates or policies.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from model_foundry.data.formats import PARSERS, FieldError, describe, detect_format
+from model_foundry.data.fields import FieldError, describe
+from model_foundry.data.files import Record, find_inputs, iter_records, local_path
+from model_foundry.data.formats import PARSERS, Parsed, detect_format
 from model_foundry.errors import DataError
 from model_foundry.types import Message
 
 MAX_REPORTED_ROWS = 10
-_UNREADABLE = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +25,38 @@ class Row:
     """One row: `messages`, or `text` where the format is plain text.
 
     Attributes:
-        messages: the conversation; empty for a text row.
+        messages: the conversation; empty for a text row; the prompt alone for a preference row.
         text: the plain text, or None.
-        source: "file:line" (or "file row N" for a JSON array), for errors.
+        source: "file:line" (or "file row N" for a JSON list and Parquet), for errors.
         tools: function descriptions the template may show, or None.
+        chosen: the better answer of a preference row.
+        rejected: the worse one.
+        label: whether the answer that `messages` end with is a good one (KTO), or None.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     source: str = ""
     tools: tuple[Mapping[str, Any], ...] | None = None
+    chosen: tuple[Message, ...] = ()
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RowSet:
-    """The rows of one file in one format. `ignored_fields` counts the fields that nothing read."""
+    """The rows of one file or folder in one format.
+
+    Attributes:
+        ignored_fields: the fields that nothing read, with how many rows have each.
+        skipped_files: of a folder, why files were left out, with how many each.
+    """
 
     rows: tuple[Row, ...]
     format: str
     path: Path | None = None
     ignored_fields: Mapping[str, int] = field(default_factory=dict)
+    skipped_files: Mapping[str, int] = field(default_factory=dict)
 
 
 class BadRows:
@@ -71,43 +82,77 @@ class BadRows:
         raise DataError(what, where=None if path is None else str(path), hint=hint)
 
 
-def read_rows(path: Path, *, format: str = "auto") -> RowSet:
-    """Read JSONL (or a JSON array) of rows.
+class RowParser:
+    """Turns records into rows of one format, which the first row decides under `auto`.
+
+    Attributes:
+        format: a name in `formats.PARSERS`, or `auto` before the first row.
+        ignored: the fields that nothing read, with how many rows have each.
+
+    Raises:
+        DataError: there is no such format.
+    """
+
+    def __init__(self, format: str = "auto") -> None:
+        if format != "auto" and format not in PARSERS:
+            raise DataError(f"there is no row format '{format}'", hint=f"Choose auto or one of {', '.join(PARSERS)}")
+        self.format = format
+        self.ignored: Counter[str] = Counter()
+
+    def parse(self, record: Record, bad: BadRows) -> Parsed | None:
+        """What the record holds, or None where `bad` now says why it holds nothing of use.
+
+        Raises:
+            DataError: the format cannot be told from the first row.
+        """
+        if record.problem is not None:
+            bad.add(record.source, record.problem)
+            return None
+        value = record.value
+        if not isinstance(value, dict):
+            bad.add(record.source, f"{describe(value)} where an object was expected")
+            return None
+        if self.format == "auto":
+            self.format = _detected(value, record.source)
+        try:
+            parsed = PARSERS[self.format](value)
+        except FieldError as error:
+            bad.add(record.source, f"{error} (format {self.format})")
+            return None
+        self.ignored.update(key for key in value if key not in parsed.read)
+        return parsed
+
+
+def read_rows(path: Path | str, *, format: str = "auto") -> RowSet:
+    """Read the rows of a file or a folder: whatever `iter_records` reads.
 
     Args:
-        path: the file, UTF-8, with or without a byte order mark; blank lines are passed over.
+        path: the file or folder; text is UTF-8, with or without a byte order mark; blank lines are passed over. A
+            name `hf://datasets/…` is fetched first.
         format: a name in `formats.PARSERS`, or `auto` to detect it from the first row.
 
     Raises:
         DataError: the file is missing, empty, not text, or rows are wrong; up to ten rows are named.
     """
-    path = Path(path)
-    if format != "auto" and format not in PARSERS:
-        raise DataError(f"there is no row format '{format}'", hint=f"Choose auto or one of {', '.join(PARSERS)}")
-    bad = BadRows()
+    path = local_path(path)
+    parser, bad = RowParser(format), BadRows()
     rows: list[Row] = []
-    ignored: Counter[str] = Counter()
     num_rows = 0
-    for source, value in _values(path, bad):
+    for record in iter_records(path):
         num_rows += 1
-        if value is _UNREADABLE:
-            continue
-        if not isinstance(value, dict):
-            bad.add(source, f"{describe(value)} where an object was expected")
-            continue
-        if format == "auto":
-            format = _detected(value, source)
-        try:
-            parsed = PARSERS[format](value)
-        except FieldError as error:
-            bad.add(source, f"{error} (format {format})")
-            continue
-        ignored.update(key for key in value if key not in parsed.read)
-        rows.append(Row(parsed.messages, parsed.text, source, parsed.tools))
+        if record.problem is not None and record.source == str(path):
+            raise DataError(record.problem, where=record.source)  # the whole file is something else
+        if (parsed := parser.parse(record, bad)) is not None:
+            rows.append(row_of(parsed, source=record.source))
     bad.raise_if_any(num_rows=num_rows, path=path)
     if not rows:
         raise DataError("the file holds no rows", where=str(path), hint="Put one JSON object on each line")
-    return RowSet(tuple(rows), format, path, dict(ignored))
+    return RowSet(tuple(rows), parser.format, path, dict(parser.ignored), find_inputs(path).skipped)
+
+
+def row_of(parsed: Parsed, *, source: str = "") -> Row:
+    """A parsed row as a value."""
+    return Row(parsed.messages, parsed.text, source, parsed.tools, parsed.chosen, parsed.rejected, parsed.label)
 
 
 def _detected(row: Mapping[str, Any], source: str) -> str:
@@ -120,54 +165,3 @@ def _detected(row: Mapping[str, Any], source: str) -> str:
             hint=f"Set data.format to one of {', '.join(PARSERS)} or rename the fields",
         )
     return name
-
-
-def _values(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    """Each row's source and decoded JSON, or _UNREADABLE where `bad` now says why."""
-    data = _read_bytes(path)
-    if data.lstrip()[:1] == b"[":
-        yield from _array_values(path, data)
-        return
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            yield source, orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            bad.add(source, _decoding_problem(line, error, is_cut=number == len(lines)))
-            yield source, _UNREADABLE
-
-
-def _array_values(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    try:
-        values = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"the file is not JSONL, and not a JSON array: {error}", where=str(path)) from error
-    for number, value in enumerate(values, start=1):
-        yield f"{path} row {number}", value
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError("there is no such file", where=str(path), hint="Check data.train_file") from error
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError("the file is UTF-16", where=str(path), hint="Save it as UTF-8")
-    if data.startswith((b"\x1f\x8b", b"PK\x03\x04", b"PAR1")):
-        raise DataError("the file is compressed or binary", where=str(path), hint="Give JSON Lines, one object a line")
-    return data.removeprefix(b"\xef\xbb\xbf")
-
-
-def _decoding_problem(line: bytes, error: orjson.JSONDecodeError, *, is_cut: bool) -> str:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        return f"not UTF-8: byte 0x{line[problem.start]:02x} at offset {problem.start} of the line"
-    if is_cut:
-        return f"the last line is cut off or not JSON ({error})"
-    return f"not JSON ({error})"
