@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from model_foundry.cli.arguments import load_command_config, warn
-from model_foundry.config.fields import names_file, schema_fields
+from model_foundry.config.fields import names_file, names_hub, schema_fields
 from model_foundry.config.load import Resolved, config_digest, json_schema
 from model_foundry.config.problems import Problem, raise_problems
 from model_foundry.config.schema import COMMAND_SCHEMAS
@@ -61,11 +61,13 @@ def _existing_files(resolved: Resolved[Any]) -> dict[str, str]:
     files, problems = {}, []
     for dotted, spec in schema_fields(type(resolved.config)).items():
         value = resolved.value(dotted)
+        if names_hub(value) and spec.input_folder:
+            files[dotted] = str(value)  # whether the hub has it is asked when it is fetched
         if not names_file(spec, value):
             continue
         files[dotted] = str(value)
         path = Path(str(value))
-        if not path.is_file():
+        if not (path.is_file() or (spec.input_folder and path.is_dir())):
             kind = "is a folder" if path.is_dir() else "does not exist"
             problems.append(Problem(f"{dotted} names {value}, which {kind}", resolved.places[dotted]))
     raise_problems(problems)

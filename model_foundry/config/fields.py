@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from model_foundry.config.schema import InputFile
+from model_foundry.config.section import HubName, InputFile, InputRows
 
 SCALAR_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
@@ -31,6 +31,7 @@ class FieldSpec:
         expected: the type and bounds in words.
         text_only: takes text or a path and no list, so a number typed there is meant as text.
         input_file: may name a file that must exist (`names_file` decides by the value).
+        input_folder: that may be a folder as well.
     """
 
     path: str
@@ -41,6 +42,7 @@ class FieldSpec:
     expected: str
     text_only: bool
     input_file: bool
+    input_folder: bool = False
 
     @property
     def name(self) -> str:
@@ -67,9 +69,14 @@ def schema_sections(schema: type[BaseModel]) -> dict[str, str]:
 
 def names_file(spec: FieldSpec, value: object) -> bool:
     """Whether this value names an input file: any path does, a template only when it ends in .jinja."""
-    if not spec.input_file or value is None:
+    if not spec.input_file or value is None or names_hub(value):
         return False
     return "a path" in spec.expected or str(value).endswith(".jinja")
+
+
+def names_hub(value: object) -> bool:
+    """Whether this value is the address of a data set on the hub."""
+    return isinstance(value, str) and value.startswith("hf://")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -104,7 +111,8 @@ def _walk(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldSpec
                 help=info.description or "",
                 expected=describe(info.annotation, info.metadata),
                 text_only=all(part in (str, Path, type(None)) for part in alternatives),
-                input_file=InputFile in _markers(info),
+                input_file=any(mark in (InputFile, InputRows) for mark in _markers(info)),
+                input_folder=InputRows in _markers(info),
             ),
         )
 
@@ -113,6 +121,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """A type and its bounds in words: `a number above 0 and at most 10`."""
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
+        if HubName in extra:
+            return "an address hf://datasets/…"
         return describe(inner, [*metadata, *extra])
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(describe(part, metadata) for part in get_args(annotation))

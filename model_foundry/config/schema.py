@@ -12,10 +12,12 @@ from model_foundry.config.section import (
     InputPath,
     NonNegativeInt,
     PositiveInt,
+    RowsPath,
     Section,
     TemplateName,
     broken_rule,
 )
+
 
 class ModelSection(Section):
     name: str = "smollm2-135m-instruct"
@@ -48,11 +50,13 @@ class LoraSection(Section):
 
 
 class DataSection(Section):
-    train_file: InputPath | None = None
-    """Training rows, JSONL. Required to train."""
-    validation_file: InputPath | None = None
+    train_file: RowsPath | None = None
+    """Training rows: JSONL, JSON, CSV, Parquet or text, a folder of these, or hf://datasets/ORG/NAME. Required."""
+    validation_file: RowsPath | None = None
     """Validation rows for the loss during training."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "input_output", "prompt_completion", "text"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "input_output", "prompt_completion", "text", "preference", "kto"
+    ] = "auto"
     """Row format; auto detects it from the first row and says which it was."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""

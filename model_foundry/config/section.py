@@ -17,7 +17,16 @@ class InputFile:
     """Marks a file that must exist and may be written relative to the YAML that names it."""
 
 
+class InputRows(InputFile):
+    """Marks rows: a file or a folder of files."""
+
+
+class HubName:
+    """Marks the address of a data set on the Hugging Face hub, which is no path: a Path would lose a slash of it."""
+
+
 InputPath = Annotated[Path, InputFile]
+RowsPath = Annotated[Path, InputRows] | Annotated[str, Field(pattern="^hf://datasets/"), HubName]
 TemplateName = Annotated[str, InputFile]
 
 

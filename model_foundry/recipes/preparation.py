@@ -15,6 +15,7 @@ from typing import Any
 
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.batches import BatchPlan
+from model_foundry.data.files import input_files, local_path
 from model_foundry.data.rows import read_rows
 from model_foundry.data.tokenise import TokenisedSet, tokenise_rows
 from model_foundry.errors import ConfigError, ModelError, RunError
@@ -46,6 +47,7 @@ class Prepared:
     total_steps: int
     learning_rate: LearningRate
     data_formats: Mapping[str, str]
+    data_paths: Mapping[str, Path]
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -91,9 +93,11 @@ class Prepared:
         )
 
     def data_files(self) -> dict[str, Path]:
-        """Every file that decides the outcome, by its field."""
-        data, evaluation = self.config.data, self.config.evaluation
-        files = {"train_file": data.train_file, "validation_file": data.validation_file, "questions": evaluation.file}
+        """Every file that decides the outcome, by its field; the files of a folder by field and name."""
+        files: dict[str, Path | None] = {"questions": self.config.evaluation.file}
+        for role, path in self.data_paths.items():
+            below = path.is_dir()
+            files |= {f"{role} {file.relative_to(path)}" if below else role: file for file in input_files(path)}
         template = Path(self.config.model.template)
         files["template"] = template if template.suffix == ".jinja" else None
         adapter = self.source.adapter
@@ -148,10 +152,12 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         )  # fmt: skip
     renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
     formats: dict[str, str] = {}
-    train = _tokenised(config, config.data.train_file, renderer, "train", formats)
+    paths = {"train_file": local_path(config.data.train_file)}
+    train = _tokenised(config, paths["train_file"], renderer, "train", formats)
     validation = None
     if config.data.validation_file is not None:
-        validation = _tokenised(config, config.data.validation_file, renderer, "validation", formats)
+        paths["validation_file"] = local_path(config.data.validation_file)
+        validation = _tokenised(config, paths["validation_file"], renderer, "validation", formats)
     model = read_config(source.folder)
     for tokenised in (train, validation):
         if tokenised is not None:
@@ -183,6 +189,7 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         total_steps=total_steps,
         learning_rate=_learning_rate(config, total_steps),
         data_formats=formats,
+        data_paths=paths,
     )
 
 
@@ -214,6 +221,8 @@ def _tokenised(config: TrainConfig, path: Path, renderer: Renderer, role: str, f
         logger.warning("%s: %s rows truncated to %s tokens", path, f"{tokenised.num_truncated:,}", data.max_length)
     if tokenised.num_escaped:
         logger.warning("%s: control tokens in %s rows encoded as plain text", path, f"{tokenised.num_escaped:,}")
+    for reason, count in rows.skipped_files.items():
+        logger.warning("%s: files not read: %s %s", path, f"{count:,}", reason)
     if rows.ignored_fields:
         logger.warning("%s: fields that are not read: %s", path, ", ".join(sorted(rows.ignored_fields)))
     return tokenised

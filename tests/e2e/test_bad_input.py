@@ -32,6 +32,7 @@ from tests.tiny_runs import (
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
     return write_project(tmp_path, model=model, training__max_steps=2)
 
 
@@ -72,7 +73,8 @@ BAD_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "negative rate": (("training.learning_rate=-1",), ("training.learning_rate",)),
     "a word for a number": (("training.max_steps=many",), ("training.max_steps",)),
     "missing file": (("data.train_file=nowhere.jsonl",), ("nowhere.jsonl",)),
-    "a folder for a file": (("data.train_file=.",), ("Is a directory",)),
+    "a folder without rows": (("data.train_file=empty",), ("empty", "no file of rows")),
+    "a data set that is not on the hub": (("data.train_file=hf://datasets/rows",), ("hf://datasets/rows", "ORG/NAME")),
     "missing questions": (("evaluation.file=nowhere.jsonl",), ("nowhere.jsonl",)),
     "missing template": (("model.template=nowhere.jinja",), ("nowhere.jinja",)),
     "unknown template": (("model.template=chatmll",), ("chatmll", "chatml")),

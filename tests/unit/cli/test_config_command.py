@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from model_foundry.cli.config import command
+from model_foundry.config.fields import schema_fields
 from model_foundry.config.load import config_digest, load_config
 from model_foundry.config.schema import COMMAND_SCHEMAS, TrainConfig
 from model_foundry.errors import ConfigError
@@ -46,13 +47,24 @@ def test_what_a_program_reads(config: Path) -> None:
 
 
 def test_files_that_are_not_there_are_all_named_with_the_line(config: Path) -> None:
-    config.write_text("data:\n  train_file: gone.jsonl\n  validation_file: .\n", encoding="utf-8")
+    config.write_text("data: {train_file: gone.jsonl}\nevaluation:\n  file: .\n", encoding="utf-8")
     error = invoke("check", str(config), "model.template=mine.jinja").exception
     assert isinstance(error, ConfigError)
-    assert f"{config}:2: data.train_file names {config.parent / 'gone.jsonl'}, which does not exist" in error.what
-    assert f"{config}:3: data.validation_file names" in error.what
+    assert f"{config}:1: data.train_file names {config.parent / 'gone.jsonl'}, which does not exist" in error.what
+    assert f"{config}:3: evaluation.file names" in error.what
     assert "which is a folder" in error.what
     assert "override model.template=mine.jinja: model.template names mine.jinja" in error.what
+
+
+def test_rows_may_be_a_folder_or_a_data_set_of_the_hub(config: Path) -> None:
+    """Prevents an address from losing a slash on its way through a Path, and from being looked for on the disk."""
+    address = "hf://datasets/acme/rows@v1:train"
+    changes = [f"data.train_file={address}", f"data.validation_file={config.parent}"]
+    found = json.loads(invoke("check", str(config), *changes, "--json").stdout)
+    assert found["files"] == {"data.train_file": address, "data.validation_file": str(config.parent)}
+    loaded = load_config(TrainConfig, path=config, overrides=changes).config
+    assert (loaded.data.train_file, loaded.data.validation_file) == (address, config.parent)
+    assert schema_fields(TrainConfig)["data.train_file"].expected == "a path or an address hf://datasets/… or null"
 
 
 def test_training_without_rows_is_refused_and_chatting_is_not() -> None:
