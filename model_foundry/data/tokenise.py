@@ -117,8 +117,8 @@ def tokenise_rows(
         train_on: whose tokens carry the loss. Plain-text rows are trained on throughout.
 
     Raises:
-        DataError: rows without an assistant turn, rows the template refuses, over-long rows under `error`, or
-            nothing left to train on.
+        DataError: rows of another method, rows without an assistant turn, rows the template refuses, over-long rows
+            under `error`, or nothing left to train on.
     """
     made, problems = attempt_rows(rows, renderer, max_length=max_length, overlength=overlength, train_on=train_on)
     bad = BadRows()
@@ -147,15 +147,22 @@ def attempt_rows(
     """What `tokenise_rows` does, with every row that it would refuse named and passed over; nothing may be left.
 
     Raises:
-        TemplateError: there is no template for conversations, or one that does what it must not.
+        DataError: the rows are of another method. TemplateError: there is no template for conversations, or one that
+            does what it must not.
     """
+    _require_imitable(rows)
     if any(row.text is None for row in rows.rows):
         renderer.require_template()
     collector = _Collector(max_length, overlength)
+    shows_calls = "tool_calls" in renderer.template_text
     for index, row in enumerate(rows.rows):
         if row.text is None and train_on != "all" and not any(m.role == "assistant" for m in row.messages):
             what = "no message has the role assistant, so there is nothing to train on"
             collector.problems.append(RowProblem(row.source, what, "untrained"))
+            continue
+        if not shows_calls and any(message.extra.get("tool_calls") for message in row.messages):
+            what = "a turn calls a tool, and the chat template does not show tool calls"
+            collector.problems.append(RowProblem(row.source, what, "template"))
             continue
         try:
             at_least = 0 if overlength == "truncate" else _min_tokens(renderer, row)
@@ -169,6 +176,19 @@ def attempt_rows(
             what = error.what if error.where is None else f"{error.where}: {error.what}"
             collector.problems.append(RowProblem(row.source, what, _kind(renderer, row), error.hint))
     return collector.finish(num_rows=len(rows.rows)), tuple(collector.problems)
+
+
+def _require_imitable(rows: RowSet) -> None:
+    """Refuse rows that also hold answers to avoid: trained on as they stand, those would be learned as well."""
+    for row in rows.rows:
+        if row.chosen or row.label is not None:
+            kind, method = ("preference pairs", "dpo") if row.chosen else ("answers labelled good or bad", "kto")
+            name = rows.path or "FILE"
+            raise DataError(
+                f"the rows are {kind}, which method {method} learns from, not sft",
+                where=row.source if rows.path is None else str(rows.path),
+                hint=f"Keep the good answers with: foundry data convert {name} OUT.jsonl --to messages --lossy",
+            )
 
 
 def _kind(renderer: Renderer, row: Row) -> ProblemKind:

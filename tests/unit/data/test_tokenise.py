@@ -147,3 +147,22 @@ def test_a_giant_row_is_dropped_without_encoding_it(renderer: Renderer) -> None:
     assert made.num_dropped == 2
     assert "at least" in made.first_dropped[0]
     assert time.thread_time() - start < 2.0
+
+
+@pytest.mark.parametrize("row, method", [
+    (Row(conversation("q"), source="f:1", chosen=(ANSWER,), rejected=(Message("assistant", "Rome."),)), "dpo"),
+    (Row(conversation("q", "a"), source="f:1", label=False), "kto"),
+])  # fmt: skip
+def test_rows_of_another_method_are_refused_by_its_name(row: Row, method: str, renderer: Renderer) -> None:
+    """Prevents sft from learning the answers that a preference set says to avoid."""
+    rows = RowSet((row,), "preference", Path("f"))
+    with pytest.raises(DataError, match=f"f: the rows are .* method {method} .* --to messages"):
+        tokenise_rows(rows, renderer, max_length=64)
+
+
+def test_a_tool_call_that_the_template_does_not_show_is_refused(chatml_folder: Path) -> None:
+    """Prevents a turn from training nothing but its end, because all that it holds is a call."""
+    call = Message("assistant", "", {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]})
+    renderer = Renderer(Tokenizer.load(chatml_folder), "chatml")
+    with pytest.raises(DataError, match="f:1: a turn calls a tool, and the chat template does not show tool calls"):
+        tokenise_rows(row_set((Message("user", "q"), call)), renderer, max_length=64)
