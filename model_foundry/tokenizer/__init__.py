@@ -1,0 +1,6 @@
+"""Text to token ids and back: one interface over Hugging Face's fast tokenizers and SentencePiece models."""
+
+from model_foundry.tokenizer.core import Tokenizer
+from model_foundry.tokenizer.plain import RESERVED, PlainEncoder
+
+__all__ = ["Tokenizer", "PlainEncoder", "RESERVED"]
