@@ -70,6 +70,8 @@ class ControlText:
 
     def find(self, text: str) -> tuple[str, ...]:
         """The control tokens in the text, each once, in order."""
+        if not any(first in text for first in self._first):
+            return ()
         return tuple(dict.fromkeys(match.group() for match in self._pattern.finditer(text)))
 
     def concerns(self, text: str) -> bool:
