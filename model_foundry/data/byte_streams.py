@@ -20,8 +20,8 @@ MAX_ROW_BYTES = 256 << 20
 """The longest line, JSON value or text file that is read; more is a problem, never a full memory."""
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
-# A Zstandard block of 4 bytes may stand for 128 KB, so this many bytes at once come to 64 MB at the very worst.
-_ZSTD_INPUT_BYTES = 2048
+# A Zstandard block of 4 bytes may stand for 128 KB, so this many bytes at once come to 16 MB at the very worst.
+_ZSTD_INPUT_BYTES = 512
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _GZIP_MAGIC = b"\x1f\x8b"
 _BINARY_MAGICS = {
@@ -201,8 +201,9 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
             while data:
                 if frame.eof:
                     frame = decompressor.decompressobj()
-                if chunk := frame.decompress(data):
-                    yield chunk
+                chunk = frame.decompress(data)
+                for start in range(0, len(chunk), CHUNK_BYTES):
+                    yield chunk[start : start + CHUNK_BYTES]
                 data = frame.unused_data
     except zstandard.ZstdError as error:
         raise UnreadableError(f"the Zstandard data are damaged: {error}") from error

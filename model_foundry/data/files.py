@@ -157,6 +157,8 @@ class _Search:
         self.skipped.setdefault(reason, []).append(path.relative_to(self._root).as_posix())
 
     def walk(self, folder: Path) -> None:
+        status = folder.stat()
+        self._met.add((status.st_dev, status.st_ino))
         waiting = [folder]
         while waiting:
             folder = waiting.pop()

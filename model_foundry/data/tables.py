@@ -85,6 +85,9 @@ def decode_cell(name: str, cell: str) -> Any:
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file; at most PARQUET_BATCH_ROWS of one row group are decoded at a time.
 
+    All structs of a column have the same fields, null in the rows that have no such field: inside a row's values, a
+    field that is null is left out.
+
     Raises:
         UnreadableError: the file is damaged, or holds more than MAX_SPOOLED_BYTES once decompressed.
         MissingExtraError: pyarrow is not installed.
@@ -98,9 +101,18 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         try:
             table = pyarrow.parquet.ParquetFile(file)
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield {name: _without_nulls(value) for name, value in row.items()}
         except (pyarrow.ArrowException, OSError) as error:
             raise UnreadableError(f"not whole Parquet data: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return value
 
 
 @contextmanager
