@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
 REPLACED_PREFIX = ".old-"
@@ -25,12 +26,23 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     Raises:
         OSError: the disk is full, the folder is missing or not writable; the old file is untouched.
     """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; when the block ends well, its bytes are on the disk under `path`, else nothing changed.
+
+    Raises:
+        OSError: as `atomic_write`. Whatever the block raises is passed on.
+    """
     temporary = _temporary_beside(path)
     try:
         # os.open and not tempfile: the result must carry the user's umask, not mode 0600.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with open(descriptor, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -10,6 +10,7 @@ import pytest
 from model_foundry.checkpoint.atomic import (
     append_line,
     atomic_directory,
+    atomic_file,
     atomic_write,
     cut_torn_line,
     free_bytes,
@@ -43,6 +44,27 @@ def test_a_write_that_cannot_be_done_leaves_the_old_file_and_nothing_else(tmp_pa
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "missing" / "a", b"")
     assert names(tmp_path) == {"a"}
+
+
+def test_a_file_written_in_pieces_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Prevents half a converted data set under the name of a whole one."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"old")
+    with atomic_file(path) as file:
+        file.write(b"new ")
+        assert path.read_bytes() == b"old"
+        file.write(b"rows")
+    assert path.read_bytes() == b"new rows"
+
+    def interrupted() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"new rows"
+    assert names(tmp_path) == {"rows.jsonl"}
 
 
 def test_a_folder_appears_whole_and_an_error_leaves_the_old_one(tmp_path: Path) -> None:
