@@ -91,11 +91,14 @@ class ForwardBackwardOutput:
         logprobs: one float32 [T] array a datum, the log-probability of each target in nats;
             NaN where it was not asked for (see `Engine.forward_backward`).
         num_micro_batches: pieces the batch was computed in; more than planned means out-of-memory was survived.
+        router_loss: the load-balancing loss of a mixture of experts, where it is trained: times the sum of the weights,
+            so that it may be added to `loss_sum`, which is without it.
     """
 
     loss_sum: float
     logprobs: tuple[np.ndarray, ...]
     num_micro_batches: int = 1
+    router_loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

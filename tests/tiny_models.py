@@ -54,6 +54,11 @@ NATIVE: dict[str, dict[str, Any]] = {
     "qwen3-sliding": {"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 11,
                       "attention_bias": True, "layer_types": ["sliding_attention", "full_attention"] * 2,
                       **_FOUR_LAYERS},
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 12, "norm_topk_prob": True},
+    "qwen3-moe-mixed": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3,
+                        "moe_intermediate_size": 20, "decoder_sparse_step": 2, "use_sliding_window": True,
+                        "sliding_window": 9, "attention_bias": True, **_FOUR_LAYERS},
 }  # fmt: skip
 """Kinds the native decoder computes, as `config.json` spells them."""
 

@@ -19,8 +19,9 @@ from model_foundry.engine.losses import Loss, head_pass
 from model_foundry.engine.optimizer import FlatAdamW
 from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.errors import EngineError, OutOfMemoryError
+from model_foundry.models.balance import RouterBalance
 from model_foundry.models.language_model import LanguageModel
-from model_foundry.models.lora import DropoutCounter
+from model_foundry.models.randomness import DropoutCounter
 from model_foundry.types import Datum, ForwardBackwardOutput
 
 T = TypeVar("T")
@@ -142,23 +143,55 @@ class Passes:
     def _in_pieces(
         self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
     ) -> ForwardBackwardOutput:
-        total, logprobs = 0.0, {}
+        total, router_loss, logprobs = 0.0, 0.0, {}
         first_row = sum(len(batch) for batch, _ in self.pending)
         limit = min((n for n in (self.planned_piece_tokens, self.max_piece_tokens) if n), default=None)
         pieces = split_by_tokens([datum.num_tokens for datum in data], limit)
+        balance = self.model.balance if backward else None
+        try:
+            if balance is not None:
+                self._open_balance(balance, data, loss, pieces, first_row)
+            for piece in pieces:
+                part = self._enter(piece, data, first_row)
+                result = self._piece(part, loss, scope=scope, backward=backward)
+                total += result[0]
+                router_loss += result[2]
+                logprobs.update(zip(piece, result[1], strict=True))
+        finally:
+            if balance is not None:
+                balance.close()
+        every_row = tuple(logprobs[row] for row in range(len(data)))
+        return ForwardBackwardOutput(total, every_row, len(pieces), router_loss)
+
+    def _enter(self, piece: Sequence[int], data: Sequence[Datum], first_row: int) -> list[Datum]:
+        """The rows of a piece, which is from now on the one at hand."""
+        self.counter.rows = tuple((first_row + row, data[row].num_tokens) for row in piece)
+        self._piece_lengths = tuple(data[row].num_tokens for row in piece)
+        return [data[row] for row in piece]
+
+    def _open_balance(
+        self, balance: RouterBalance, data: Sequence[Datum], loss: Loss, pieces: Sequence[Sequence[int]], first_row: int
+    ) -> None:
+        """The load-balancing loss is about the whole batch: in several pieces, the choices are counted first."""
+        weight = sum(float(np.abs(datum.loss_inputs[loss.due]).sum()) for datum in data)
+        balance.open(weight=weight, num_tokens=sum(datum.num_tokens for datum in data))
+        if len(pieces) < 2:
+            return
         for piece in pieces:
-            self.counter.rows = tuple((first_row + row, data[row].num_tokens) for row in piece)
-            self._piece_lengths = tuple(data[row].num_tokens for row in piece)
-            result = self._piece([data[row] for row in piece], loss, scope=scope, backward=backward)
-            total += result[0]
-            logprobs.update(zip(piece, result[1], strict=True))
-        return ForwardBackwardOutput(total, tuple(logprobs[row] for row in range(len(data))), len(pieces))
+            rows = self._rows(self._enter(piece, data, first_row))
+            balance.listen(sum(self._piece_lengths))
+            with torch.no_grad():
+                self.model.hidden(rows)
+        balance.counted()
+
+    def _rows(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+        return [torch.from_numpy(datum.tokens.astype(np.int64)).to(self.device) for datum in data]
 
     def _piece(
         self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
-    ) -> tuple[float, list[np.ndarray]]:
-        """One packed pass: loss and log-probabilities by row."""
-        rows = [torch.from_numpy(datum.tokens.astype(np.int64)).to(self.device) for datum in data]
+    ) -> tuple[float, list[np.ndarray], float]:
+        """One packed pass: loss, log-probabilities by row, and the routers' share of their loss."""
+        rows, balance = self._rows(data), self.model.balance if backward else None
         inputs = {
             name: torch.from_numpy(np.concatenate([datum.loss_inputs[name] for datum in data])).to(self.device)
             for name in loss.inputs
@@ -166,7 +199,10 @@ class Passes:
         inputs["target_tokens"] = inputs["target_tokens"].long()
         due = inputs[loss.due] != 0
         wanted = torch.ones_like(due) if scope == "all" else due
+        if balance is not None:
+            balance.listen(sum(self._piece_lengths))
         hidden = self.model.hidden(rows)
+        router_loss = 0.0 if balance is None else balance.settle()
         flat = hidden.detach()
         chosen = None if bool(wanted.all()) else wanted.nonzero()[:, 0]
         part = flat if chosen is None else flat[chosen]
@@ -181,7 +217,7 @@ class Passes:
         logprobs = np.full(flat.shape[0], np.nan, dtype=np.float32)
         logprobs[wanted.cpu().numpy()] = result.logprobs.cpu().numpy()
         ends = np.cumsum([datum.num_tokens for datum in data])[:-1]
-        return result.loss, np.split(logprobs, ends)
+        return result.loss, np.split(logprobs, ends), router_loss
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[list[int]]:

@@ -18,7 +18,7 @@ import torch
 
 from model_foundry.errors import EngineError
 from model_foundry.models.language_model import LanguageModel
-from model_foundry.models.lora import generator
+from model_foundry.models.randomness import generator
 from model_foundry.types import SampledSequence, SamplingParams
 
 

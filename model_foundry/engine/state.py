@@ -6,6 +6,7 @@ Reading is in two steps, so that nothing is changed until everything fits. It kn
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from model_foundry.checkpoint.tensors import read_tensors
 from model_foundry.errors import ArchitectureMismatchError, CheckpointError
 from model_foundry.models.adapter import read_adapter_config
 from model_foundry.models.folder import fill_model_folder, read_config
-from model_foundry.models.lora import Linear, select_targets
+from model_foundry.models.lora import Adaptable
+from model_foundry.models.targets import select_targets
 from model_foundry.types import LoraConfig
 
 STATE_FORMAT = 1
@@ -49,7 +51,7 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return read_tensors(folder / "state" / "optimizer.safetensors"), facts
 
 
-def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, Linear]) -> LoraConfig:
+def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, Adaptable]) -> LoraConfig:
     """The stored adapter's shape, with the dropout asked for; what the two say about the function must agree.
 
     Raises:
@@ -60,7 +62,9 @@ def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, L
     if asked is None:
         return stored
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if getattr(stored, key) != getattr(asked, key):
+        # The same scale may be written in two ways, and is for experts.
+        same_scale = key in ("lora_alpha", "use_rslora") and math.isclose(stored.scaling, asked.scaling, rel_tol=1e-9)
+        if getattr(stored, key) != getattr(asked, key) and not same_scale:
             raise ArchitectureMismatchError(
                 f"the adapter has {key}={getattr(stored, key)}; {getattr(asked, key)} was asked for", where=str(adapter)
             )
@@ -71,7 +75,7 @@ def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, L
         raise ArchitectureMismatchError(
             f"the adapter {which} {differing[0]}, other than the target_modules asked for", where=str(adapter)
         )
-    return replace(stored, lora_dropout=asked.lora_dropout)
+    return replace(asked, target_modules=stored.target_modules)
 
 
 def write_full_weights(folder: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -28,7 +28,7 @@ from model_foundry.engine.platform import (
 )
 from model_foundry.engine.sampling import collect, stream_tokens
 from model_foundry.engine.state import STATE_FORMAT, agreed_lora, read_state, write_full_weights
-from model_foundry.errors import EngineError, OutOfMemoryError
+from model_foundry.errors import EngineError, ModelError, OutOfMemoryError
 from model_foundry.models.adapter import (
     adapter_tensors,
     fitting_adapter,
@@ -37,8 +37,11 @@ from model_foundry.models.adapter import (
     target_names,
     write_adapter,
 )
+from model_foundry.models.attention import Attention
 from model_foundry.models.language_model import Implementation, LanguageModel, load_language_model
-from model_foundry.models.lora import DropoutCounter, adapt
+from model_foundry.models.packing import Quantization
+from model_foundry.models.randomness import DropoutCounter
+from model_foundry.models.targets import adapt
 from model_foundry.types import (
     AdamParams,
     Datum,
@@ -70,6 +73,7 @@ class TorchEngine:
         dtype: auto, float32 or bfloat16; adapters, moments and fully trained weights are float32 in any case.
         num_threads: CPU threads; default every core.
         micro_batch_tokens: split passes into pieces of at most this many tokens; default the whole batch at once.
+        quantization: how frozen linear layers are kept; models trained whole are refused with any but `none`.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class TorchEngine:
         num_threads: int | None = None,
         micro_batch_tokens: int | None = None,
         implementation: Implementation = "auto",
+        attention: Attention = "auto",
+        quantization: Quantization = "none",
         gradient_checkpointing: bool = False,
     ) -> None:
         self.device = choose_device(device)
@@ -89,6 +95,8 @@ class TorchEngine:
         self.dtype = choose_dtype(dtype, self.device)
         self.micro_batch_tokens = micro_batch_tokens
         self.implementation: Implementation = implementation
+        self.attention: Attention = attention
+        self.quantization: Quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
         self._models: dict[str, _Model] = {}
         self._ids = itertools.count(1)
@@ -106,16 +114,25 @@ class TorchEngine:
         """Load a model. `base_name` is what adapters name as their base; default the folder.
 
         Raises:
-            ModelError: the folder or the adapter cannot be read or does not fit.
+            ModelError: the folder or the adapter cannot be read or does not fit, or every weight of a packed model was
+                to be trained.
         """
+        whole = trainable and lora is None and adapter is None
+        if whole and self.quantization != "none":
+            what = f"{self.quantization} weights cannot be trained, only adapters on top of them"
+            hint = "Set lora.enabled=true, or model.quantization=none."
+            raise ModelError(what, where="model.quantization", hint=hint)
         model = load_language_model(
             base,
-            dtype=self.dtype if lora is not None or adapter is not None or not trainable else torch.float32,
+            dtype=torch.float32 if whole else self.dtype,
             device=self.device,
             implementation=self.implementation,
+            attention=self.attention,
+            quantization=self.quantization,
             gradient_checkpointing=self.gradient_checkpointing,
         )
         counter = DropoutCounter(seed=seed)
+        model.draw_dropout_by(counter)
         linears = model.linears()
         if adapter is not None:
             lora = agreed_lora(adapter, lora, linears)
@@ -300,7 +317,7 @@ class TorchEngine:
     def describe(self, model_id: str) -> dict[str, Any]:
         """Facts for plans and reports: implementation, counts of parameters, device, dtype."""
         model = self._get(model_id)
-        base = sum(p.numel() for p in model.language_model.base_parameters().values())
+        base = model.language_model.num_parameters
         trained = 0 if model.optimizer is None else model.optimizer.flat.numel()
         return {
             "implementation": model.language_model.implementation,

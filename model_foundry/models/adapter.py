@@ -1,12 +1,16 @@
 """LoRA adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, written and read.
 
-Options of PEFT that change what an adapter computes and that we do not compute are refused by name.
+Experts are stored one by one (`mlp.experts.3.up_proj`), as PEFT stored them while transformers kept them so; PEFT fuses
+them on loading, as transformers does with the weights. Options of PEFT that change what an adapter computes and that we
+do not compute are refused by name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import torch
 from model_foundry.checkpoint.tensors import write_tensors
 from model_foundry.errors import ArchitectureMismatchError, ModelError
 from model_foundry.models.folder import read_json
-from model_foundry.models.lora import Linear
+from model_foundry.models.lora import Adaptable
 from model_foundry.types import LoraConfig
 
 PREFIX = "base_model.model."
@@ -33,7 +37,7 @@ _HARMLESS = {
 _STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def adapter_tensors(linears: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
+def adapter_tensors(linears: Mapping[str, Adaptable]) -> dict[str, torch.Tensor]:
     """Adapter tensors by PEFT's names, float32, in the order of the layers."""
     tensors: dict[str, torch.Tensor] = {}
     for name, linear in linears.items():
@@ -63,6 +67,7 @@ def write_adapter(
         base_model: name or folder of the base; what `peft` loads the adapter onto.
         transposed: the layers are GPT-2's Conv1D.
     """
+    lora = _as_stored(lora, tensors)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -85,7 +90,18 @@ def write_adapter(
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def target_names(linears: Mapping[str, Linear]) -> list[str]:
+def _as_stored(lora: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> LoraConfig:
+    """The same function in words that PEFT understands alike.
+
+    PEFT fuses an expert's gate and up projections into one of twice the rank and twice lora_alpha. That keeps
+    lora_alpha / r, and not lora_alpha / √r: so the rank-stabilised scale is written as a plain one.
+    """
+    if not lora.use_rslora or not any(".experts." in name for name in tensors):
+        return lora
+    return replace(lora, use_rslora=False, lora_alpha=lora.lora_alpha * math.sqrt(lora.r))
+
+
+def target_names(linears: Mapping[str, Adaptable]) -> list[str]:
     """Names that select exactly the adapted layers in `peft`: endings, or full names where an ending says too much."""
     adapted = [name for name, linear in linears.items() if linear.lora_A is not None]
     endings = {name.rsplit(".", 1)[-1] for name in adapted}
@@ -145,7 +161,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fitting_adapter(
-    linears: Mapping[str, Linear], tensors: Mapping[str, torch.Tensor], *, where: str
+    linears: Mapping[str, Adaptable], tensors: Mapping[str, torch.Tensor], *, where: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of (adapter tensor of the layers, stored value); nothing is changed.
 
@@ -165,7 +181,7 @@ def fitting_adapter(
 
 
 @torch.no_grad()
-def load_adapter_tensors(linears: Mapping[str, Linear], tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+def load_adapter_tensors(linears: Mapping[str, Adaptable], tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
     """Copy adapter values into layers that are adapted already; all or nothing.
 
     Raises:

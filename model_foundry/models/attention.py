@@ -3,7 +3,8 @@
 Queries are taken in blocks, and each block meets only the keys before its end, so the upper triangle is not computed.
 Short rows of similar length are stacked (padded on the right, which causality hides) to make fewer, larger products.
 Probabilities are kept for the backward pass while they are small, and computed again where they are not
-(Dao et al. 2022 keep none). It knows nothing of layers, weights or caches.
+(Dao et al. 2022 keep none). Accelerators use torch's fused kernels instead. It knows nothing of layers, weights or
+caches.
 
 Shapes: N packed tokens, H query heads, K key/value heads, G = H // K, D head width, S rows of a group, T their length.
 """
@@ -12,11 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
 
+from model_foundry.models.randomness import AttentionDropout
+
+Attention = Literal["auto", "flash", "sdpa", "eager"]
+"""Back ends. eager: the blocks below, in plain operations. sdpa: torch's fused kernels, row by row. flash: one call of
+FlashAttention for all rows."""
 QUERY_BLOCK_TOKENS = 256
 """Rows of queries a product; larger blocks compute more of the masked triangle, smaller ones make small products."""
 KEEP_PROBABILITIES_TOKENS = 512
@@ -32,8 +39,12 @@ class RowGroup:
     index: torch.Tensor
     valid: torch.Tensor | None
     start: int
-    num_rows: int
+    rows: tuple[int, ...]
     num_tokens: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(slots=True)
@@ -96,7 +107,7 @@ def _group(rows: list[int], lengths: Sequence[int], starts: list[int], device: t
         index=index.to(device),
         valid=valid.to(device) if padded else None,
         start=starts[rows[0]] if len(rows) == 1 else -1,
-        num_rows=len(rows),
+        rows=tuple(rows),
         num_tokens=width,
     )
 
@@ -117,7 +128,9 @@ class PackedAttention(torch.autograd.Function):
     """softmax(q kᵀ) v within each row, causal; rotation included. q [N, H, D], k and v [N, K, D] → [N, H, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Any, rows: Any, window: Any) -> Any:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Any, rows: Any, window: Any, dropout: Any
+    ) -> Any:
         cos_q, sin_q, cos_k, sin_k = rope
         q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
         out = torch.empty_like(q)
@@ -127,14 +140,15 @@ class PackedAttention(torch.autograd.Function):
             og = torch.empty_like(qg)
             for first, last, first_key in _blocks(group.num_tokens, window):
                 p = _probabilities(qg, kg, first, last, first_key, rows, window)
-                og[:, :, first:last] = torch.bmm(p, vg[:, 0, first_key:last]).view(
+                used = p if dropout is None else p * _kept(dropout, group, qg, first, last, first_key)
+                og[:, :, first:last] = torch.bmm(used, vg[:, 0, first_key:last]).view(
                     og.shape[0], og.shape[1], -1, og.shape[3]
                 )
                 if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
                     kept.append(p)
             _put(out, og, group)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.rope, ctx.rows, ctx.window = rope, rows, window
+        ctx.rope, ctx.rows, ctx.window, ctx.dropout = rope, rows, window, dropout
         return out
 
     @staticmethod
@@ -143,9 +157,10 @@ class PackedAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for group in ctx.rows.groups:
             keep = group.num_tokens <= KEEP_PROBABILITIES_TOKENS
-            _backward_group((q, k, v), grad, (dq, dk, dv), kept if keep else None, group, ctx.rows, ctx.window)
+            outs = (dq, dk, dv)
+            _backward_group((q, k, v), grad, outs, kept if keep else None, group, ctx.rows, ctx.window, ctx.dropout)
         cos_q, sin_q, cos_k, sin_k = ctx.rope
-        return rotate(dq, cos_q, -sin_q), rotate(dk, cos_k, -sin_k), dv, None, None, None
+        return rotate(dq, cos_q, -sin_q), rotate(dk, cos_k, -sin_k), dv, None, None, None, None
 
 
 def _backward_group(
@@ -156,6 +171,7 @@ def _backward_group(
     group: RowGroup,
     rows: PackedRows,
     window: int | None,
+    dropout: AttentionDropout | None,
 ) -> None:
     num_kv = inputs[1].shape[1]
     qg, kg, vg = (_by_head(x, group, num_kv) for x in inputs)
@@ -169,8 +185,10 @@ def _backward_group(
         p = kept.pop(0) if kept is not None else _probabilities(qg, kg, first, last, first_key, rows, window)
         block = gg[:, :, first:last].reshape(gg.shape[0], -1, gg.shape[3])
         keys, values = kg[:, 0, first_key:last], vg[:, 0, first_key:last]
-        dvg[:, 0, first_key:last] += torch.bmm(p.transpose(1, 2), block)
-        ds = torch._softmax_backward_data(torch.bmm(block, values.transpose(1, 2)), p, -1, p.dtype)
+        scale = None if dropout is None else _kept(dropout, group, qg, first, last, first_key)
+        dvg[:, 0, first_key:last] += torch.bmm((p if scale is None else p * scale).transpose(1, 2), block)
+        dp = torch.bmm(block, values.transpose(1, 2))
+        ds = torch._softmax_backward_data(dp if scale is None else dp.mul_(scale), p, -1, p.dtype)
         dqg[:, :, first:last] = torch.bmm(ds, keys).view(dqg.shape[0], dqg.shape[1], -1, dqg.shape[3])
         queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
         dkg[:, 0, first_key:last] += torch.bmm(ds.transpose(1, 2), queries)
@@ -222,6 +240,56 @@ def _probabilities(
     return torch.softmax(scores, dim=-1)
 
 
+def _kept(
+    dropout: AttentionDropout, group: RowGroup, qg: torch.Tensor, first: int, last: int, first_key: int
+) -> torch.Tensor:
+    """The dropout mask of a block of a group, as `_probabilities` lies; drawn again in the backward pass."""
+    num_kv, num_queries = qg.shape[0] // group.num_rows, qg.shape[1]
+    mask = torch.ones(group.num_rows, num_kv, num_queries, last - first, last - first_key)
+    for place, row in enumerate(group.rows):
+        drawn = dropout.mask(row, (num_kv, num_queries), (first, last), (first_key, last))
+        mask[place, :, :, : drawn.shape[2], : drawn.shape[3]] = drawn
+    return mask.view(group.num_rows * num_kv, -1, last - first_key).to(qg.device, qg.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """The back end, and why, in words."""
+
+    chosen: Attention
+    why: str
+
+
+def choose_attention(
+    asked: Attention, device: torch.device, dtype: torch.dtype, *, attention_dropout: float = 0.0
+) -> AttentionChoice:
+    """What computes attention on this device; what was asked for, where that runs.
+
+    `flash` was written after torch's documentation; no machine of ours has run it yet, so `auto` does not take it.
+    """
+    if attention_dropout:
+        why = "attention dropout is drawn by counters, which only the plain blocks do"
+        return AttentionChoice("eager", why if asked in ("auto", "eager") else f"{why}, not {asked}")
+    if asked == "flash" and (obstacle := _flash_obstacle(device, dtype)) is not None:
+        chosen = "eager" if device.type == "cpu" else "sdpa"
+        return AttentionChoice(chosen, f"flash cannot be used: {obstacle}")
+    if asked != "auto":
+        return AttentionChoice(asked, "as asked for")
+    if device.type == "cpu":
+        return AttentionChoice("eager", "on a CPU the plain blocks skip the masked triangle and stack short rows")
+    return AttentionChoice("sdpa", f"torch's fused kernels on {device.type}")
+
+
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it needs CUDA, and this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, and this is {str(dtype).removeprefix('torch.')}"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    return None
+
+
 def attend_packed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -229,11 +297,40 @@ def attend_packed(
     rope: tuple[torch.Tensor, ...],
     rows: PackedRows,
     window: int | None,
+    *,
+    backend: Attention = "auto",
+    dropout: AttentionDropout | None = None,
 ) -> torch.Tensor:
     """Attention of one layer over packed rows; rope = (cos, sin) for queries, scale included, and for keys."""
-    if q.device.type == "cpu":
-        return PackedAttention.apply(q, k, v, rope, rows, window)  # pyright: ignore[reportReturnType]
+    if backend == "auto":
+        backend = choose_attention("auto", q.device, q.dtype).chosen
+    if backend == "eager" or dropout is not None:
+        return PackedAttention.apply(q, k, v, rope, rows, window, dropout)  # pyright: ignore[reportReturnType]
+    if backend == "flash":
+        return attend_flash(q, k, v, rope, rows, window)
     return attend_row_by_row(q, k, v, rope, rows, window)
+
+
+def attend_flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: tuple[torch.Tensor, ...],
+    rows: PackedRows,
+    window: int | None,
+) -> torch.Tensor:
+    """The same through FlashAttention over rows of any lengths (Dao 2023), one call for all of them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cos_q, sin_q, cos_k, sin_k = rope
+    q, k = _rotate_autograd(q, cos_q, sin_q), _rotate_autograd(k, cos_k, sin_k)
+    ends = torch.tensor((0, *rows.lengths), dtype=torch.int32, device=q.device).cumsum(0, dtype=torch.int32)
+    longest = max(rows.lengths)
+    # The library counts the tokens before the query, we count the query itself as well.
+    reach = (-1 if window is None else window - 1, 0)
+    return varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=1.0, window_size=reach, enable_gqa=q.shape[1] != k.shape[1]
+    )  # pyright: ignore[reportReturnType]
 
 
 def attend_row_by_row(

@@ -1,7 +1,7 @@
 """The shape of a decoder of the Llama family, read from and written to a Hugging Face `config.json`.
 
-It knows how transformers reads each key, old and new (`rope_theta` + `rope_scaling`, or `rope_parameters`), and refuses
-what the native decoder does not compute. It does not know torch, weights or folders.
+It knows how transformers reads each key, old and new (`rope_theta` + `rope_scaling`, or `rope_parameters`), refuses
+what the native decoder does not compute, and counts parameters exactly. It does not know torch, weights or folders.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from model_foundry.errors import ModelError
 from model_foundry.models.json_fields import JsonFields
+from model_foundry.models.mixture import MixtureConfig, read_mixture
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -27,7 +28,8 @@ class Family:
     class_name: str
     defaults: Mapping[str, Any]
     qk_norm: bool = False
-    sliding: str = "none"  # none | all | by_layer
+    sliding: str = "none"  # none | all | switched (all, where use_sliding_window says so) | by_layer
+    experts: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -54,6 +56,15 @@ FAMILIES: dict[str, Family] = {
          "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
         qk_norm=True,
         sliding="by_layer",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+         "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128,
+         "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        qk_norm=True,
+        sliding="switched",
+        experts=True,
     ),
 }  # fmt: skip
 
@@ -83,6 +94,19 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearKind:
+    """All linear layers of a model that have one place in their layer, experts counted singly."""
+
+    num_out: int
+    num_in: int
+    count: int
+
+    @property
+    def num_weights(self) -> int:
+        return self.num_out * self.num_in * self.count
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder's shape and constants.
 
@@ -93,7 +117,10 @@ class ModelConfig:
         qk_norm: RMS norm over head_dim on queries and keys, before the rotation.
         sliding_window: tokens a query sees in a sliding layer, itself included; None where no layer slides.
         layer_types: `full_attention` or `sliding_attention` for each layer; see `window`.
-        attention_dropout: kept for the round trip only; training here never drops attention.
+        attention_dropout: share of attention probabilities dropped in training.
+        dropout: share of the embeddings and of what each block adds to the residual stream that is dropped in
+            training, as in GPT-2. A key of ours: transformers does not know it, and computes the same without it.
+        experts: None where every layer has a plain MLP.
     """
 
     architecture: str
@@ -122,6 +149,8 @@ class ModelConfig:
     pad_token_id: int | None = None
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
+    dropout: float = 0.0
+    experts: MixtureConfig | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -139,40 +168,82 @@ class ModelConfig:
         family = FAMILIES[config["model_type"]]
         return _read(JsonFields(config, where, family.defaults), family)
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer has experts."""
+        mixture = self.experts
+        if mixture is None or layer in mixture.mlp_only_layers:
+            return False
+        return (layer + 1) % mixture.decoder_sparse_step == 0
+
     @property
-    def layer_linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear layer inside one decoder layer, by its name there."""
+    def num_sparse_layers(self) -> int:
+        return sum(self.is_sparse(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def linear_kinds(self) -> dict[str, LinearKind]:
+        """Every linear layer of the model but the head, by its name inside a layer (`mlp.experts.up_proj`)."""
         width, queries = self.hidden_size, self.num_attention_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (queries, width),
-            "self_attn.k_proj": (keys, width),
-            "self_attn.v_proj": (keys, width),
-            "self_attn.o_proj": (width, queries),
-            "mlp.gate_proj": (self.intermediate_size, width),
-            "mlp.up_proj": (self.intermediate_size, width),
-            "mlp.down_proj": (width, self.intermediate_size),
+        keys, inner = self.num_key_value_heads * self.head_dim, self.intermediate_size
+        num_layers, num_sparse = self.num_hidden_layers, self.num_sparse_layers
+        kinds = {
+            "self_attn.q_proj": LinearKind(queries, width, num_layers),
+            "self_attn.k_proj": LinearKind(keys, width, num_layers),
+            "self_attn.v_proj": LinearKind(keys, width, num_layers),
+            "self_attn.o_proj": LinearKind(width, queries, num_layers),
         }
+        if num_sparse < num_layers:
+            kinds |= {
+                "mlp.gate_proj": LinearKind(inner, width, num_layers - num_sparse),
+                "mlp.up_proj": LinearKind(inner, width, num_layers - num_sparse),
+                "mlp.down_proj": LinearKind(width, inner, num_layers - num_sparse),
+            }
+        if self.experts is not None and num_sparse:
+            inner, num_experts = self.experts.moe_intermediate_size, num_sparse * self.experts.num_experts
+            kinds |= {
+                "mlp.gate": LinearKind(self.experts.num_experts, width, num_sparse),
+                "mlp.experts.gate_proj": LinearKind(inner, width, num_experts),
+                "mlp.experts.up_proj": LinearKind(inner, width, num_experts),
+                "mlp.experts.down_proj": LinearKind(width, inner, num_experts),
+            }
+        return kinds
+
+    def layer_linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of each linear layer inside one decoder layer, by its name there; one entry an expert."""
+        sparse = self.is_sparse(layer)
+        found: dict[str, tuple[int, int]] = {}
+        for name, kind in self.linear_kinds.items():
+            shape = (kind.num_out, kind.num_in)
+            if name.startswith("mlp.experts."):
+                last, num_experts = name.rpartition(".")[2], self.experts.num_experts if self.experts and sparse else 0
+                found |= {f"mlp.experts.{expert}.{last}": shape for expert in range(num_experts)}
+            elif name.startswith("self_attn.") or sparse == (name == "mlp.gate"):
+                found[name] = shape
+        return found
 
     def has_bias(self, linear: str) -> bool:
-        """Whether a linear layer of `layer_linears` has a bias."""
+        """Whether a linear layer, by its name inside a layer, has a bias."""
         if linear.startswith("mlp."):
             return self.mlp_bias
         return self.attention_output_bias if linear.endswith("o_proj") else self.attention_bias
 
     @property
-    def num_layer_parameters(self) -> int:
-        """Parameters of one decoder layer, norms and biases included."""
-        total = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        for name, (num_out, num_in) in self.layer_linears.items():
-            total += num_out * num_in + (num_out if self.has_bias(name) else 0)
-        return total
-
-    @property
     def num_parameters(self) -> int:
         """All parameters; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * self.num_layer_parameters + self.hidden_size
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        total = embeddings + self.num_hidden_layers * norms + self.hidden_size
+        for name, kind in self.linear_kinds.items():
+            total += kind.num_weights + (kind.num_out * kind.count if self.has_bias(name) else 0)
+        return total
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token meets: all but the experts it is not sent to."""
+        if self.experts is None:
+            return self.num_parameters
+        share = 1 - self.experts.num_experts_per_tok / self.experts.num_experts
+        idle = sum(kind.num_weights for name, kind in self.linear_kinds.items() if name.startswith("mlp.experts."))
+        return self.num_parameters - round(share * idle)
 
     def window(self, layer: int) -> int | None:
         """Tokens a query of this layer sees, itself included; None for all before it."""
@@ -196,15 +267,18 @@ class ModelConfig:
             "rope_scaling": None if self.rope_scaling is None else rope,
             "use_cache": True,
         }
-        if FAMILIES[self.architecture].sliding != "none":
+        family = FAMILIES[self.architecture]
+        if family.sliding != "none":
             out["sliding_window"] = self.sliding_window
-        if FAMILIES[self.architecture].sliding == "by_layer":
-            out |= {
-                "use_sliding_window": self.sliding_window is not None,
-                "max_window_layers": self.max_window_layers,
-                "layer_types": list(self.layer_types),
-            }
-        if self.architecture in ("llama", "qwen3"):
+        if family.sliding in ("by_layer", "switched"):
+            out["use_sliding_window"] = self.sliding_window is not None
+        if family.sliding == "by_layer":
+            out |= {"max_window_layers": self.max_window_layers, "layer_types": list(self.layer_types)}
+        if family.experts:
+            out |= {"num_experts": 0} if self.experts is None else self.experts.to_hf()
+        if self.dropout:
+            out["dropout"] = self.dropout
+        if self.architecture in _ATTENTION_BIAS:
             out["attention_bias"] = self.attention_bias
         if self.architecture == "llama":
             out["mlp_bias"] = self.mlp_bias
@@ -213,9 +287,10 @@ class ModelConfig:
         return out
 
 
+_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe")
 _NOT_PLAIN = {
     "architecture", "rope_theta", "rope_scaling", "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
-    "sliding_window", "max_window_layers", "layer_types", "eos_token_ids",
+    "sliding_window", "max_window_layers", "layer_types", "eos_token_ids", "experts", "dropout",
 }  # fmt: skip
 _PLAIN_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in _NOT_PLAIN)
 
@@ -275,7 +350,7 @@ def _read(reader: JsonFields, family: Family) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         raise reader.wrong("head_dim", head_dim, "even, for the rotary embedding")
     sliding_window, layer_types = _sliding(reader, family, num_layers)
-    bias = reader.flag("attention_bias") if architecture in ("llama", "qwen3") else False
+    bias = reader.flag("attention_bias") if architecture in _ATTENTION_BIAS else False
     rope_theta, rope_scaling = _rope(reader)
     return ModelConfig(
         architecture=architecture,
@@ -303,14 +378,23 @@ def _read(reader: JsonFields, family: Family) -> ModelConfig:
         eos_token_ids=reader.token_ids("eos_token_id"),
         pad_token_id=reader.token_id("pad_token_id"),
         initializer_range=reader.number("initializer_range", 0.02),
-        attention_dropout=reader.optional_number("attention_dropout") or 0.0,
+        attention_dropout=_rate(reader, "attention_dropout"),
+        dropout=_rate(reader, "dropout"),
+        experts=read_mixture(reader, num_layers) if family.experts else None,
     )
+
+
+def _rate(reader: JsonFields, key: str) -> float:
+    rate = reader.optional_number(key) or 0.0
+    if rate >= 1:
+        raise reader.wrong(key, rate, "below 1")
+    return rate
 
 
 def _sliding(reader: JsonFields, family: Family, num_layers: int) -> tuple[int | None, tuple[str, ...]]:
     """The window and each layer's type, by the family's own rule."""
     kind = family.sliding
-    active = kind == "all" or (kind == "by_layer" and reader.flag("use_sliding_window"))
+    active = kind == "all" or (kind != "none" and reader.flag("use_sliding_window"))
     window = reader.integer("sliding_window") if active and reader.get("sliding_window") is not None else None
     if kind != "by_layer":
         return window, (FULL if window is None else SLIDING,) * num_layers

@@ -1,4 +1,4 @@
-"""The native decoder of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM.
+"""The native decoder of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM, and Qwen3-MoE.
 
 It reads and writes Hugging Face tensor names, takes packed rows of tokens, and stops at the last hidden state: who
 needs logits computes the head where a loss is due. It knows nothing of losses, optimizers or text.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,15 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from model_foundry.errors import ArchitectureMismatchError
-from model_foundry.models.attention import PackedRows, attend_packed, rotate
+from model_foundry.errors import ArchitectureMismatchError, ModelError
+from model_foundry.models.attention import Attention, PackedRows, attend_packed, choose_attention, rotate
+from model_foundry.models.balance import RouterBalance
 from model_foundry.models.config import ModelConfig
-from model_foundry.models.lora import Linear, project
+from model_foundry.models.experts import ExpertMLP
+from model_foundry.models.lora import Adaptable, Linear, project
+from model_foundry.models.mlp import GatedMLP
+from model_foundry.models.packing import PackedLinear, PackedStack, Packing, ParameterMaker
+from model_foundry.models.randomness import AttentionDropout, DropoutCounter, drop, salt
 from model_foundry.models.rope import rope_frequencies
 
 SHAPE_TOKENS = 32
@@ -29,14 +35,8 @@ them, 20 MB for a model of 30 layers."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D], not yet rotated) → [N, H, D]."""
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-}
+Thin = Callable[[torch.Tensor, str], torch.Tensor]
+"""Residual dropout: (x [N, D], name of its place) → [N, D]."""
 
 
 class RMSNorm(nn.Module):
@@ -80,35 +80,23 @@ def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-class _GatedSilu(torch.autograd.Function):
-    """silu(gate) × up (Shazeer 2020), keeping only its two inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> Any:
-        ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = ctx.saved_tensors
-        d_up = functional.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), d_up
-
-
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and a gated MLP. Parameter names are those of a Hugging Face folder."""
+    """Pre-norm attention and a gated MLP, or experts. Parameter names are those of a Hugging Face folder.
 
-    def __init__(self, config: ModelConfig, index: int, take: Callable[[str], torch.Tensor]) -> None:
+    Args:
+        make: makes parameters by their full names.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, make: ParameterMaker) -> None:
         super().__init__()
         self.index, self.config = index, config
         prefix = f"model.layers.{index}."
 
         def linear(name: str) -> Linear:
-            bias = take(f"{prefix}{name}.bias") if config.has_bias(name) else None
-            return Linear(take(f"{prefix}{name}.weight"), bias)
+            return make.linear(f"{prefix}{name}", has_bias=config.has_bias(name))
 
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(take(f"{prefix}{name}.weight"), config.rms_norm_eps)
+            return RMSNorm(make.tensor(f"{prefix}{name}.weight"), config.rms_norm_eps)
 
         self.input_layernorm = norm("input_layernorm")
         self.self_attn = nn.Module()
@@ -118,11 +106,16 @@ class DecoderLayer(nn.Module):
             self.self_attn.add_module("q_norm", norm("self_attn.q_norm"))
             self.self_attn.add_module("k_norm", norm("self_attn.k_norm"))
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = nn.Module()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            self.mlp.add_module(name, linear(f"mlp.{name}"))
+        if config.experts is not None and config.is_sparse(index):
+            mixture, place = config.experts, f"{prefix}mlp."
+            self.mlp = ExpertMLP(
+                mixture, config.hidden_act, make.router(f"{place}gate"),
+                lambda name: make.stack(f"{place}experts", name, mixture.num_experts),
+            )  # fmt: skip
+        else:
+            self.mlp = GatedMLP(config.hidden_act, lambda name: linear(f"mlp.{name}"))
 
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attend: Attend, thin: Thin) -> torch.Tensor:
         """x [N, D] → [N, D]."""
         attn: Any = self.self_attn
         width = self.config.head_dim
@@ -130,14 +123,8 @@ class DecoderLayer(nn.Module):
         q, k, v = (y.view(y.shape[0], -1, width) for y in project(h, (attn.q_proj, attn.k_proj, attn.v_proj)))
         if self.config.qk_norm:
             q, k = attn.q_norm(q), attn.k_norm(k)
-        x = x + attn.o_proj(attend(self.index, q, k, v).reshape(x.shape[0], -1))
-        mlp: Any = self.mlp
-        gate, up = project(self.post_attention_layernorm(x), (mlp.gate_proj, mlp.up_proj))
-        if self.config.hidden_act == "silu":
-            inner = _GatedSilu.apply(gate, up)
-        else:
-            inner = ACTIVATIONS[self.config.hidden_act](gate) * up
-        return x + mlp.down_proj(inner)
+        x = x + thin(attn.o_proj(attend(self.index, q, k, v).reshape(x.shape[0], -1)), f"{self.index}.self_attn")
+        return x + thin(self.mlp(self.post_attention_layernorm(x)), f"{self.index}.mlp")
 
 
 class Decoder(nn.Module):
@@ -147,7 +134,13 @@ class Decoder(nn.Module):
         config: its shape.
         tensors: weights by Hugging Face name, any float type; taken one after the other and not kept.
         dtype: compute type.
+        packing: keep the linear layers but head and routers packed in fewer bits; they cannot be trained then.
         where: the folder, for errors.
+
+    Attributes:
+        attention: back end, see `attention.choose_attention`.
+        counter: what dropout masks are drawn by in training; None where nothing is dropped.
+        balance: the load-balancing loss, where the model has one.
 
     Raises:
         ArchitectureMismatchError: a tensor is missing, left over, or of another shape.
@@ -160,49 +153,60 @@ class Decoder(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        packing: Packing | None = None,
         where: str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, dtype
         self.gradient_checkpointing = False
-        shapes = expected_shapes(config)
-
-        def take(name: str) -> torch.Tensor:
-            return torch.empty(shapes[name], dtype=dtype, device=device)
-
-        self.embed_tokens = nn.Parameter(take("model.embed_tokens.weight"), requires_grad=False)
-        self.layers = nn.ModuleList([DecoderLayer(config, index, take) for index in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(take("model.norm.weight"), config.rms_norm_eps)
+        self.attention: Attention = choose_attention("auto", torch.device(device), dtype).chosen
+        self.counter: DropoutCounter | None = None
+        make = ParameterMaker(expected_shapes(config), dtype, torch.device(device), packing)
+        self.embed_tokens = nn.Parameter(make.tensor("model.embed_tokens.weight"), requires_grad=False)
+        self.layers = nn.ModuleList([DecoderLayer(config, index, make) for index in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(make.tensor("model.norm.weight"), config.rms_norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Parameter(take("lm_head.weight"), requires_grad=False)
+            self.lm_head = nn.Parameter(make.tensor("lm_head.weight"), requires_grad=False)
         self._fill(tensors, where)
         frequencies, self.rope_gain = rope_frequencies(config)
         self.frequencies = frequencies.to(device)
+        self.balance = self._balanced()
+
+    def _balanced(self) -> RouterBalance | None:
+        mixture, blocks = self.config.experts, [m for m in self.modules() if isinstance(m, ExpertMLP)]
+        if mixture is None or not blocks or not mixture.balance_coefficient:
+            return None
+        balance = RouterBalance(
+            mixture.balance_coefficient, num_experts=mixture.num_experts, num_layers=len(blocks)
+        )  # fmt: skip
+        for block in blocks:
+            block.balance = balance
+        return balance
 
     @torch.no_grad()
     def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]], where: str | None) -> None:
         """Copy every weight in."""
-        mine = dict(self.weights())
+        slots = self._slots()
         left: list[str] = []
         filled: set[str] = set()
         tied_head = None
         for name, tensor in tensors:
             if name == "lm_head.weight" and self.lm_head is None:
                 tied_head = tensor
-            elif name not in mine:
+            elif name not in slots:
                 left += [] if name.endswith("rotary_emb.inv_freq") else [name]
-            elif tensor.shape != mine[name].shape:
-                what = f"{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(mine[name].shape)}"
+            elif tuple(tensor.shape) != slots[name][0]:
+                what = f"{name} has shape {tuple(tensor.shape)}; config.json asks for {slots[name][0]}"
                 raise ArchitectureMismatchError(what, where=where)
             else:
-                mine[name].copy_(tensor)
+                slots[name][1](tensor)
                 filled.add(name)
         if tied_head is not None and "model.embed_tokens.weight" not in filled:
             # Old folders store the shared matrix under the head's name alone.
             self.embed_tokens.copy_(tied_head)
             filled.add("model.embed_tokens.weight")
-        missing = [name for name in mine if name not in filled]
+        missing = [name for name in slots if name not in filled]
         if missing:
             raise ArchitectureMismatchError(f"the weights lack the tensor {missing[0]}", where=where)
         if tied_head is not None:
@@ -211,27 +215,49 @@ class Decoder(nn.Module):
             what = f"the weights hold {len(left)} tensors that the model lacks, {left[0]} first"
             raise ArchitectureMismatchError(what, where=where)
 
+    def _slots(self) -> dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], object]]]:
+        """By Hugging Face name: the shape a stored tensor must have, and what to do with it."""
+        slots: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], object]]] = {}
+        for name, tensor in self.weights():
+            slots[name] = (tuple(tensor.shape), tensor.copy_)
+        for name, module in self.named_modules():
+            if isinstance(module, PackedLinear):
+                slots[f"model.{name}.weight"] = (module.shape, module.pack)
+            elif isinstance(module, PackedStack):
+                for expert in range(module.shape[0]):
+                    slots[_of_expert(f"model.{name}.weight", expert)] = (module.shape[1:], partial(module.pack, expert))
+        return slots
+
     @property
     def head_weight(self) -> nn.Parameter:
         """[V, D]; the embedding itself where they are tied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, Adaptable]:
         """Every layer that can carry an adapter, by its full Hugging Face name (without `.weight`)."""
-        return {f"model.{name}": m for name, m in self.named_modules() if isinstance(m, Linear)}
+        found: dict[str, Adaptable] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                found[f"model.{name}"] = module
+            elif isinstance(module, ExpertMLP):
+                found |= {f"model.{name}.{part}": layer for part, layer in module.expert_linears()}
+        return found
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The base weights by Hugging Face name."""
+        """The base weights by Hugging Face name, experts one by one; packed ones are left out."""
         for name, parameter in self.named_parameters():
             if ".lora_" in name:
                 continue
             if name == "embed_tokens":
-                name = "model.embed_tokens.weight"
+                yield "model.embed_tokens.weight", parameter.detach()
             elif name == "lm_head":
-                name = "lm_head.weight"
+                yield "lm_head.weight", parameter.detach()
+            elif parameter.ndim == 3:
+                yield from (
+                    (_of_expert(f"model.{name}", number), part) for number, part in enumerate(parameter.detach())
+                )
             else:
-                name = f"model.{name}"
-            yield name, parameter.detach()
+                yield f"model.{name}", parameter.detach()
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(cos, sin) for queries, with the attention scale 1/√D in them, and for keys: [N, 1, D / 2]."""
@@ -243,26 +269,58 @@ class Decoder(nn.Module):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return functional.embedding(tokens, self.embed_tokens).to(self.compute_dtype)
 
+    @property
+    def drops(self) -> bool:
+        """Whether a training pass drops anything, by the model's own rates or its adapters'."""
+        own = self.config.dropout or self.config.attention_dropout
+        return bool(own) or any(isinstance(module, Linear) and module.dropout for module in self.modules())
+
     def forward(self, tokens: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Last hidden states [N, D], after the final norm, of packed tokens int64 [N]."""
         rope = self.rope(rows.positions)
+        thin = self._thin if self.training and self.config.dropout else keep_all
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend_packed(q, k, v, rope, rows, self.config.window(layer))
+            return attend_packed(
+                q, k, v, rope, rows, self.config.window(layer),
+                backend=self.attention, dropout=self._attention_dropout(layer),
+            )  # fmt: skip
 
-        x = self.embed(tokens)
+        x = thin(self.embed(tokens), "embed_tokens")
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Re-entrant checkpointing needs an input that asks for gradients; this form does not.
             for layer in self.layers:
-                x = checkpoint(layer, x, attend, use_reentrant=False)
+                x = checkpoint(layer, x, attend, thin, use_reentrant=False)
         else:
             for layer in self.layers:
-                x = layer(x, attend)
+                x = layer(x, attend, thin)
         return self.norm(x)  # pyright: ignore[reportReturnType]
+
+    def _thin(self, x: torch.Tensor, place: str) -> torch.Tensor:
+        return drop(x, self.config.dropout, self.counter, salt(place), field="dropout in config.json")
+
+    def _attention_dropout(self, layer: int) -> AttentionDropout | None:
+        rate = self.config.attention_dropout
+        if not (self.training and rate):
+            return None
+        if self.counter is None:
+            raise ModelError("dropout was asked for on a batch whose rows are not known", hint="Use model.eval().")
+        return AttentionDropout(rate, self.counter, salt(f"{layer}.attention"))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[.., V] in the compute type."""
         return functional.linear(hidden, self.head_weight.to(hidden.dtype))
+
+
+def keep_all(x: torch.Tensor, place: str) -> torch.Tensor:
+    """No residual dropout."""
+    return x
+
+
+def _of_expert(name: str, number: int) -> str:
+    """`…experts.up_proj.weight`, the name of a stack, as the file's name of one expert: `…experts.3.up_proj.weight`."""
+    before, projection, last = name.rsplit(".", 2)
+    return f"{before}.{number}.{projection}.{last}"
 
 
 def fill_up(rows: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, PackedRows]:
@@ -311,7 +369,7 @@ def prefill(model: Decoder, prompts: list[torch.Tensor], cache: KeyValueCache) -
 
     x = model.embed(tokens)
     for layer in model.layers:
-        x = layer(x, attend)
+        x = layer(x, attend, keep_all)
     cache.lengths += torch.tensor(lengths, device=device)
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1
     return model.norm(x[ends])
@@ -343,7 +401,7 @@ def decode_step(model: Decoder, tokens: torch.Tensor, cache: KeyValueCache) -> t
 
     x = model.embed(tokens)
     for layer in model.layers:
-        x = layer(x, attend)
+        x = layer(x, attend, keep_all)
     cache.lengths += 1
     return model.norm(x)
 
@@ -368,7 +426,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        for name, (num_out, num_in) in config.layer_linears.items():
+        for name, (num_out, num_in) in config.layer_linears(index).items():
             shapes[f"{prefix}{name}.weight"] = (num_out, num_in)
             if config.has_bias(name):
                 shapes[f"{prefix}{name}.bias"] = (num_out,)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model_foundry.errors import ModelError
+from model_foundry.models.attention import Attention
 from model_foundry.models.folder import read_config, stored_tensors
 
 if TYPE_CHECKING:
@@ -106,8 +107,13 @@ class TransformersModel(nn.Module):
         yield from revert_weight_conversion(self.model, state).items()
 
 
-def load_transformers_model(folder: Path, dtype: torch.dtype, device: torch.device | str) -> TransformersModel:
+def load_transformers_model(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, *, attention: Attention = "auto"
+) -> TransformersModel:
     """Load a folder's causal language model through transformers.
+
+    Args:
+        attention: `eager` is what it says; else transformers takes its sdpa, where the architecture has it.
 
     Raises:
         ModelError: the architecture needs remote code, is unknown, is not a causal language model, or does not fit
@@ -124,6 +130,7 @@ def load_transformers_model(folder: Path, dtype: torch.dtype, device: torch.devi
             config = AutoConfig.from_pretrained(folder, **options)
             notes = _silence_dropout(config)
             options |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            options |= {"attn_implementation": "eager"} if attention == "eager" else {}
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -134,6 +141,8 @@ def load_transformers_model(folder: Path, dtype: torch.dtype, device: torch.devi
     model.to(device)
     model.eval()
     wrapped = TransformersModel(model, notes=notes)
+    if attention not in ("auto", wrapped.attention):
+        wrapped.notes += (f"attention is computed by {wrapped.attention}; {attention} is not offered by transformers",)
     _check_causal(wrapped, folder)
     return wrapped
 
@@ -185,7 +194,8 @@ def _check_loading(loading: Mapping[str, Any], folder: Path) -> list[str]:
 def _fused_experts(model: nn.Module) -> list[str]:
     """transformers keeps a mixture's experts in one tensor a layer: not linear layers, so no adapter goes on them."""
     num = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
-    return [f"{num} expert weights are not linear modules; LoRA leaves them as they are"] if num else []
+    what = f"{num:,} weights of experts are not linear modules in transformers, so LoRA leaves them as they are"
+    return [f"{what} (all-linear included), and their load is not balanced in training"] if num else []
 
 
 @torch.no_grad()

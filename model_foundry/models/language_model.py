@@ -7,7 +7,8 @@ Shapes: N packed tokens, D width, V vocabulary, B sequences being decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,12 +16,17 @@ import torch
 from torch import nn
 
 from model_foundry.errors import ArchitectureMismatchError, ModelError
-from model_foundry.models.attention import PackedRows
+from model_foundry.models.attention import Attention, PackedRows, choose_attention
+from model_foundry.models.balance import RouterBalance
 from model_foundry.models.config import ModelConfig, native_obstacle
 from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, fill_up, prefill
 from model_foundry.models.fallback import TransformersModel, load_transformers_model
 from model_foundry.models.folder import read_config, read_tensors
-from model_foundry.models.lora import Linear
+from model_foundry.models.lora import Adaptable, Linear
+from model_foundry.models.packing import Quantization, choose_packing
+from model_foundry.models.randomness import DropoutCounter
+
+logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "native", "transformers"]
 
@@ -42,11 +48,29 @@ class DecodingState(Protocol):
 
 
 class LanguageModel(nn.Module):
-    """What the engine needs of a model."""
+    """What the engine needs of a model.
+
+    Attributes:
+        quantization: how the frozen linear layers are kept; a model that packs them cannot be trained whole.
+    """
 
     implementation: str
     vocab_size: int
     max_position_embeddings: int | None
+    quantization: Quantization = "none"
+
+    @property
+    def balance(self) -> RouterBalance | None:
+        """The load-balancing loss to add in training, where the model has one."""
+        return None
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the base model; tied ones once, packed ones by the weights they stand for."""
+        return sum(parameter.numel() for parameter in self.base_parameters().values())
+
+    def draw_dropout_by(self, counter: DropoutCounter) -> None:
+        """Draw the model's own dropout masks in training by this counter."""
 
     def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows of tokens int64 [T_i] → what `head` is applied to, [N, D] (or logits [N, V] without a head)."""
@@ -57,11 +81,12 @@ class LanguageModel(nn.Module):
         """[V, D], or None where `hidden` gives logits already."""
         raise NotImplementedError
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> Mapping[str, Adaptable]:
+        """Every layer that can carry an adapter, by its Hugging Face name (without `.weight`)."""
         raise NotImplementedError
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Base weights by Hugging Face name."""
+        """Base weights by Hugging Face name; packed ones are left out."""
         raise NotImplementedError
 
     def fitting_weights(self, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,19 +121,27 @@ class NativeModel(LanguageModel):
 
     def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         device = self.decoder.embed_tokens.device
-        if self._drops():
+        if self.training and self.decoder.drops:
             # Dropout masks belong to the rows that the engine counted.
             return self.decoder(torch.cat(list(rows)), PackedRows.of([int(row.shape[0]) for row in rows], device))
         return self.decoder(*fill_up(rows, device))[: sum(int(row.shape[0]) for row in rows)]
 
-    def _drops(self) -> bool:
-        return self.training and any(linear.dropout for linear in self.decoder.linears().values())
+    @property
+    def balance(self) -> RouterBalance | None:
+        return self.decoder.balance
+
+    @property
+    def num_parameters(self) -> int:
+        return self.decoder.config.num_parameters
+
+    def draw_dropout_by(self, counter: DropoutCounter) -> None:
+        self.decoder.counter = counter
 
     @property
     def head(self) -> nn.Parameter | None:
         return self.decoder.head_weight
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> Mapping[str, Adaptable]:
         return self.decoder.linears()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -178,7 +211,7 @@ class ForeignModel(LanguageModel):
     def head(self) -> nn.Parameter | None:
         return None
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> Mapping[str, Adaptable]:
         return dict(self._linears)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -236,26 +269,44 @@ def load_language_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     implementation: Implementation = "auto",
+    attention: Attention = "auto",
+    quantization: Quantization = "none",
     gradient_checkpointing: bool = False,
 ) -> LanguageModel:
     """Load a Hugging Face folder.
 
     Args:
         implementation: `auto` takes the native decoder where it knows the architecture.
+        attention: the back end; what is taken instead, where it does not run, is logged.
+        quantization: keep the linear layers packed; native decoder only.
 
     Raises:
-        ModelError: the folder cannot be read, or `native` was asked for and the decoder does not know it.
+        ModelError: the folder cannot be read, `native` was asked for and the decoder does not know it, or packed
+            weights were asked for where they are not to be had.
     """
     config = read_config(folder)
     obstacle = native_obstacle(config)
     if implementation == "native" and obstacle is not None:
         raise ModelError(obstacle, where=str(folder), hint="Use model.implementation=transformers.")
     if implementation == "transformers" or obstacle is not None:
-        wrapped = load_transformers_model(folder, dtype, device)
+        if quantization != "none":
+            why = "model.implementation=transformers" if obstacle is None else obstacle
+            what = f"{quantization} is for the native decoder, which does not run this model ({why})"
+            raise ModelError(what, where="model.quantization", hint="Set model.quantization=none.")
+        wrapped = load_transformers_model(folder, dtype, device, attention=attention)
+        for note in wrapped.notes:
+            logger.warning("%s: %s", folder.name, note)
         if gradient_checkpointing:
             wrapped.enable_gradient_checkpointing()
         return ForeignModel(wrapped, dtype)
     shape = ModelConfig.from_hf(config, where=str(folder / "config.json"))
-    decoder = Decoder(shape, read_tensors(folder), dtype=dtype, device=device, where=str(folder))
+    packing = choose_packing(quantization, torch.device(device))
+    decoder = Decoder(shape, read_tensors(folder), dtype=dtype, device=device, packing=packing, where=str(folder))
     decoder.gradient_checkpointing = gradient_checkpointing
-    return NativeModel(decoder)
+    choice = choose_attention(attention, torch.device(device), dtype, attention_dropout=shape.attention_dropout)
+    decoder.attention = choice.chosen
+    level = logging.DEBUG if attention in ("auto", choice.chosen) else logging.WARNING
+    logger.log(level, "attention: %s (%s)", choice.chosen, choice.why)
+    model = NativeModel(decoder)
+    model.quantization = quantization
+    return model

@@ -1,14 +1,16 @@
 """Peak memory of a training step, by part, from a model's shape and the longest batch. Arithmetic only: no tensors.
 
-The terms follow what `decoder`, `lora`, `attention` and `engine.losses` keep for the backward pass, one line each, so
-that a change there is a change of one line here. Measured against the peak resident set of fresh processes by
-tests/recipes. It does not know the transformers fallback, nor other devices than the CPU.
+The terms follow what `decoder`, `lora`, `experts`, `attention` and `engine.losses` keep for the backward pass, one line
+each, so that a change there is a change of one line here. On a CPU it is measured against the peak resident set of
+fresh processes by tests/recipes; for other machines it is arithmetic that nobody has measured. It does not know the
+transformers fallback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from model_foundry.models.config import ModelConfig
 from model_foundry.types import LoraConfig
@@ -24,6 +26,12 @@ LIBRARY_BYTES = 130_000_000
 HOLES_LAYERS = 6
 """Holes that glibc's heap keeps between freed tensors, in layers' worth of activations; 2 to 9 were measured."""
 FLOAT32_BYTES = 4
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits a packed weight: four, a scale of eight bits for 64 weights, and one of 32 bits for 256 scales."""
+ACCELERATOR_BYTES = 800_000_000
+"""An accelerator's own context and the kernels loaded there."""
+Machine = Literal["cpu", "accelerator"]
+ROUTER, EXPERTS = "mlp.gate", "mlp.experts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,8 @@ def estimate_memory(
     num_due_tokens: int | None = None,
     gradient_checkpointing: bool = False,
     process_bytes: int = PROCESS_BYTES,
+    packed: bool = False,
+    machine: Machine = "cpu",
 ) -> MemoryEstimate:
     """Peak memory of one forward, backward and optimizer step.
 
@@ -71,50 +81,90 @@ def estimate_memory(
         lora: None trains every weight (kept in float32 whatever the compute type).
         rows: tokens of each row of the largest batch computed at once.
         dtype_bytes: of the compute type: 4 for float32, 2 for bfloat16.
-        adapted: names out of `config.layer_linears` that carry an adapter; default all.
+        adapted: names out of `config.linear_kinds` that carry an adapter; default all but routers.
         num_due_tokens: tokens with a loss due; default all of them.
         process_bytes: resident set before the model is loaded, where the caller has measured it.
+        packed: linear layers in four bits (nf4), under adapters only.
+        machine: `accelerator` is the memory of the device: fused attention, no holes of glibc's heap.
     """
-    names = set(config.layer_linears) if adapted is None else set(adapted)
+    names = default_targets(config) if adapted is None else set(adapted)
     due = sum(rows) if num_due_tokens is None else num_due_tokens
     num_trained = config.num_parameters if lora is None else num_adapter_parameters(config, lora, adapted=names)
-    base = config.num_parameters * (FLOAT32_BYTES if lora is None else dtype_bytes)
+    base = base_bytes(config, dtype_bytes=FLOAT32_BYTES if lora is None else dtype_bytes, packed=packed)
     weights = base + (0 if lora is None else num_trained * FLOAT32_BYTES)
-    kept = _kept_elements(config, rows, lora=lora, num_adapted=len(names)) * dtype_bytes + _kept_casts(
-        config, num_trained, lora=lora, dtype_bytes=dtype_bytes
-    )
+    kept = [
+        _kept_elements(config, rows, lora=lora, adapted=names, sparse=sparse, machine=machine) * dtype_bytes
+        + _kept_casts(config, lora=lora, adapted=names, sparse=sparse, dtype_bytes=dtype_bytes)
+        for sparse in map(config.is_sparse, range(config.num_hidden_layers))
+    ]
     boundaries = config.num_hidden_layers * sum(rows) * config.hidden_size * dtype_bytes
-    activations = boundaries + kept if gradient_checkpointing else config.num_hidden_layers * kept
-    activations += HOLES_LAYERS * kept
+    activations = boundaries + max(kept) if gradient_checkpointing else sum(kept)
+    activations += max(kept) * (HOLES_LAYERS if machine == "cpu" else 1)
+    activations += 2 * _largest_matrix(config) * dtype_bytes if packed else 0
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes)
     moments = 2 * num_trained * FLOAT32_BYTES
     fixed = weights + num_trained * FLOAT32_BYTES + moments
     # Training every weight copies them into one stretch; the first copy's place is left to what comes.
     loading = fixed + (base if lora is None else 0)
-    step = fixed + activations + logits + LIBRARY_BYTES
+    libraries, process = (LIBRARY_BYTES, process_bytes) if machine == "cpu" else (0, ACCELERATOR_BYTES)
+    step = fixed + activations + logits + libraries
     return MemoryEstimate(
         weights=weights,
         gradients=num_trained * FLOAT32_BYTES,
         optimizer=moments,
         activations=activations,
         logits=logits,
-        other=process_bytes + LIBRARY_BYTES + max(0, loading - step),
+        other=process + libraries + max(0, loading - step),
     )
 
 
+def base_bytes(config: ModelConfig, *, dtype_bytes: int, packed: bool = False) -> int:
+    """Bytes of the base weights; packed ones are the linear layers but head and routers."""
+    if not packed:
+        return config.num_parameters * dtype_bytes
+    in_four_bits = sum(kind.num_weights for name, kind in config.linear_kinds.items() if name != ROUTER)
+    return (config.num_parameters - in_four_bits) * dtype_bytes + round(in_four_bits * NF4_BITS / 8)
+
+
+def default_targets(config: ModelConfig) -> set[str]:
+    """The kinds of linear layers that `all-linear` adapts: all but routers."""
+    return set(config.linear_kinds) - {ROUTER}
+
+
 def num_adapter_parameters(config: ModelConfig, lora: LoraConfig, *, adapted: Collection[str] | None = None) -> int:
-    """Parameters of A and B on the named linears of every layer, with DoRA's magnitudes."""
-    per_layer = 0
-    for name, (num_out, num_in) in config.layer_linears.items():
-        if adapted is None or name in adapted:
-            per_layer += lora.r * (num_out + num_in) + (num_out if lora.use_dora else 0)
-    return config.num_hidden_layers * per_layer
+    """Parameters of A and B on the linear layers of the named kinds, with DoRA's magnitudes."""
+    names = default_targets(config) if adapted is None else adapted
+    total = 0
+    for name, kind in config.linear_kinds.items():
+        if name in names:
+            total += kind.count * (lora.r * (kind.num_out + kind.num_in) + (kind.num_out if lora.use_dora else 0))
+    return total
 
 
-def _kept_elements(config: ModelConfig, rows: Sequence[int], *, lora: LoraConfig | None, num_adapted: int) -> int:
+def _in_layer(config: ModelConfig, *, sparse: bool) -> set[str]:
+    """The kinds of linear layers in a layer with experts, or without."""
+    mixed = {name for name in config.linear_kinds if name.startswith("mlp.")}
+    experts = {name for name in mixed if name == ROUTER or name.startswith(EXPERTS)}
+    return set(config.linear_kinds) - (mixed - experts if sparse else experts)
+
+
+def _kept_elements(
+    config: ModelConfig,
+    rows: Sequence[int],
+    *,
+    lora: LoraConfig | None,
+    adapted: Collection[str],
+    sparse: bool,
+    machine: Machine,
+) -> int:
     """Elements of the compute type that one layer keeps for its backward pass."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    experts = config.experts if sparse else None
+    inner, times = config.intermediate_size, 1
+    if experts is not None:
+        inner, times = experts.moe_intermediate_size, experts.num_experts_per_tok
+    num_hidden = sum(times if name.startswith(EXPERTS) else 1 for name in _in_layer(config, sparse=sparse) & {*adapted})
     per_token = {
         "residual before attention, read by the norm": width,
         "normed input of q, k, v": width,
@@ -122,26 +172,42 @@ def _kept_elements(config: ModelConfig, rows: Sequence[int], *, lora: LoraConfig
         "q and k before their norms": queries + keys if config.qk_norm else 0,
         "attention's output, read by o": queries,
         "residual before the MLP, read by the norm": width,
-        "normed input of gate and up": width,
-        "gate and up": 2 * inner,
-        "their product, read by down": inner,
-        "activation of gate, outside the fused SiLU": inner if config.hidden_act != "silu" else 0,
-        "x A of each adapter": 0 if lora is None else num_adapted * lora.r,
+        "normed input of gate and up, or of the router": width,
+        "gate and up": 2 * times * inner,
+        "their product, read by down": times * inner,
+        "activation of gate, outside the fused SiLU": times * inner if config.hidden_act != "silu" else 0,
+        "x A of each adapter": 0 if lora is None else num_hidden * lora.r,
+        "tokens sorted by expert, and the experts' outputs": 0 if experts is None else 2 * times * width,
+        "float32 probabilities of the router": 0 if experts is None else 2 * experts.num_experts,
     }
     probabilities = sum(
         config.num_attention_heads * _scores(length, config.sliding_window)
         for length in rows
-        if length <= KEEP_PROBABILITIES_TOKENS
+        if length <= KEEP_PROBABILITIES_TOKENS and machine == "cpu"
     )
     return sum(rows) * sum(per_token.values()) + probabilities
 
 
-def _kept_casts(config: ModelConfig, num_trained: int, *, lora: LoraConfig | None, dtype_bytes: int) -> int:
-    """Bytes of copies of trained weights that one layer keeps: scaled adapters, or linears in the compute type."""
-    if lora is not None:
-        return num_trained // config.num_hidden_layers * dtype_bytes
-    linears = sum(num_out * num_in for num_out, num_in in config.layer_linears.values())
-    return 0 if dtype_bytes == FLOAT32_BYTES else linears * dtype_bytes
+def _kept_casts(
+    config: ModelConfig, *, lora: LoraConfig | None, adapted: Collection[str], sparse: bool, dtype_bytes: int
+) -> int:
+    """Bytes of copies of trained weights that one layer keeps: scaled adapters, or linears in the compute type.
+
+    Experts are cast one by one where they are used, and not kept.
+    """
+    kinds = config.linear_kinds
+    names = [name for name in _in_layer(config, sparse=sparse) if not name.startswith(EXPERTS)]
+    if lora is None:
+        return 0 if dtype_bytes == FLOAT32_BYTES else dtype_bytes * sum(
+            kinds[name].num_out * kinds[name].num_in for name in names
+        )  # fmt: skip
+    sizes = (kinds[name].num_out + kinds[name].num_in for name in names if name in adapted)
+    magnitudes = sum(kinds[name].num_out for name in names if name in adapted) if lora.use_dora else 0
+    return dtype_bytes * (lora.r * sum(sizes) + magnitudes)
+
+
+def _largest_matrix(config: ModelConfig) -> int:
+    return max(kind.num_out * kind.num_in for kind in config.linear_kinds.values())
 
 
 def _scores(length: int, window: int | None) -> int:

@@ -37,9 +37,9 @@ def test_shape_bias_windows_and_rope_are_read_as_transformers_reads_them(model_t
     assert ours.num_parameters == model.num_parameters()
     has_bias = {
         name: getattr(model.model.layers[0].get_submodule(name), "bias", None) is not None
-        for name in ours.layer_linears
+        for name in ours.layer_linears(0)
     }
-    assert has_bias == {name: ours.has_bias(name) for name in ours.layer_linears}
+    assert has_bias == {name: ours.has_bias(name) for name in ours.layer_linears(0)}
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert (ours.rope_scaling is not None) == (theirs.rope_parameters["rope_type"] != "default")
     if model_type.startswith("qwen"):

@@ -14,9 +14,11 @@ from torch.nn import functional
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models import attention
 from model_foundry.models.attention import PackedRows, attend_packed, attend_row_by_row
-from model_foundry.models.decoder import RMSNorm, _GatedSilu
+from model_foundry.models.decoder import RMSNorm
 from model_foundry.models.language_model import load_language_model
-from model_foundry.models.lora import DropoutCounter, Linear, project
+from model_foundry.models.lora import Linear, project
+from model_foundry.models.mlp import GatedSilu
+from model_foundry.models.randomness import DropoutCounter
 from model_foundry.types import AdamParams, Datum, LoraConfig
 from tests.tiny_models import random_data
 
@@ -257,8 +259,8 @@ def test_the_norm_equals_plain_autograd(dtype: torch.dtype, bound: float) -> Non
 def test_the_gated_silu_equals_plain_autograd() -> None:
     torch.manual_seed(0)
     gate, up = (torch.randn(9, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda a, b: _GatedSilu.apply(a, b), (gate, up))
-    assert torch.equal(_GatedSilu.apply(gate, up), functional.silu(gate) * up)  # pyright: ignore[reportArgumentType]
+    assert torch.autograd.gradcheck(lambda a, b: GatedSilu.apply(a, b), (gate, up))
+    assert torch.equal(GatedSilu.apply(gate, up), functional.silu(gate) * up)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("bias", [False, True])

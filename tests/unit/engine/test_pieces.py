@@ -15,7 +15,8 @@ from model_foundry.engine.pieces import Passes, split_by_tokens
 from model_foundry.errors import OutOfMemoryError
 from model_foundry.models.decoder import Decoder
 from model_foundry.models.language_model import NativeModel, load_language_model
-from model_foundry.models.lora import DropoutCounter, adapt
+from model_foundry.models.randomness import DropoutCounter
+from model_foundry.models.targets import adapt
 from model_foundry.types import Datum, ForwardBackwardOutput, LoraConfig
 from tests.tiny_models import random_data
 
