@@ -123,7 +123,7 @@ def parse_text(row: Mapping[str, Any]) -> Parsed:
     text = field_of(row, "text", str, "text")
     if not text:
         raise FieldError("text", "an empty text", "at least one character")
-    return Parsed(text=text, read=frozenset({"text", "path"}))
+    return Parsed(text=text, read=frozenset({"text"}))
 
 
 def parse_preference(row: Mapping[str, Any]) -> Parsed:
@@ -159,7 +159,7 @@ def parse_kto(row: Mapping[str, Any]) -> Parsed:
     key = "kto_tag" if "kto_tag" in row and "label" not in row else "label"
     label = field_of(row, key, bool, "true or false")
     rest = {name: value for name, value in row.items() if name not in ("label", "kto_tag")}
-    name = detect_format(rest)
+    name = "prompt_completion" if "prompt" in rest and "completion" in rest else detect_format(rest)
     if name not in ("messages", "sharegpt", "alpaca", "prompt_completion"):
         raise FieldError("prompt", "nothing", "a text or a list of messages, and a completion")
     parsed = PARSERS[name](rest)

@@ -119,7 +119,8 @@ class RowParser:
         except FieldError as error:
             bad.add(record.source, f"{error} (format {self.format})")
             return None
-        self.ignored.update(key for key in value if key not in parsed.read)
+        names_its_file = self.format == "text" and "path" in value
+        self.ignored.update(key for key in value if key not in parsed.read and not (names_its_file and key == "path"))
         return parsed
 
 

@@ -7,7 +7,9 @@ as a list of messages is; `label` and `kto_tag` are true or false. Knows nothing
 
 from __future__ import annotations
 
+import base64
 import csv
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,7 +88,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file; at most PARQUET_BATCH_ROWS of one row group are decoded at a time.
 
     All structs of a column have the same fields, null in the rows that have no such field: inside a row's values, a
-    field that is null is left out.
+    field that is null is left out. What JSON has no type for is text: times in ISO 8601, decimals, bytes in base64.
 
     Raises:
         UnreadableError: the file is damaged, or holds more than MAX_SPOOLED_BYTES once decompressed.
@@ -102,17 +104,23 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             table = pyarrow.parquet.ParquetFile(file)
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
-                    yield {name: _without_nulls(value) for name, value in row.items()}
+                    yield {name: _as_json(value) for name, value in row.items()}
         except (pyarrow.ArrowException, OSError) as error:
             raise UnreadableError(f"not whole Parquet data: {error}") from error
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+def _as_json(value: Any) -> Any:
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
     if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return value
+        return {name: _as_json(item) for name, item in value.items() if item is not None}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 @contextmanager
