@@ -48,7 +48,7 @@ def command(
 
 
 def _lines(done: Converted) -> list[str]:
-    lines = [f"{reason}: {count:,} files not read" for reason, count in done.skipped_files.items()]
+    lines = [f"{count:,} files not read: {reason}" for reason, count in done.skipped_files.items()]
     for reason, count in done.lost.items():
         lines.append(f"lost in {count:,} rows: {reason} (as in {', '.join(done.examples[reason])})")
     for reason, count in done.left_out.items():
