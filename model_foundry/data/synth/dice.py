@@ -29,13 +29,13 @@ class Dice:
         return self.below(100) < percent
 
     def several(self, items: Sequence[T], count: int) -> list[T]:
-        """`count` different items."""
-        return self.shuffled(items)[:count]
+        """`count` different items in chance order (the beginning of Fisher's and Yates's shuffle)."""
+        made = list(items)
+        for index in range(count):
+            other = index + self.below(len(made) - index)
+            made[index], made[other] = made[other], made[index]
+        return made[:count]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """All items in another order (Fisher and Yates)."""
-        made = list(items)
-        for index in range(len(made) - 1, 0, -1):
-            other = self.below(index + 1)
-            made[index], made[other] = made[other], made[index]
-        return made
+        """All items in another order."""
+        return self.several(items, len(items))

