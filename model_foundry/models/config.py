@@ -380,7 +380,7 @@ def _read(reader: JsonFields, family: Family) -> ModelConfig:
         initializer_range=reader.number("initializer_range", 0.02),
         attention_dropout=_rate(reader, "attention_dropout"),
         dropout=_rate(reader, "dropout"),
-        experts=read_mixture(reader, num_layers) if family.experts else None,
+        experts=read_mixture(reader) if family.experts else None,
     )
 
 

@@ -45,7 +45,7 @@ class MixtureConfig:
         return keys | {"num_local_experts": self.num_experts}
 
 
-def read_mixture(reader: JsonFields, num_layers: int) -> MixtureConfig | None:
+def read_mixture(reader: JsonFields) -> MixtureConfig | None:
     """None where there are no experts: then every layer has a plain MLP, as in transformers.
 
     Raises:
@@ -67,7 +67,7 @@ def read_mixture(reader: JsonFields, num_layers: int) -> MixtureConfig | None:
         moe_intermediate_size=reader.integer("moe_intermediate_size"),
         norm_topk_prob=reader.flag("norm_topk_prob"),
         decoder_sparse_step=reader.integer("decoder_sparse_step", 1),
-        mlp_only_layers=tuple(layer for layer in plain if 0 <= layer < num_layers),
+        mlp_only_layers=tuple(plain),
         router_aux_loss_coef=reader.number("router_aux_loss_coef", 0.001),
         output_router_logits=reader.flag("output_router_logits"),
     )
