@@ -54,15 +54,19 @@ def load_command_config(
     return load_config(schema, path=path, overrides=overrides, environ=environ)
 
 
-def takes_config(schema: type[BaseModel], *, subject: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+def takes_config(
+    schema: type[BaseModel], *, subject: str | None = None, subject_name: str = "MODEL|RUN"
+) -> Callable[[Callable[..., Any]], Any]:
     """Give a click command its CONFIG, its overrides and the flags that go with them.
+
+    `subject` is as for `load_command_config`, `subject_name` what the usage line calls it.
 
     The function receives `resolved` (first, positional) and `as_json`, then its own options. With --print-config or
     --explain it isn't called: the configuration is printed instead. Warnings go to stderr.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        @click.argument("arguments", nargs=-1, metavar=_usage(subject))
+        @click.argument("arguments", nargs=-1, metavar=_usage(subject and subject_name))
         @click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")
         @click.option("--explain", is_flag=True, help="Print every field with where its value came from, and stop.")
         @click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
@@ -86,8 +90,8 @@ def warn(resolved: Resolved[Any]) -> None:
         click.echo(f"warning: {warning}", err=True)
 
 
-def _usage(subject: str | None) -> str:
-    return "[CONFIG] [KEY=VALUE]..." if subject is None else "[MODEL|RUN] [CONFIG] [KEY=VALUE]..."
+def _usage(subject_name: str | None) -> str:
+    return f"{f'[{subject_name}] ' if subject_name else ''}[CONFIG] [KEY=VALUE]..."
 
 
 def _as_text(resolved: Resolved[Any], *, explain: bool) -> str:

@@ -21,7 +21,9 @@ class GateSection(Section):
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Texts at least this much alike (Jaccard similarity) count as near-duplicates."""
     max_overlap_share: Fraction = 0.0
-    """Held-out rows (validation file, evaluation questions) that may stand among the training rows, exactly or nearly."""
+    """Held-out rows (validation, evaluation questions) that may stand among the training rows, exactly or nearly."""
+    max_short_overlap_share: Fraction = 0.05
+    """Held-out rows that may nearly stand there where they are short: there a word makes another question."""
     max_empty_share: Fraction = 0.0
     """Rows that may hold a question or an answer without text, as a share of all."""
     max_mismatch_share: Fraction = 0.01

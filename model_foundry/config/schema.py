@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from model_foundry.config.gate import GateSection
 from model_foundry.config.section import (
     Fraction,
     InputPath,
@@ -68,6 +69,8 @@ class DataSection(Section):
     """Fill batches by tokens instead of rows: each batch holds batch_size bins of max_length tokens."""
     shuffle: bool = True
     """Shuffle every epoch by seed."""
+    allow_control_tokens: bool = False
+    """Let rows through whose text spells control tokens, as plain text. Without it the gate refuses them."""
 
 
 class TrainingSection(Section):
@@ -185,6 +188,8 @@ class TrainConfig(Section):
     """Low-rank adaptation."""
     data: DataSection = DataSection()
     """Training and validation rows."""
+    gate: GateSection = GateSection()
+    """What data may hold before it is trained on."""
     training: TrainingSection = TrainingSection()
     """Optimisation, schedule and checkpoints."""
     evaluation: EvaluationSection = EvaluationSection()

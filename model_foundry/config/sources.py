@@ -45,7 +45,7 @@ def read_file(path: Path, schema: type[BaseModel], *, chain: tuple[Path, ...] = 
 
     tree = read_yaml(_read_text(path), origin_at=origin_at)
     parents = tree.children.get("inherits")
-    own = Branch({key: _empty_section(key, node, schema) for key, node in tree.children.items() if key != "inherits"})
+    own = Branch({key: _section(key, node, schema) for key, node in tree.children.items() if key != "inherits"})
     below = Branch()
     for name in _parent_names(parents):
         assert isinstance(parents, Leaf)
@@ -117,11 +117,20 @@ def _parent_path(name: str, origin: Origin, child: Path) -> Path:
     raise ConfigError(f"inherits {name}, and there is no file {parent}", where=origin.place, hint=hint)
 
 
-def _empty_section(key: str, node: Node, schema: type[BaseModel]) -> Node:
-    """`training:` with nothing below it is a section that sets nothing; a written-out null stays null."""
+def _section(key: str, node: Node, schema: type[BaseModel]) -> Node:
+    """`training:` with nothing below it is a section that sets nothing; a written-out null stays null.
+
+    `model: NAME` is short for `model: {name: NAME}`, and for any other section that has a name.
+    """
     if isinstance(node, Leaf) and node.text == "" and key in schema_sections(schema):
         return Branch({}, node.origin)
-    return node
+    return Branch({"name": node}, node.origin) if _is_name(key, node, schema) else node
+
+
+def _is_name(key: str, node: Node, schema: type[BaseModel]) -> bool:
+    """Whether a plain text stands where a section with a name is expected."""
+    is_plain = isinstance(node, Leaf) and isinstance(node.value, str | int | float) and not isinstance(node.value, bool)
+    return is_plain and f"{key}.name" in schema_fields(schema)
 
 
 def read_environment(environ: Mapping[str, str], schema: type[BaseModel]) -> tuple[Branch, list[str]]:
@@ -176,8 +185,9 @@ def read_overrides(overrides: Sequence[str], schema: type[BaseModel]) -> tuple[B
         if match is None:
             raise UsageError(f"'{argument}' is not key=value", hint="For example training.learning_rate=5e-5")
         key, text = match.groups()
-        path, origin = tuple(key.split(".")), Origin("override", _shown(argument))
+        origin = Origin("override", _shown(argument))
         node = read_value(text, origin, text_only=key in fields and fields[key].text_only)
+        path = (*key.split("."), "name") if _is_name(key, node, schema) else tuple(key.split("."))
         before = find(tree, path)
         if isinstance(before, Leaf) and isinstance(node, Leaf):
             warnings.append(f"override {before.origin.name} gives way to {origin.name}")

@@ -99,6 +99,7 @@ def plan_facts(
         "base_parameters": facts["base_parameters"],
         "trained_parameters": facts["trained_parameters"],
         "data": prepared.data_summary(),
+        "gate": prepared.gate.as_dict() | {"action": config.gate.action},
         "epochs": epochs,
         "steps": prepared.total_steps,
         "batches_per_epoch": prepared.batches.num_batches_per_epoch,
@@ -128,6 +129,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"trained     {plan['trained_parameters']:,} parameters ({share:.2%})",
         f"rows        {train['kept']:,} of {train['rows']:,} kept · {train['dropped']:,} dropped · "
         f"{train['truncated']:,} truncated · format {train['format']}",
+        f"gate        {_gate_line(plan['gate'])}",
         f"tokens      {plan['tokens']:,} over {plan['epochs']:g} epochs · {train['tokens']:,} an epoch, "
         f"{train['trained_tokens'] / train['tokens']:.0%} of them trained",
         f"steps       {plan['steps']:,} · {plan['batches_per_epoch']:,} batches an epoch · "
@@ -147,6 +149,13 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"time        about {duration(plan['seconds'])} at {plan['tokens_per_second']:,.0f} tokens/s (measured)",
     ]
     return "\n".join(lines)
+
+
+def _gate_line(gate: Mapping[str, Any]) -> str:
+    failed = [check["name"] for check in gate["checks"] if not check["passed"]]
+    if not failed:
+        return f"{len(gate['checks'])} checks passed"
+    return f"{len(failed)} of {len(gate['checks'])} checks failed, and gate.action is warn: {', '.join(failed)}"
 
 
 def _size(num_bytes: float) -> str:

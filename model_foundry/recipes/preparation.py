@@ -16,12 +16,15 @@ from typing import Any
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.batches import BatchPlan
 from model_foundry.data.files import input_files, local_path
-from model_foundry.data.rows import read_rows
+from model_foundry.data.gate.judge import judge
+from model_foundry.data.gate.reading import Reading, read_attentively
+from model_foundry.data.gate.verdict import GateReport
 from model_foundry.data.tokenise import TokenisedSet, tokenise_rows
 from model_foundry.errors import ConfigError, ModelError, RunError
 from model_foundry.evals.generation import Question, read_questions
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import fingerprint, read_config
+from model_foundry.recipes.gatekeeping import enforce, subject_of
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
@@ -32,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run is made of. `now` is the day its template may print, the same on every resume."""
+    """What a run is made of.
+
+    `now` is the day its template may print, the same on every resume; `gate` is what the gate found in the rows.
+    """
 
     config: TrainConfig
     source: ModelSource
@@ -46,6 +52,7 @@ class Prepared:
     num_micro_batches: int
     total_steps: int
     learning_rate: LearningRate
+    gate: GateReport
     data_formats: Mapping[str, str]
     data_paths: Mapping[str, Path]
 
@@ -137,10 +144,11 @@ def weighted(datum: Datum, factor: float) -> Datum:
 
 
 def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
-    """Find the model, read and render the rows, and count the steps.
+    """Find the model, read and render the rows, judge them, and count the steps.
 
     Raises:
         ConfigError: no training file. DataError, ModelError, TemplateError: as the parts raise them.
+        CheckFailedError: the gate refuses the rows.
     """
     if config.data.train_file is None:
         raise ConfigError("no training rows are named", where="data.train_file", hint="Set data.train_file=FILE.jsonl.")
@@ -153,11 +161,13 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
     formats: dict[str, str] = {}
     paths = {"train_file": local_path(config.data.train_file)}
-    train = _tokenised(config, paths["train_file"], renderer, "train", formats)
-    validation = None
+    reading = read_attentively(paths["train_file"], format=config.data.format)
+    train = _tokenised(config, reading, renderer, "train", formats)
+    validation, validation_reading = None, None
     if config.data.validation_file is not None:
         paths["validation_file"] = local_path(config.data.validation_file)
-        validation = _tokenised(config, paths["validation_file"], renderer, "validation", formats)
+        validation_reading = read_attentively(paths["validation_file"], format=config.data.format)
+        validation = _tokenised(config, validation_reading, renderer, "validation", formats)
     model = read_config(source.folder)
     for tokenised in (train, validation):
         if tokenised is not None:
@@ -175,6 +185,9 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         seed=config.seed,
     )
     num_micro_batches, total_steps = count_steps(config, batches.num_batches_per_epoch)
+    learning_rate = _learning_rate(config, total_steps)
+    gate = judge(subject_of(config, reading, renderer, validation=validation_reading, questions=questions, data=train))
+    enforce(gate, config)
     return Prepared(
         config=config,
         source=source,
@@ -187,7 +200,8 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         batches=batches,
         num_micro_batches=num_micro_batches,
         total_steps=total_steps,
-        learning_rate=_learning_rate(config, total_steps),
+        learning_rate=learning_rate,
+        gate=gate,
         data_formats=formats,
         data_paths=paths,
     )
@@ -203,9 +217,11 @@ def count_steps(config: TrainConfig, batches_per_epoch: int) -> tuple[int, int]:
     return num_micro_batches, math.ceil(num_micro_batches / per_step)
 
 
-def _tokenised(config: TrainConfig, path: Path, renderer: Renderer, role: str, formats: dict[str, str]) -> TokenisedSet:
-    rows = read_rows(path, format=config.data.format)
-    data = config.data
+def _tokenised(
+    config: TrainConfig, reading: Reading, renderer: Renderer, role: str, formats: dict[str, str]
+) -> TokenisedSet:
+    rows, data = reading.require(), config.data
+    path = rows.path
     tokenised = tokenise_rows(
         rows, renderer, max_length=data.max_length, overlength=data.overlength, train_on=data.train_on
     )

@@ -117,6 +117,7 @@ def make_report(
         },
         evaluation={} if comparison is None else comparison.as_dict(),
         data=prepared.data_summary(),
+        gate=prepared.gate.as_dict() | {"action": prepared.config.gate.action},
         memory=memory | ({} if predicted is None else {"predicted_bytes": predicted.pop("total"), "parts": predicted}),
         reproduce={
             "commands": [f"foundry verify run {run.path}", f"foundry chat {run.path}"],
@@ -133,6 +134,8 @@ def make_report(
 
 def _notes(facts: Mapping[str, Any], session: Session, *, num_skipped: int) -> tuple[str, ...]:
     notes = [f"Resumed from step {each['from_step']}." for each in facts.get("resumed", [])]
+    if failed := [check.name for check in session.prepared.gate.failed]:
+        notes.append(f"The gate would refuse the training rows ({', '.join(failed)}); gate.action=warn let them in.")
     if num_skipped:
         notes.append(f"{num_skipped} steps were skipped: their gradients were not finite.")
     if session.trial.num_pieces > 1:

@@ -42,6 +42,7 @@ def render_page(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
         _section("Before and after", _evaluation(report["evaluation"])),
         _section("Training", _training(records, report["training"])),
         _section("Memory", _memory(report["memory"])),
+        _section("Data gate", gate_table(report["gate"])),
         _section("Data", _data(report["data"])),
         _section("Run it again", _reproduce(report["reproduce"])),
         _section("Machine", _facts(report["machine"])),
@@ -104,6 +105,36 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
         for check in checks
     )
     return _table(("Check", "Value", "Bound", "Evidence"), rows, kind="checks")
+
+
+def gate_table(gate: Mapping[str, Any]) -> str:
+    """The checks of the data gate, each with the rows that it found; those that failed come first."""
+    checks = gate.get("checks") or []
+    if not checks:
+        return ""
+    failed = [check for check in checks if not check["passed"]]
+    passed = [check for check in checks if check["passed"]]
+    said = f"All {len(checks)} checks passed." if not failed else f"{len(failed)} of {len(checks)} checks failed."
+    if failed and gate.get("action") == "warn":
+        said += " The rows were trained on all the same, as gate.action=warn asks."
+    rows = "".join(_gate_row(check) for check in (*failed, *passed))
+    return f"<p>{_prose(said)}</p>" + _table(("Check", "Value", "Bound", "Evidence"), rows, kind="checks")
+
+
+def _gate_row(check: Mapping[str, Any]) -> str:
+    examples = "".join(
+        f"<li><code>{escape(example['where'])}</code> {escape(example['problem'])}"
+        + (f" <q>{escape(example['excerpt'])}</q></li>" if example.get("excerpt") else "</li>")
+        for example in check.get("examples") or ()
+    )
+    found = f'<ul class="examples">{examples}</ul>' if examples else ""
+    return (
+        f'<tr><td data-label="Check"><span class="badge {"pass" if check["passed"] else "fail"}">'
+        f"{'pass' if check['passed'] else 'FAIL'}</span> {escape(label(check['name']))}</td>"
+        f'<td data-label="Value" class="num">{escape(check_value(check["value"], check["bound"]))}</td>'
+        f'<td data-label="Bound">{_prose(check["bound"])}</td>'
+        f'<td data-label="Evidence">{_prose(check["evidence"])}{found}</td></tr>'
+    )
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:

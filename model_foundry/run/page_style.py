@@ -37,6 +37,8 @@ td.num { white-space: nowrap; font-variant-numeric: tabular-nums; }
 table.narrow { width: auto; min-width: 320px; margin: 10px 0; }
 table.facts th { width: 34%; font-weight: 500; color: var(--soft); }
 table.checks td:first-child { white-space: nowrap; } table.checks td:nth-child(3) { min-width: 150px; }
+ul.examples { margin: 6px 0 0; padding-left: 18px; font-size: .875rem; color: var(--soft); }
+ul.examples q { color: var(--ink); }
 table.cases { table-layout: fixed; } table.cases td { white-space: pre-wrap; unicode-bidi: isolate; }
 table.cases th:nth-child(2) { width: 20%; } table.cases th:nth-child(4) { width: 22%; }
 .badge, .mark { display: inline-block; border-radius: 4px; padding: 0 6px; font-size: .75rem; font-weight: 600;

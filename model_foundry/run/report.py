@@ -39,6 +39,7 @@ class Report:
         evaluation: `Comparison.as_dict()` (before, after, improved, …, cases), or {}.
         data: by file ("train", "validation", "heldout"): `file`, `rows`, `kept`, `dropped`, `truncated`, `tokens`,
             `trained_tokens`, `reasons` {reason: rows}, `first_dropped` [text].
+        gate: what the gate found in the training rows: `checks` with examples, `facts`, `action`, `passed`; or {}.
         memory: `parts` {name: bytes} as predicted, `predicted_bytes`, `measured_bytes`, `lora_bytes`, `full_bytes`.
         reproduce: `commands` [text]; hashes, revision, seed.
         machine: the receipt's facts.
@@ -50,6 +51,7 @@ class Report:
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     reproduce: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +122,7 @@ def read_report(run_dir: Path) -> Report:
 
 
 def _report_of(values: Mapping[str, Any]) -> Report:
-    sections = ("training", "evaluation", "data", "memory", "reproduce", "machine")
+    sections = ("training", "evaluation", "data", "gate", "memory", "reproduce", "machine")
     checks = tuple(
         Check(str(each["name"]), each["passed"] is True, each["value"], str(each["bound"]), str(each["evidence"]))
         for each in values["checks"]

@@ -185,6 +185,19 @@ def test_lists_and_mappings_from_overrides() -> None:
     assert config.training.save_at == (1, 2)
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "runs/first", "007"])
+def test_a_text_for_a_section_with_a_name_is_its_name(name: str, tmp_path: Path) -> None:
+    """Prevents `model=NAME` from wiping out what a file says of the model besides."""
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {template: chatml, name: other}\n", encoding="utf-8")
+    resolved = load(path, f"model={name}")
+    assert (resolved.config.model.name, resolved.config.model.template) == (name, "chatml")
+    assert resolved.provenance["model.name"] == "override"
+    assert resolved.hidden["model.name"] == (f"file {path}:1",)
+    path.write_text(f"model: {name}\n", encoding="utf-8")
+    assert load(path, "model.dtype=float32").config.model.name == name
+
+
 @given(st.floats(min_value=1e-12, max_value=10, exclude_min=True))
 def test_any_learning_rate_survives_environment_and_override(rate: float) -> None:
     assert load(None, f"training.learning_rate={rate!r}").config.training.learning_rate == rate

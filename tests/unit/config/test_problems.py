@@ -86,7 +86,7 @@ def test_a_key_of_another_command_says_whose_it_is() -> None:
         ("lora.enabled=maybe", 'lora.enabled is "maybe"; expected true or false'),
         ("lora.target_modules={a: 1}", 'lora.target_modules is {"a": 1}; expected text or a list, each text'),
         ("data.packing=null", "data.packing is null; expected true or false"),
-        ("model=smol", 'model is "smol"; expected a section of fields'),
+        ("lora=smol", 'lora is "smol"; expected a section of fields'),
         ("seed.x=1", 'seed is {"x": 1}; expected a whole number of at least 0 and below 4294967296'),
     ],
 )

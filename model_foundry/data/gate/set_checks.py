@@ -1,0 +1,125 @@
+"""Checks of the set as a whole: rows that repeat each other, and rows that stand in what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from model_foundry.data.gate.subject import HeldOut, Subject, comparable_text, last_text, question_text
+from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, excerpt, share_text
+from model_foundry.data.rows import Row
+
+SHORT_WORDS, SHORT_CHARS = 20, 120
+
+
+def duplicates(subject: Subject) -> GateCheck:
+    """Few rows say what an earlier one says."""
+    from model_foundry.data.dedup import find_duplicates
+
+    policy, rows = subject.policy, subject.rows
+    found = find_duplicates(subject.texts, threshold=policy.similarity)
+    repeats = np.flatnonzero(found.first != np.arange(found.num_texts))
+    is_judged = len(rows) >= policy.min_rows
+    evidence = (
+        f"{found.num_exact:,} rows repeat an earlier one and {found.num_near:,} nearly do (similarity of "
+        f"{policy.similarity:g} or more)."
+    )
+    if not is_judged:
+        evidence += f" Not judged in fewer than {policy.min_rows} rows."
+    elif found.share > policy.max_duplicate_share:
+        evidence += " foundry data dedup writes the rows that are left without them."
+    examples = tuple(
+        Example(
+            rows[index].source,
+            f"{'repeats' if found.exact[index] else f'is {found.similarity[index]:.2f} like'} "
+            f"{rows[int(found.first[index])].source}",
+            excerpt(last_text(rows[index])),
+        )
+        for index in repeats[:MAX_EXAMPLES].tolist()
+    )
+    passed = found.share <= policy.max_duplicate_share or not is_judged
+    said = f"at most {share_text(policy.max_duplicate_share)} of rows"
+    return GateCheck("duplicates", passed, float(found.share), said, evidence, examples)
+
+
+def apart_from(name: str) -> Callable[[Subject], GateCheck]:
+    """The check that no training row stands in what is held out under `name`.
+
+    In a short text a single word makes another question, so near ones among these are borne in a small number.
+    """
+
+    def check(subject: Subject) -> GateCheck:
+        policy = subject.policy
+        held_out = next((held_out for held_out in subject.held_out if held_out.name == name), None)
+        said = (
+            f"at most {share_text(policy.max_overlap_share)} of its rows, "
+            f"{share_text(policy.max_short_overlap_share)} where short ones are only alike"
+        )
+        if held_out is None:
+            return GateCheck(f"apart_from_{name}", True, None, said, f"There is no {name} set.")
+        pairs = _overlaps(subject, held_out)
+        num_rows = max(1, len(held_out.rows))
+        sure = {pair.other for pair in pairs if not pair.is_weak}
+        weak = {pair.other for pair in pairs} - sure
+        examples = tuple(
+            Example(
+                subject.rows[pair.index].source,
+                f"{pair.how} {held_out.rows[pair.other].source}",
+                excerpt(last_text(subject.rows[pair.index])),
+            )
+            for pair in sorted(pairs, key=lambda pair: pair.is_weak)[:MAX_EXAMPLES]
+        )
+        evidence = (
+            f"{len({pair.index for pair in pairs}):,} training rows stand in {held_out.file}, which has "
+            f"{len(held_out.rows):,}: {len(sure):,} of these are met, {len(weak):,} more are short and nearly met."
+        )
+        passed = len(sure) / num_rows <= policy.max_overlap_share
+        passed = passed and len(weak) / num_rows <= policy.max_short_overlap_share
+        share = (len(sure) + len(weak)) / num_rows
+        return GateCheck(f"apart_from_{name}", passed, share, said, evidence, examples)
+
+    return check
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A training row and the held-out row that it stands for; weak where both are short and only alike."""
+
+    index: int
+    other: int
+    how: str
+    is_weak: bool = False
+
+
+def _overlaps(subject: Subject, held_out: HeldOut) -> list[_Pair]:
+    """Every training row that stands in the held-out ones, in order."""
+    from model_foundry.data.dedup import find_overlaps
+
+    shared = subject.shared_lines
+    reference = [comparable_text(row, shared) for row in held_out.rows]
+    pairs: dict[int, _Pair] = {}
+    for found in find_overlaps(subject.texts, reference, threshold=subject.policy.similarity):
+        how = "stands word for word in" if found.exact else f"is {found.similarity:.2f} like"
+        is_weak = not found.exact and _is_short(reference[found.other])
+        pairs[found.index] = _Pair(found.index, found.other, how, is_weak)
+    if held_out.by_question:
+        asked = {_question(row, shared): number for number, row in reversed(list(enumerate(held_out.rows)))}
+        for index, row in enumerate(subject.rows):
+            question = _question(row, shared)
+            number = asked.get(question) if question else None
+            if number is not None and (index not in pairs or pairs[index].is_weak):
+                pairs[index] = _Pair(index, number, "asks the same as")
+    return [pair for _, pair in sorted(pairs.items())]
+
+
+def _is_short(text: str) -> bool:
+    return len(text.split()) < SHORT_WORDS and len(text) < SHORT_CHARS
+
+
+def _question(row: Row, shared_lines: frozenset[str]) -> str:
+    """All that is said before the answer, in lower case and without odd white space."""
+    last = max((index for index, turn in enumerate(row.messages) if turn.role == "assistant"), default=0)
+    said = [question_text(t.content, shared_lines) for t in row.messages[:last] if t.role != "system"]
+    return " ".join(" ".join(said).lower().split())
