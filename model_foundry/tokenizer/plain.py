@@ -6,8 +6,8 @@ Knows how the `tokenizers` package describes a tokenizer; does not know which to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -15,6 +15,66 @@ from model_foundry.errors import DataError
 
 # Two noncharacters, which Unicode keeps out of interchanged text. Strings that begin so belong to us alone.
 RESERVED = "\U0010fffe\U0010ffff"
+
+
+def encodable(text: str) -> str:
+    """`text` itself.
+
+    Raises:
+        DataError: it holds the reserved characters, or half a character (a surrogate without its other half).
+    """
+    if RESERVED in text:
+        raise DataError(
+            "the text holds the characters U+10FFFE U+10FFFF, which are not for text and are used internally",
+            hint="Remove them",
+        )
+    return whole_characters(text)
+
+
+def whole_characters(text: str) -> str:
+    """`text` itself.
+
+    Raises:
+        DataError: it holds half a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start + 1:,} of the text is half a character (U+{ord(text[error.start]):04X})"
+        raise DataError(what, hint="Remove it, or read the text as UTF-16 first") from error
+    return text
+
+
+class TextEncoder(Protocol):
+    """Text to ids, with the character offsets of each; `first` where the text begins a conversation."""
+
+    def encode(self, text: str, *, first: bool) -> tuple[list[int], list[tuple[int, int]]]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def is_unknown(self, token_id: int, text: str) -> bool: ...
+
+
+class BackendEncoder:
+    """What the tokenizer's own files say: every added token in the text is read as such."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._unknown_id, self._unknown = _unknown_token(backend, json.loads(backend.to_str())["model"])
+
+    def encode(self, text: str, *, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets; `first` must be true, for text in the middle cannot be told from a beginning."""
+        encoding = self._backend.encode(whole_characters(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, in their order."""
+        whole = [whole_characters(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(whole, add_special_tokens=False)]
+
+    def is_unknown(self, token_id: int, text: str) -> bool:
+        """Whether `token_id` is the unknown token and stands for characters of `text`, not for its own name."""
+        return token_id == self._unknown_id and self._unknown not in text
 
 
 class PlainEncoder:
@@ -41,11 +101,7 @@ class PlainEncoder:
         Raises:
             DataError: the text holds the reserved characters, or a control id came out all the same.
         """
-        if RESERVED in text:
-            raise DataError(
-                "the text holds the characters U+10FFFE U+10FFFF, which are not for text and are used internally",
-                hint="Remove them",
-            )
+        text = encodable(text)
         if first:
             encoding = self._backend.encode(text, add_special_tokens=False)
             ids, offsets = encoding.ids, encoding.offsets
@@ -54,13 +110,28 @@ class PlainEncoder:
             shift = len(self._sentinel)
             ids = encoding.ids[1:]
             offsets = [(start - shift, end - shift) for start, end in encoding.offsets[1:]]
-        if not self._control_ids.isdisjoint(ids):
-            raise DataError("this tokenizer makes a control token out of plain text", hint="Report this tokenizer")
+        self._check(ids)
         return ids, offsets
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, in their order; as `encode` with `first`.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        whole = [encodable(text) for text in texts]
+        rows = [encoding.ids for encoding in self._backend.encode_batch_fast(whole, add_special_tokens=False)]
+        for row in rows:
+            self._check(row)
+        return rows
 
     def is_unknown(self, token_id: int, text: str) -> bool:
         """Whether `token_id` is the unknown token and stands for characters of `text`, not for its own name."""
         return token_id == self._unknown_id and self._unknown not in text
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if not self._control_ids.isdisjoint(ids):
+            raise DataError("this tokenizer makes a control token out of plain text", hint="Report this tokenizer")
 
 
 def _hide_tokens(description: dict[str, Any], control: frozenset[str]) -> dict[str, Any]:
