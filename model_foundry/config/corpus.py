@@ -33,6 +33,16 @@ class GrammarSection(Section):
     """What a line of a doc comment starts with, for example ---."""
     line_prefixes: tuple[str, ...] = ()
     """What a line of an ordinary comment starts with, for example --."""
+    block_comment: str | None = None
+    """Regular expression of a whole block comment; its group `text` is what the comment says."""
+    long_text: str | None = None
+    """Regular expression of strings and comments over several lines."""
+    leading_nodes: tuple[str, ...] = ()
+    """Node types that stand between a comment and its unit and belong to the unit (annotations)."""
+    callback_names: str | None = None
+    """Regular expression over a unit's last name; functions that it matches are callbacks."""
+    declarations: tuple[str, ...] = ()
+    """Kinds that are one line by nature; corpus.min_lines is not asked of them."""
     fragments: tuple[str, ...] = ()
     """Programs in which {code} may stand so that a fragment is checked as one, tried in order after the code alone."""
 
@@ -51,7 +61,7 @@ class CorpusSection(Section):
     exclude: tuple[str, ...] = ()
     """Leave out files whose path below their root matches one of these globs."""
     kinds: tuple[str, ...] = ()
-    """Kinds of unit to take (lua: function, method, callback; gdscript: those, signal and class); none: every kind."""
+    """Kinds of unit to take (lua: function, method, callback; gdscript: signal too); none: every kind."""
     comments: tuple[Literal["doc", "line", "block"], ...] = ("doc", "line", "block")
     """Which comments before a unit are its documentation: doc (--- or ##), line (-- or #), block (--[[ ]])."""
     require_comment: bool = False
