@@ -20,13 +20,13 @@ import numpy as np
 from model_foundry.errors import TemplateError, UnsafeTemplateError
 from model_foundry.rendering.builtin_templates import find_template, no_template_error
 from model_foundry.rendering.control import ControlText, Escapes, texts
+from model_foundry.rendering.pieces import Span, offset_end, offset_start
 from model_foundry.rendering.sandbox import GENERATION_END, GENERATION_START, CompiledTemplate
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
 Tools = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _MARKS = re.compile(f"[{GENERATION_START}{GENERATION_END}]")
@@ -71,9 +71,9 @@ class Renderer:
         self.name = f"{found.name if found else 'none'}:{self.fingerprint[:12]}"
         self.uses_clock = "strftime_now" in self.template_text
         self._compiled = CompiledTemplate(found.source, name=found.name, now=self.now) if found else None
-        self._marks_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.template_text) is not None
+        self.marks_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.template_text) is not None
         control = tokenizer.control_tokens(self.template_text)
-        marks = (GENERATION_START, GENERATION_END) if self._marks_generation else ()
+        marks = (GENERATION_START, GENERATION_END) if self.marks_generation else ()
         self._control = ControlText({*control, *marks})
         # The assistant may write control tokens that the tokenizer does not call special: <think>, <tool_call>.
         self._control_of_assistant = ControlText({*(t for t in control if tokenizer.is_special(t)), *marks})
@@ -94,8 +94,8 @@ class Renderer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
         """The conversation as the template writes it."""
-        row = self._prepare(messages, tools)
-        return row.undo(self._unmarked(self._run(row, len(row.messages), add_generation_prompt)))
+        row = self.prepare(messages, tools)
+        return row.undo(self.unmarked(self.run(row, len(row.messages), add_generation_prompt)))
 
     def render(
         self, messages: Sequence[Message], *, train_on: TrainOn = "assistant", tools: Tools | None = None
@@ -109,24 +109,24 @@ class Renderer:
         Raises:
             TemplateError: the template refuses the row, or does not show where an assistant turn begins.
         """
-        row = self._prepare(messages, tools)
-        marked = self._run(row, len(row.messages), False)
-        full = self._unmarked(marked)
+        row = self.prepare(messages, tools)
+        marked = self.run(row, len(row.messages), False)
+        full = self.unmarked(marked)
         if train_on == "all":
             spans = [(0, len(full))]
-        elif self._marks_generation:
-            spans = _marked_spans(marked)
+        elif self.marks_generation:
+            spans = marked_spans(marked)
         else:
             spans = self._assistant_spans(row, full, only_last=train_on == "last_assistant")
         if train_on == "last_assistant":
             spans = spans[-1:]
-        return self._encode(full, spans, row.escapes)
+        return self.encode(full, spans, row.escapes)
 
     def prompt(self, messages: Sequence[Message], *, tools: Tools | None = None) -> np.ndarray:
         """int32 [T]: the conversation and the beginning of the assistant's turn."""
-        row = self._prepare(messages, tools)
-        text = self._unmarked(self._run(row, len(row.messages), True))
-        return self._encode(text, [], row.escapes).tokens
+        row = self.prepare(messages, tools)
+        text = self.unmarked(self.run(row, len(row.messages), True))
+        return self.encode(text, [], row.escapes).tokens
 
     def text_row(self, text: str) -> Rendered:
         """A plain text as a row: all of it trained, end-of-text appended; BOS first where the tokenizer adds it."""
@@ -168,28 +168,32 @@ class Renderer:
         eos = self.tokenizer.eos_id
         return tuple(dict.fromkeys([*stops, *([] if eos is None else [eos])]))
 
-    # -- one row ---------------------------------------------------------------------------------------------------
+    # -- one row, step by step (BulkRenderer takes some of them once for many rows) ----------------------------------
 
     @cached_property
     def _end_of_turn(self) -> tuple[str, ...]:
         """Control tokens after the answer in a probe conversation."""
         probe = [Message("user", "Question"), Message("assistant", "Answer")]
         try:
-            text = self._unmarked(self._run(self._prepare(probe, None), 2, False))
+            text = self.unmarked(self.run(self.prepare(probe, None), 2, False))
         except UnsafeTemplateError:
             raise
         except TemplateError:  # some templates insist on a system message
             probe = [Message("system", "System"), *probe]
-            text = self._unmarked(self._run(self._prepare(probe, None), 3, False))
+            text = self.unmarked(self.run(self.prepare(probe, None), 3, False))
         return self._control_of_assistant.ending(text)
 
-    def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> _Row:
-        control = {"assistant": self._control_of_assistant}
+    def control_of(self, role: str) -> ControlText:
+        """The control tokens that a message of this role may not write."""
+        return self._control_of_assistant if role == "assistant" else self._control
+
+    def prepare(self, messages: Sequence[Message], tools: Tools | None) -> PreparedRow:
+        """What the template gets to see."""
         dicts = [_alias_reasoning(message) for message in messages]
         num_chars = 0
         concerned = False
         for message in dicts:
-            own = control.get(message["role"], self._control)
+            own = self.control_of(message["role"])
             for value in message.values():
                 for text in (value,) if isinstance(value, str) else texts(value):
                     num_chars += 100 + len(text)
@@ -199,14 +203,13 @@ class Renderer:
             concerned = concerned or self._control.concerns(text)
         plain_tools: Any = None if tools is None else list(tools)
         if not concerned:
-            return _Row(dicts, plain_tools, num_chars, None)
+            return PreparedRow(dicts, plain_tools, num_chars, None)
         escapes = Escapes(self.template_text + "".join(texts(dicts)) + "".join(texts(plain_tools or ())))
-        escaped = [
-            {k: control.get(m["role"], self._control).escape_value(v, escapes) for k, v in m.items()} for m in dicts
-        ]
-        return _Row(escaped, self._control.escape_value(plain_tools, escapes), num_chars, escapes)
+        escaped = [{k: self.control_of(m["role"]).escape_value(v, escapes) for k, v in m.items()} for m in dicts]
+        return PreparedRow(escaped, self._control.escape_value(plain_tools, escapes), num_chars, escapes)
 
-    def _run(self, row: _Row, num_messages: int, add_generation_prompt: bool) -> str:
+    def run(self, row: PreparedRow, num_messages: int, add_generation_prompt: bool) -> str:
+        """What the template writes of the first messages, escaped, with marks where it generates."""
         variables = {
             **self.tokenizer.named,
             "messages": row.messages[:num_messages],
@@ -217,22 +220,23 @@ class Renderer:
         }
         return self.require_template().render(variables, num_input_chars=row.num_chars)
 
-    def _unmarked(self, text: str) -> str:
-        return _MARKS.sub("", text) if self._marks_generation else text
+    def unmarked(self, text: str) -> str:
+        """The text without the marks of `{% generation %}` blocks."""
+        return _MARKS.sub("", text) if self.marks_generation else text
 
-    def _assistant_spans(self, row: _Row, full: str, *, only_last: bool) -> list[Span]:
+    def _assistant_spans(self, row: PreparedRow, full: str, *, only_last: bool) -> list[Span]:
         """Character spans of the assistant turns in `full`, from where a generation prompt ends to the end of turn."""
         turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
         if only_last:
             turns = turns[-1:]
         return [self._assistant_span(row, full, index) for index in turns]
 
-    def _assistant_span(self, row: _Row, full: str, index: int) -> Span:
-        prefix = self._run(row, index, True)
+    def _assistant_span(self, row: PreparedRow, full: str, index: int) -> Span:
+        prefix = self.run(row, index, True)
         if not full.startswith(prefix):
             raise self._no_span_error(index, "what it writes before the turn depends on what comes after")
         start = len(prefix)
-        upto = full if index == len(row.messages) - 1 else self._run(row, index + 1, False)
+        upto = full if index == len(row.messages) - 1 else self.run(row, index + 1, False)
         if full.startswith(upto):
             turn = upto[start:]
             ended = turn.rstrip()
@@ -256,10 +260,10 @@ class Renderer:
             hint="Mark turns with {% generation %} in the template, or set another model.template or data.train_on=all",
         )
 
-    def _encode(self, text: str, spans: Sequence[Span], escapes: Escapes | None) -> Rendered:
+    def encode(self, text: str, spans: Sequence[Span], escapes: Escapes | None = None) -> Rendered:
+        """Tokens of what the template wrote, and weights of one where they overlap the spans of characters."""
         if escapes is None:
-            encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
-            ids, offsets = encoding.ids, encoding.offsets
+            ids, offsets = self.tokenizer.scan(text)
         else:
             ids, offsets = self._encode_escaped(text, escapes)
             position = escapes.positions(text)
@@ -271,7 +275,7 @@ class Renderer:
     def _encode_escaped(self, text: str, escapes: Escapes) -> tuple[list[int], list[Span]]:
         """Ids and offsets (in the text with the escapes undone) where only the template's control tokens are parsed."""
         plain = self.tokenizer.plain(self._control_tokens)
-        scan = self.tokenizer.backend.encode(text, add_special_tokens=False)
+        scanned = self.tokenizer.scan(text)
         ids: list[int] = []
         offsets: list[Span] = []
         done = shift = 0  # in the escaped text; how much longer it has become so far
@@ -285,7 +289,7 @@ class Renderer:
                 offsets.extend((start + done + shift, stop + done + shift) for start, stop in run_offsets)
                 shift += len(run) - (end - done)
 
-        for token_id, (start, end) in zip(scan.ids, scan.offsets, strict=True):
+        for token_id, (start, end) in zip(*scanned, strict=True):
             if token_id in self._control_ids and not plain.is_unknown(token_id, text[start:end]):
                 if escapes.holds(text[start:end]):
                     raise TemplateError("a control token of the template runs into a text", where=self.name)
@@ -298,7 +302,7 @@ class Renderer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class PreparedRow:
     """What a template gets to see of a conversation, escaped where needed."""
 
     messages: list[dict[str, Any]]
@@ -317,7 +321,7 @@ def _alias_reasoning(message: Message) -> dict[str, Any]:
     return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
-def _marked_spans(marked: str) -> list[Span]:
+def marked_spans(marked: str) -> list[Span]:
     """Spans between generation marks, in the text without the marks."""
     spans: list[Span] = []
     starts: list[int] = []
@@ -337,15 +341,6 @@ def _weights(offsets: Sequence[Span], spans: Sequence[Span], num_chars: int) -> 
         weights[:] = 1.0
         return weights
     for start, end in spans:
-        first = bisect_right(offsets, start, key=_end)
-        weights[first : bisect_left(offsets, end, lo=first, key=_start)] = 1.0
+        first = bisect_right(offsets, start, key=offset_end)
+        weights[first : bisect_left(offsets, end, lo=first, key=offset_start)] = 1.0
     return weights
-
-
-def _start(offset: Span) -> int:
-    # Tokenizers that trim white space off their offsets leave nothing of a token that is white space.
-    return offset[0] - (offset[0] == offset[1])
-
-
-def _end(offset: Span) -> int:
-    return offset[1]
