@@ -224,7 +224,7 @@ def _write_parquet(spool: _Spool, file: IO[bytes], path: Path) -> None:
         raise MissingExtraError("pyarrow", "data") from error
     fields = [(name, _arrow_type(pyarrow, kind, name, path)) for name, kind in spool.columns.items()]
     schema = pyarrow.schema(fields)
-    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         batch: list[dict[str, Any]] = []
         for row in spool.rows():
             batch.append(row)

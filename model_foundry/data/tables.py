@@ -101,11 +101,11 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise MissingExtraError("pyarrow", "data") from error
     with _seekable(path) as file:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
+            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     yield {name: _as_json(value) for name, value in row.items()}
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UnreadableError(f"not whole Parquet data: {error}") from error
 
 

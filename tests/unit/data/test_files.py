@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_foundry.data import byte_streams, json_stream
@@ -291,6 +292,19 @@ JSON_VALUES = st.recursive(
 
 def pieces(data: bytes, size: int) -> Iterator[bytes]:
     return (data[start : start + size] for start in range(0, len(data), size))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from([*CONTAINERS, ".jsonl.gz", ".csv.zst", ".txt"]), st.integers(0), st.binary(max_size=3))
+def test_damage_of_any_kind_is_a_problem_and_never_a_traceback(suffix: str, place: int, what: bytes) -> None:
+    """Prevents one flipped byte of a Parquet file from ending in a UnicodeDecodeError."""
+    data = CONTAINERS.get(suffix, as_jsonl if "jsonl" in suffix else as_csv)(ROWS)
+    data = gzip.compress(data) if "gz" in suffix else zstandard.compress(data) if "zst" in suffix else data
+    place %= len(data)
+    with tempfile.TemporaryDirectory() as folder:
+        for damaged in (data[:place] + what + data[place + len(what) :], data[:place] + what, data[place:]):
+            for record in iter_records(put(Path(folder), f"a{suffix}", damaged)):
+                assert record.problem is None or record.value is None
 
 
 @given(st.lists(JSON_VALUES, max_size=6), st.integers(1, 40), st.sampled_from([None, 1]))
