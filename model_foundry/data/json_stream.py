@@ -17,6 +17,8 @@ ROW_FIELDS = frozenset({"messages", "conversations", "prompt", "chosen", "reject
 # A whole string, or the quote of one whose end is not in the buffer yet, or a bracket, comma or colon. Possessive, so
 # that a string of 50 MB leaves no backtracking state behind.
 _TOKEN = re.compile(rb'"(?:[^"\\]*+(?:\\.[^"\\]*+)*+")?+|[\[\]{},:]', re.DOTALL)
+# All that stands before the next bracket: inside an element nothing else matters.
+_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL)
 _MAX_STEP_BYTES = 32 << 20
 _OPENING, _CLOSING = (b"[", b"{"), (b"]", b"}")
 
@@ -40,6 +42,14 @@ class _Scanner:
             self.position = len(self.buffer) if match is None else match.start()
             if not self._read_more():
                 return None
+
+    def next_bracket(self) -> bytes | None:
+        """The next bracket that is not inside a string; None at the end of the document."""
+        while (match := _TO_BRACKET.match(self.buffer, self.position)) is None:
+            if not self._read_more():
+                return None
+        self.position = match.end()
+        return match[1]
 
     def forget(self) -> None:
         self.kept = self.position
@@ -138,7 +148,7 @@ def _enter(scanner: _Scanner, field: bytes) -> None:
 def _elements(scanner: _Scanner) -> Iterator[bytes]:
     scanner.forget()
     depth = num_elements = 0
-    while (token := scanner.next()) is not None:
+    while (token := scanner.next_bracket() if depth else scanner.next()) is not None:
         if depth == 0 and (token == b"," or token in _CLOSING):
             element = scanner.buffer[scanner.kept : scanner.position - 1].strip()
             scanner.forget()

@@ -29,6 +29,7 @@ MAX_CELL_CHARS = 64 << 20
 MAX_SPOOLED_BYTES = 16 << 30
 """Parquet is read out of order, so a compressed file is first laid out on the disk, up to this size."""
 PARQUET_BATCH_ROWS = 256
+_PARQUET_BUFFER_BYTES = 1 << 20  # columns are read piece by piece, not a row group at once
 
 _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -101,7 +102,9 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise MissingExtraError("pyarrow", "data") from error
     with _seekable(path) as file:
         try:
-            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            table = pyarrow.parquet.ParquetFile(
+                file, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES, page_checksum_verification=True
+            )
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     yield {name: _as_json(value) for name, value in row.items()}
