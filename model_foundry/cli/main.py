@@ -22,7 +22,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
     "chat": ("model_foundry.cli.chat:command", "Talk to a model or a run."),
     "data": ("model_foundry.cli.data:command", "Check, inspect, convert, deduplicate and pack training data."),
-    "generate": ("model_foundry.cli.generate:command", "Make a data set from code through a batch API, never paid twice."),
+    "generate": (
+        "model_foundry.cli.generate:command",
+        "Make a data set from code through a batch API, never paid twice.",
+    ),
+    "tokenizer": ("model_foundry.cli.tokenizer:command", "Train a vocabulary, and report how well one fits."),
     "models": ("model_foundry.cli.models:command", "Fetch, list and describe models."),
     "config": ("model_foundry.cli.config:command", "Check a configuration, print its schema."),
     "verify": ("model_foundry.cli.verify:command", "Prove that a run resumes and repeats to the last bit."),

@@ -38,6 +38,16 @@ def find_template(template: str, tokenizer: Tokenizer) -> NamedTemplate | None:
         if missing:
             what = f"the template '{template}' needs the control tokens {' '.join(missing)}, which the tokenizer lacks"
             raise TemplateError(what, where="model.template", hint=_CHOICES)
+    return read_template(template)
+
+
+def read_template(template: str) -> NamedTemplate:
+    """The template of a built-in name or a path, whatever the tokenizer.
+
+    Raises:
+        TemplateError: unknown name, or unreadable file.
+    """
+    if template in BUILTIN:
         path = Path(__file__).parent / "builtin" / f"{template}.jinja"
         return NamedTemplate(template, path.read_text(encoding="utf-8"))
     path = Path(template).expanduser()

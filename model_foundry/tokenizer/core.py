@@ -26,7 +26,7 @@ from model_foundry.tokenizer.folder import (
     write_folder,
 )
 from model_foundry.tokenizer.padding import Batch, Side, pad, truncate
-from model_foundry.tokenizer.plain import BackendEncoder, PlainEncoder, TextEncoder
+from model_foundry.tokenizer.plain import BackendEncoder, PlainEncoder, TextEncoder, unknown_token
 from model_foundry.tokenizer.pre_tokenizers import ggml_pre
 from model_foundry.tokenizer.sentencepiece import SentencePieceEncoder
 from model_foundry.tokenizer.sentencepiece_file import PieceType, SentencePieceModel
@@ -214,6 +214,11 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self._named_id("pad_token")
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The token for what the vocabulary lacks; byte-level vocabularies lack nothing and have none."""
+        return unknown_token(self.backend, json.loads(self.backend.to_str())["model"])[0]
+
     @property
     def special_tokens(self) -> Mapping[str, int]:
         """Every added token and its id."""
@@ -240,6 +245,11 @@ class Tokenizer:
         return None if self.sentencepiece is not None else ggml_pre(self.backend)
 
     @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether each token is some bytes, so that every text can be written."""
+        return (json.loads(self.backend.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+
+    @cached_property
     def max_chars_per_token(self) -> int | None:
         """No token stands for more characters than this; None where that cannot be known.
 
@@ -248,9 +258,8 @@ class Tokenizer:
         """
         description = json.loads(self.backend.to_str())
         normalizer = description["normalizer"]
-        is_byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
         takes_spaces = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])
-        if not is_byte_level or takes_spaces or (normalizer is not None and normalizer["type"] != "NFC"):
+        if not self.is_byte_level or takes_spaces or (normalizer is not None and normalizer["type"] != "NFC"):
             return None
         longest = max(len(piece) for piece in self.backend.get_vocab(with_added_tokens=True))
         return longest if normalizer is None else 4 * longest

@@ -60,7 +60,7 @@ class BackendEncoder:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self._unknown_id, self._unknown = _unknown_token(backend, json.loads(backend.to_str())["model"])
+        self._unknown_id, self._unknown = unknown_token(backend, json.loads(backend.to_str())["model"])
 
     def encode(self, text: str, *, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets; `first` must be true, for text in the middle cannot be told from a beginning."""
@@ -86,7 +86,7 @@ class PlainEncoder:
 
     def __init__(self, backend: tokenizers.Tokenizer, control: frozenset[str]) -> None:
         description = json.loads(backend.to_str())
-        self._unknown_id, self._unknown = _unknown_token(backend, description["model"])
+        self._unknown_id, self._unknown = unknown_token(backend, description["model"])
         # A character outside the vocabulary gives the unknown token, written or not.
         self._control_ids = frozenset(backend.token_to_id(text) for text in control) - {self._unknown_id}
         description = _hide_tokens(description, control)
@@ -158,7 +158,7 @@ def _touches(merge: str | list[str], names: Mapping[str, str]) -> bool:
     return left in names or right in names or left + right in names
 
 
-def _unknown_token(backend: tokenizers.Tokenizer, model: Mapping[str, Any]) -> tuple[int | None, str]:
+def unknown_token(backend: tokenizers.Tokenizer, model: Mapping[str, Any]) -> tuple[int | None, str]:
     """Id and name of the token for what the vocabulary lacks: Unigram gives the id, other models the name."""
     if model.get("unk_id") is not None:
         return model["unk_id"], backend.id_to_token(model["unk_id"]) or ""
