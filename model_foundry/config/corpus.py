@@ -43,6 +43,8 @@ class GrammarSection(Section):
     """Regular expression over a unit's last name; functions that it matches are callbacks."""
     declarations: tuple[str, ...] = ()
     """Kinds that are one line by nature; corpus.min_lines is not asked of them."""
+    restarts: str | None = None
+    """Regular expression of what, at the beginning of a line, can only begin something new at the top level."""
     fragments: tuple[str, ...] = ()
     """Programs in which {code} may stand so that a fragment is checked as one, tried in order after the code alone."""
 

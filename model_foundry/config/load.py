@@ -115,7 +115,7 @@ def _adapt(tree: Branch, fields: Mapping[str, FieldSpec], warnings: list[str]) -
         value = leaf.value
         if spec.text_only and leaf.text and value is not None and not isinstance(value, str):
             value = leaf.text
-        if isinstance(value, str) and names_file(spec, value):
+        if isinstance(value, str) and names_file(spec, value) and not spec.expected.startswith("a list"):
             value = _find_file(dotted, value, leaf.origin, warnings)
         elif isinstance(value, list) and spec.input_file:
             value = [
@@ -144,8 +144,11 @@ def _resolved(config: T, tree: Branch, warnings: list[str], path: Path | None) -
     # A field may itself be a mapping, and a whole section may be null: both have their origin higher up.
     origins = {}
     for dotted in fields:
-        node = set_by.get(dotted) or find(tree, tuple(dotted.split(".")))
-        origins[dotted] = node.origin if isinstance(node, Leaf) else Origin("default")
+        *above, key = dotted.split(".")
+        node = set_by.get(dotted) or find(tree, (*above, key))
+        parent = find(tree, tuple(above))
+        is_mapping = isinstance(parent, Branch) and parent.children.get(key) is node
+        origins[dotted] = node.origin if isinstance(node, Leaf) or is_mapping else Origin("default")
     return Resolved(
         config=config,
         provenance={dotted: origin.provenance for dotted, origin in origins.items()},

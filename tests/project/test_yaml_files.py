@@ -6,28 +6,42 @@ from pathlib import Path
 
 import pytest
 
+from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.load import load_config
 from model_foundry.config.schema import TrainConfig
+from model_foundry.config.section import Section
 
 ROOT = Path(__file__).parents[2]
-# How many configurations each folder holds. A new file changes a number here, on purpose.
-EXPECTED = {"configs": 0, "examples": 1, "model_foundry/config/profiles": 3}
+# How many configurations each folder holds, and what they configure. A new file changes a number here, on purpose.
+EXPECTED: dict[str, tuple[int, type[Section]]] = {
+    "configs/domains": (3, GenerateConfig),
+    "examples": (1, TrainConfig),
+    "model_foundry/config/profiles": (3, TrainConfig),
+}
 
 
-def shipped() -> list[Path]:
-    found = [path for folder in EXPECTED for path in (ROOT / folder).rglob("*.y*ml")]
-    return sorted(found)
+def shipped() -> list[tuple[Path, type[Section]]]:
+    return sorted(
+        ((path, schema) for folder, (_, schema) in EXPECTED.items() for path in (ROOT / folder).rglob("*.y*ml")),
+        key=lambda found: found[0],
+    )
 
 
 def test_the_number_of_shipped_configurations_is_known() -> None:
     counts = {folder: len(list((ROOT / folder).rglob("*.y*ml"))) for folder in EXPECTED}
-    assert counts == EXPECTED
+    assert counts == {folder: number for folder, (number, _) in EXPECTED.items()}
 
 
-@pytest.mark.parametrize("path", shipped(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_configuration_loads(path: Path) -> None:
-    resolved = load_config(TrainConfig, path=path, overrides=(), environ={})
+def test_no_configuration_lies_where_nothing_looks() -> None:
+    found = {path for folder in ("configs", "examples") for path in (ROOT / folder).rglob("*.y*ml")}
+    assert not found - {path for path, _ in shipped()}
+
+
+@pytest.mark.parametrize("path, schema", shipped(), ids=lambda value: str(getattr(value, "name", "")))
+def test_every_shipped_configuration_loads(path: Path, schema: type[Section]) -> None:
+    resolved = load_config(schema, path=path, overrides=(), environ={})
     assert not resolved.warnings
-    for field in ("train_file", "validation_file"):
-        named = getattr(resolved.config.data, field)
-        assert named is None or named.is_file(), f"{path}: data.{field} names {named}, which is not there"
+    for dotted in ("data.train_file", "data.validation_file", "corpus.roots"):
+        value = resolved.value(dotted)
+        for named in value if isinstance(value, tuple) else (value,):
+            assert named is None or Path(str(named)).exists(), f"{path}: {dotted} names {named}, which is not there"

@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from model_foundry.data.code.comments import Block, CommentFinder, line_start
-from model_foundry.data.code.languages import COMMENTS, CONTEXTS, TRIED_BYTES, Grammar
+from model_foundry.data.code.languages import COMMENTS, CONTEXTS, TRIED_BYTES, Grammar, Match
+from model_foundry.data.code.mend import mend
 from model_foundry.data.code.units import CodeUnit, Skipped, UnitRules
 
 if TYPE_CHECKING:
@@ -56,17 +57,17 @@ def extract_units(
     """
     if len(text) > TRIED_BYTES and not grammar.reads_as_code(text):
         return None
-    source = _Source(text, path, grammar)
+    source = _Source(text.encode(), path, grammar)
     if not source.is_code:
         return None
     kept: list[CodeUnit] = []
     covered = -1
-    for found in source.found():
-        reason = "inside another unit" if found.start < covered else _refused(found, source, rules)
+    for found, of in _found(source, skipped):
+        reason = "inside another unit" if found.start < covered else _refused(found, of, rules)
         if reason is not None:
             skipped.add(reason, f"{path}:{source.line_of(found.start)} {found.name}")
             continue
-        unit = source.unit(found, rules)
+        unit = of.unit(found, rules)
         reason = _unit_refused(unit, rules, seen)
         if reason is not None:
             skipped.add(reason, f"{unit.place} {found.name}")
@@ -74,6 +75,21 @@ def extract_units(
         kept.append(unit)
         covered = found.end
     return FileUnits(tuple(kept), source.has_error)
+
+
+def _found(source: _Source, skipped: Skipped) -> list[tuple[_Found, _Source]]:
+    """What stands in a text, with its source; where it has errors, also what stands there without its broken parts."""
+    found = [(item, source) for item in source.found()]
+    mended = mend(source.data, source.grammar) if source.has_error else None
+    if mended is None:
+        return found
+    known = {(item.start, item.end) for item, _ in found}
+    second = _Source(mended.data, source.path, source.grammar)
+    found += [(item, second) for item in second.found() if (item.start, item.end) not in known]
+    for start, end in mended.broken:
+        if not any(item.has_error and item.start < end and item.end > start for item, _ in found):
+            skipped.add("syntax error", f"{source.path}:{source.line_of(start)}")
+    return sorted(found, key=lambda pair: (pair[0].start, -pair[0].end))
 
 
 def _refused(found: _Found, source: _Source, rules: UnitRules) -> str | None:
@@ -107,20 +123,20 @@ def _unit_refused(unit: CodeUnit, rules: UnitRules, seen: set[bytes]) -> str | N
 class _Source:
     """One text with its tree, its comments and its contexts."""
 
-    def __init__(self, text: str, path: str, grammar: Grammar) -> None:
+    def __init__(self, data: bytes, path: str, grammar: Grammar) -> None:
         self.grammar = grammar
-        self._path = path
-        self._data = text.encode()
-        self._parsed = grammar.parse(self._data)
+        self.path = path
+        self.data = data
+        self._parsed = grammar.parse(data)
         leading = grammar.language.leading_nodes
         blocks = [
             Block(node.start_byte, node.end_byte, node.type in leading)
-            for role, captures in self._parsed.matches
-            if role == COMMENTS
-            for node in captures["comment"]
+            for match in self._parsed.matches
+            if match.role == COMMENTS
+            for node in match.captures["comment"]
         ]
-        self._comments = CommentFinder(self._data, blocks, grammar)
-        self._newlines = [match.start() for match in re.finditer(b"\n", self._data)]
+        self._comments = CommentFinder(self.data, blocks, grammar)
+        self._newlines = [match.start() for match in re.finditer(b"\n", self.data)]
 
     @property
     def has_error(self) -> bool:
@@ -135,12 +151,12 @@ class _Source:
         return bisect_left(self._newlines, offset) + 1
 
     def num_chars(self, found: _Found) -> int:
-        return len(self._data[found.start : found.end].decode())
+        return len(self.data[found.start : found.end].decode())
 
     def unit(self, found: _Found, rules: UnitRules) -> CodeUnit:
-        code = self._data[found.start : found.end]
+        code = self.data[found.start : found.end]
         return CodeUnit(
-            path=self._path,
+            path=self.path,
             language=self.grammar.language.name,
             kind=found.kind,
             name=found.name,
@@ -164,9 +180,9 @@ class _Source:
                 waiting += 1
             around = [header for end, header in standing if end >= node.end_byte]
             start, end = self._comments.lead(node.start_byte), node.end_byte
-            begin = line_start(self._data, start)
-            starts_line = not self._data[begin:start].strip()
-            while end > start and self._data[end - 1 : end].isspace():
+            begin = line_start(self.data, start)
+            starts_line = not self.data[begin:start].strip()
+            while end > start and self.data[end - 1 : end].isspace():
                 end -= 1
             yield _Found(
                 kind=kind,
@@ -179,37 +195,40 @@ class _Source:
             )
 
     def _matches(self) -> list[tuple[str, str, tree_sitter.Node]]:
-        """(kind, name, node) in order. Of several with one name, the longest; then the kind that comes first."""
-        best: dict[int, tuple[int, int, str, tree_sitter.Node, tree_sitter.Node | None]] = {}
-        ranks = {kind: rank for rank, kind in enumerate(self.grammar.language.kinds)}
-        for kind, captures in self._parsed.matches:
-            if "unit" not in captures:
-                continue
-            node, named = captures["unit"][0], captures.get("name", [None])[0]
-            key = (node if named is None else named).start_byte
-            found = (node.end_byte - node.start_byte, -ranks[kind], kind, node, named)
-            if key not in best or found[:2] > best[key][:2]:
-                best[key] = found
-        ordered = sorted(best.values(), key=lambda item: (item[3].start_byte, -item[0]))
-        return [(*self._named(kind, named), node) for _, _, kind, node, named in ordered]
+        """(kind, name, node) in order. One for each place, and for each name the longest."""
+        places: dict[tuple[int, int], Match] = {}
+        for match in self._parsed.matches:
+            if "unit" in match.captures:
+                span = match.captures["unit"][0].byte_range
+                if span not in places or match.index < places[span].index:
+                    places[span] = match
+        best: dict[int, tuple[int, Match]] = {}
+        for (start, end), match in places.items():
+            named = match.captures.get("name")
+            key = named[0].start_byte if named else start
+            if key not in best or end - start > best[key][0]:
+                best[key] = (end - start, match)
+        chosen = sorted(best.values(), key=lambda item: (item[1].captures["unit"][0].start_byte, -item[0]))
+        return [(*self._named(match), match.captures["unit"][0]) for _, match in chosen]
 
-    def _named(self, kind: str, node: tree_sitter.Node | None) -> tuple[str, str]:
+    def _named(self, match: Match) -> tuple[str, str]:
         """A unit's kind, which its name may tell better, and its name: the file's where the code gives none."""
-        name = PurePosixPath(self._path).stem if node is None else self._text(node).strip("\"'")
+        named = match.captures.get("name")
+        name = self._text(named[0]).strip("\"'") if named else PurePosixPath(self.path).stem
         pattern = self.grammar.callback_names
-        if pattern is None or kind in self.grammar.language.declarations:
-            return kind, name
-        return "callback" if pattern.fullmatch(re.split(r"[.:]", name)[-1]) else kind, name
+        if pattern is None or match.role in self.grammar.language.declarations:
+            return match.role, name
+        return "callback" if pattern.fullmatch(re.split(r"[.:]", name)[-1]) else match.role, name
 
     def _contexts(self) -> tuple[list[str], list[tuple[int, int, str]]]:
         """What is said of the whole file, and (start, end, first line) of what units may stand in, outer ones first."""
         said_of_all: list[str] = []
         spans: dict[int, tuple[int, int, str]] = {}
-        for role, captures in self._parsed.matches:
-            if role != CONTEXTS:
+        for match in self._parsed.matches:
+            if match.role != CONTEXTS:
                 continue
-            said_of_all += [self._text(node) for node in captures.get("file", ())]
-            for node in captures.get("context", ()):
+            said_of_all += [self._text(node) for node in match.captures.get("file", ())]
+            for node in match.captures.get("context", ()):
                 # `local M = {}` is found as declaration and as assignment: both end at one place, the outer one counts.
                 outer = spans.get(node.end_byte)
                 if outer is None or node.start_byte < outer[0]:
@@ -219,5 +238,5 @@ class _Source:
     def _text(self, node: tree_sitter.Node) -> str:
         """A node's first line, shortened."""
         end = min(node.end_byte, node.start_byte + 4 * MAX_NAME_CHARS)
-        first = self._data[node.start_byte : end].decode(errors="ignore").strip().splitlines() or [""]
+        first = self.data[node.start_byte : end].decode(errors="ignore").strip().splitlines() or [""]
         return first[0].strip()[:MAX_NAME_CHARS]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model_foundry.errors import DataError, MissingExtraError
 
@@ -23,7 +23,7 @@ MAX_DEPTH = 256
 MAX_OPEN_MATCHES = 4096
 TRIED_BYTES = 32_768
 BYTES_PER_ERROR = 100
-MIN_ERRORS = 5
+MIN_ERRORS = 20
 CONTEXTS, COMMENTS, ERRORS = "contexts", "comment nodes", "errors"
 
 
@@ -35,7 +35,7 @@ class Language:
         package: importable package of the grammar, with a function `language`.
         suffixes: endings of its files, lower case.
         units: (kind, query) pairs. `@unit` marks the code, `@name` its name. Of two matches with one name the longer
-            counts, then the earlier kind; units inside a taken unit are part of it.
+            counts, of two with one place the earlier pair; units inside a taken unit are part of it.
         contexts: query; `@context` is what units stand in, its first line is quoted; `@file` is said of every unit.
         comment_nodes: node types of comments.
         leading_nodes: node types that may stand between a comment and its unit and belong to the unit (annotations).
@@ -44,6 +44,7 @@ class Language:
         long_text: pattern of strings and comments over several lines (their text is no code).
         callback_names: pattern over a unit's last name; functions that it matches are callbacks.
         declarations: kinds that are one line by nature.
+        restarts: pattern of what, at the beginning of a line, can only begin something new at the top level.
         fragments: programs in which {code} may stand to be whole.
         problems: (what it is, query) pairs for faults that the grammar lets pass; `@problem` marks the place.
     """
@@ -61,6 +62,7 @@ class Language:
     long_text: str = ""
     callback_names: str = ""
     declarations: tuple[str, ...] = ()
+    restarts: str = ""
     fragments: tuple[str, ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
 
@@ -115,6 +117,7 @@ LUA = Language(
     block_comment=r"--\[(?P<level>=*)\[(?P<text>.*?)\](?P=level)\]",
     long_text=r"\[(?P<depth>=*)\[.*?\](?P=depth)\]",
     callback_names="on[A-Z_]\\w*",
+    restarts=r"^(?:(?:local\s+)?function\b|(?:local\s+)?[A-Za-z_][\w.]*\s*=\s*function\b)",
     fragments=("return {code}", "return { {code} }", "local _ = function() {code} end"),
 )
 
@@ -147,6 +150,7 @@ GDSCRIPT = Language(
     long_text=r'"""(?:[^\\]|\\.)*?"""',
     callback_names=f"_on_\\w+|_({_GODOT_VIRTUALS})",
     declarations=("signal",),
+    restarts=r"^(?:(?:static|remote|remotesync|master|puppet)\s+)?func\b|^(?:class|signal)\b|^@",
     problems=(("a body with nothing in it", '((body) @problem (#match? @problem "^\\\\s*$"))'),),
 )
 
@@ -201,6 +205,7 @@ class Grammar:
     roles: tuple[str, ...]
     block_comment: re.Pattern[str] | None
     long_text: re.Pattern[str] | None
+    restarts: re.Pattern[str] | None
     callback_names: re.Pattern[str] | None
 
     def parse(self, data: bytes) -> Parsed:
@@ -211,8 +216,8 @@ class Grammar:
         # Both bounds keep the time linear where a file nests a hundred thousand deep.
         cursor = tree_sitter.QueryCursor(self.query, match_limit=MAX_OPEN_MATCHES)
         cursor.set_max_start_depth(MAX_DEPTH)
-        found = [(self.roles[index], captures) for index, captures in cursor.matches(root)]
-        num_errors = sum(role == ERRORS for role, _ in found)
+        found = [Match(index, self.roles[index], captures) for index, captures in cursor.matches(root)]
+        num_errors = sum(match.role == ERRORS for match in found)
         is_code = num_errors <= max(MIN_ERRORS, len(data) // BYTES_PER_ERROR)
         return Parsed(root, found, is_code)
 
@@ -235,17 +240,25 @@ class Grammar:
         return len(data) > TRIED_BYTES or self.parse(data).is_code
 
 
+class Match(NamedTuple):
+    """A pattern of the query by its number and its role, and the nodes that it names."""
+
+    index: int
+    role: str
+    captures: Captures
+
+
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """A tree and what the queries found in it.
 
     Attributes:
-        matches: (role, captures), at most `MAX_DEPTH` nodes deep.
+        matches: those that begin at most `MAX_DEPTH` nodes deep.
         is_code: whether the grammar's errors are few enough.
     """
 
     root: tree_sitter.Node
-    matches: list[tuple[str, Captures]]
+    matches: list[Match]
     is_code: bool
 
 
@@ -273,6 +286,7 @@ def load_grammar(language: Language) -> Grammar:
         roles=tuple(roles),
         block_comment=_pattern(language, "block_comment", language.block_comment, re.DOTALL),
         long_text=_pattern(language, "long_text", language.long_text, re.DOTALL),
+        restarts=_pattern(language, "restarts", language.restarts, re.MULTILINE),
         callback_names=_pattern(language, "callback_names", language.callback_names),
     )
 

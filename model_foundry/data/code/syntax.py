@@ -24,6 +24,8 @@ def syntax_problem(code: str, language: str | Language) -> str | None:
         MissingExtraError: the grammar is not installed.
     """
     grammar = load_grammar(find_language(language))
+    # JSON can hold half of a character, which no file can.
+    code = code.encode("utf-8", "replace").decode()
     if not code.strip():
         return "line 1: no code"
     if not grammar.reads_as_code(code):
@@ -31,13 +33,13 @@ def syntax_problem(code: str, language: str | Language) -> str | None:
     plain = textwrap.dedent(code)
     parsed = _parsed(plain, grammar)
     if parsed.root.has_error and not _is_fragment(plain, grammar):
-        return _first_error(parsed.root, plain.encode("utf-8", "replace"))
+        return _first_error(parsed.root, plain.encode())
     return _first_problem(parsed, grammar)
 
 
 def _parsed(code: str, grammar: Grammar) -> Parsed:
     # A reply's last line often lacks its line feed, which some grammars want.
-    return grammar.parse((code if code.endswith("\n") else code + "\n").encode("utf-8", "replace"))
+    return grammar.parse((code if code.endswith("\n") else code + "\n").encode())
 
 
 def _is_fragment(code: str, grammar: Grammar) -> bool:
@@ -48,10 +50,10 @@ def _is_fragment(code: str, grammar: Grammar) -> bool:
 def _first_problem(parsed: Parsed, grammar: Grammar) -> str | None:
     names = dict(grammar.language.problems)
     places = [
-        (node.start_point[0] + 1, role)
-        for role, captures in parsed.matches
-        if role in names
-        for node in captures["problem"]
+        (node.start_point[0] + 1, match.role)
+        for match in parsed.matches
+        if match.role in names
+        for node in match.captures["problem"]
     ]
     return None if not places else "line {}: {}".format(*min(places))
 

@@ -29,10 +29,12 @@ COMPILED = {
 """First bytes -> what the file really is."""
 
 _GENERATED = re.compile(
-    r"@generated\b|\bauto(?:matically)?[- ]?generated\b|\bgenerated (?:automatically|by|from|code|file)\b"
-    r"|\bdo not edit\b|\bdo not modify (?:this file|by hand)\b",
+    r"\W*(?:@generated\b|auto(?:matically)?[- ]?generated\b|generated (?:automatically|by|from|code|file)\b"
+    r"|(?:this|the) (?:file|code|script|module) (?:is|was|has been) (?:\w+[- ])?generated\b|this is a generated file"
+    r"|file \S+ generated (?:by|from)\b|.*\bdo not edit\b|.*\bdo not modify (?:this file|by hand)\b)",
     re.IGNORECASE,
 )
+"""A comment whose beginning says that a program wrote the file."""
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
 
 
@@ -246,7 +248,7 @@ def machine_made(text: str, comment_marks: Sequence[str]) -> str | None:
     """
     lines = text.splitlines()
     for line in lines[:GENERATED_HEAD_LINES]:
-        if line.lstrip().startswith(tuple(comment_marks)) and _GENERATED.search(line[:LONG_LINE_CHARS]):
+        if line.lstrip().startswith(tuple(comment_marks)) and _GENERATED.match(line[:LONG_LINE_CHARS]):
             return "generated file"
     num_long = sum(len(line) for line in lines if len(line) > LONG_LINE_CHARS)
     return "minified file" if num_long * 2 > len(text) else None
