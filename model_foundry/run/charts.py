@@ -39,6 +39,15 @@ class Bar:
     parts: Sequence[tuple[str, float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """One kind of a histogram's columns: what it counts, and the name of its colour (`series-1`, `fail`)."""
+
+    name: str
+    counts: Sequence[int]
+    colour: str = "series-1"
+
+
 def escape(text: Any) -> str:
     """Safe as element text and inside quoted attributes; what no page may hold is shown as U+FFFD."""
     return html.escape(_UNSHOWABLE.sub("\ufffd", str(text)), quote=True)
@@ -91,6 +100,63 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, scale: float = 1
         f"{bar.label}: " + ", ".join(f"{name} {value / scale:,.1f}" for name, value in bar.parts) for bar in drawn
     )
     return _figure(title, f"{title}. {x_label}. {parts}.", body, height, legend=list(colours.items()))
+
+
+def column_chart(
+    edges: Sequence[int],
+    columns: Sequence[Columns],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    marker: tuple[float, str] | None = None,
+) -> str:
+    """A histogram: stacked columns between ascending `edges`, one fewer than those; the last holds all that is higher.
+
+    Args:
+        marker: a place on the x axis to draw a line at, and what to call it.
+    """
+    drawn = [column for column in columns if any(column.counts)]
+    if not drawn:
+        return f'<p class="empty">{escape(title)}: nothing was recorded.</p>'
+    x_axis = _Axis.linear([edges[0], edges[-1]], pixels=(LEFT, WIDTH - RIGHT), is_integer=True)
+    totals = [sum(column.counts[index] for column in drawn) for index in range(len(edges) - 1)]
+    y_axis = _Axis.linear([0, max(totals)], pixels=(HEIGHT - BOTTOM, TOP))
+    body = [_tick(None, y_axis.place(tick), y_axis.text(tick)) for tick in y_axis.ticks if tick == int(tick)]
+    bottom = HEIGHT - BOTTOM
+    body += [_text(x_axis.place(tick), bottom + 17, x_axis.text(tick), "middle", "tick") for tick in x_axis.ticks]
+    for index in range(len(totals)):
+        body += _stack(drawn, index, edges, x_axis, y_axis, unit=x_label)
+    if marker is not None and edges[0] <= marker[0] <= edges[-1]:
+        x = x_axis.place(marker[0])
+        anchor, shift = ("end", -6) if x > WIDTH * 0.6 else ("start", 6)
+        body.append(f'<line class="mark" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
+        body.append(_text(x + shift, TOP + 12, marker[1], anchor, "label"))
+    body += _labels(x_label, y_label)
+    said = "; ".join(f"{column.name}: {sum(column.counts):,}" for column in drawn)
+    keys = "".join(f'<span><i style="background:var(--{one.colour})"></i>{escape(one.name)}</span>' for one in drawn)
+    return _framed(title, f"{title}. {said}.", body, HEIGHT, keys=keys if len(drawn) > 1 else "")
+
+
+def _stack(
+    columns: Sequence[Columns], index: int, edges: Sequence[int], x_axis: _Axis, y_axis: _Axis, *, unit: str
+) -> list[str]:
+    """One column of a histogram, its parts on top of each other."""
+    left, right = edges[index], edges[index + 1]
+    x0, x1 = x_axis.place(left), x_axis.place(right)
+    span = f"{left:,} and more" if index == len(edges) - 2 else f"{left:,} to {right - 1:,}"
+    parts, low = [], 0
+    for column in columns:
+        count = column.counts[index]
+        if count:
+            top, bottom = y_axis.place(low + count), y_axis.place(low)
+            tip = f"<title>{escape(f'{span} {unit}, {column.name}: {count:,}')}</title>"
+            parts.append(
+                f'<rect x="{x0 + 0.5:.1f}" y="{top:.1f}" width="{max(1.0, x1 - x0 - 1):.1f}" '
+                f'height="{max(1.0, bottom - top):.1f}" fill="var(--{column.colour})">{tip}</rect>'
+            )
+            low += count
+    return parts
 
 
 def smoothed(points: Sequence[tuple[float, float]], *, share: float = 0.05) -> list[tuple[float, float]]:
@@ -238,6 +304,10 @@ def _figure(title: str, description: str, body: Sequence[str], height: float, *,
     keys = "".join(
         f'<span><i style="background:var(--series-{colour})"></i>{escape(name)}</span>' for name, colour in legend
     )
+    return _framed(title, description, body, height, keys=keys)
+
+
+def _framed(title: str, description: str, body: Sequence[str], height: float, *, keys: str) -> str:
     return (
         f'<figure><figcaption>{escape(title)}<span class="legend">{keys}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(description)}">'

@@ -114,11 +114,18 @@ def gate_table(gate: Mapping[str, Any]) -> str:
         return ""
     failed = [check for check in checks if not check["passed"]]
     passed = [check for check in checks if check["passed"]]
-    said = f"All {len(checks)} checks passed." if not failed else f"{len(failed)} of {len(checks)} checks failed."
-    if failed and gate.get("action") == "warn":
+    said = f"{len(failed)} of {len(checks)} checks failed."
+    if gate.get("action") == "warn":
         said += " The rows were trained on all the same, as gate.action=warn asks."
-    rows = "".join(_gate_row(check) for check in (*failed, *passed))
-    return f"<p>{_prose(said)}</p>" + _table(("Check", "Value", "Bound", "Evidence"), rows, kind="checks")
+    found = f"<p>{_prose(said)}</p>{_gate_rows(failed)}" if failed else ""
+    if not passed:
+        return found
+    count = f"All {len(checks)}" if not failed else f"The other {len(passed)}"
+    return f"{found}<details><summary>{count} checks passed</summary>{_gate_rows(passed)}</details>"
+
+
+def _gate_rows(checks: Sequence[Mapping[str, Any]]) -> str:
+    return _table(("Check", "Value", "Bound", "Evidence"), "".join(map(_gate_row, checks)), kind="checks gate")
 
 
 def _gate_row(check: Mapping[str, Any]) -> str:

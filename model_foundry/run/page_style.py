@@ -37,6 +37,8 @@ td.num { white-space: nowrap; font-variant-numeric: tabular-nums; }
 table.narrow { width: auto; min-width: 320px; margin: 10px 0; }
 table.facts th { width: 34%; font-weight: 500; color: var(--soft); }
 table.checks td:first-child { white-space: nowrap; } table.checks td:nth-child(3) { min-width: 150px; }
+table.gate th:nth-child(1) { width: 20%; } table.gate th:nth-child(2) { width: 8%; }
+table.gate th:nth-child(3) { width: 18%; }
 ul.examples { margin: 6px 0 0; padding-left: 18px; font-size: .875rem; color: var(--soft); }
 ul.examples q { color: var(--ink); }
 table.cases { table-layout: fixed; } table.cases td { white-space: pre-wrap; unicode-bidi: isolate; }
@@ -55,7 +57,8 @@ figure { margin: 0; } figcaption { font-weight: 600; display: flex; flex-wrap: w
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; }
 svg .label { fill: var(--ink); } svg .grid { stroke: var(--rule); stroke-width: 1; }
-svg .line { fill: none; stroke-width: 2; } svg .faint { fill: none; stroke-width: 1; opacity: .45; }
+svg .line { fill: none; stroke-width: 2; } svg .mark { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 4; }
+svg .faint { fill: none; stroke-width: 1; opacity: .45; }
 pre { background: var(--panel); border-radius: 8px; padding: 12px 14px; overflow-x: auto; }
 code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; font-size: .875em; }
 footer { margin-top: 40px; }

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from model_foundry.data.gate.reading import ReadProblem
 from model_foundry.data.gate.subject import Subject, last_text
-from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, excerpt, share_text
+from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, at_most, excerpt
 from model_foundry.data.rows import Row
 from model_foundry.types import Message
 
@@ -16,20 +16,20 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad\u180e"
 def rows_readable(subject: Subject) -> GateCheck:
     """Every row can be decoded and has the fields of its format."""
     found = [problem for problem in subject.reading.problems if problem.kind == "unreadable"]
-    evidence = f"{len(found):,} of {subject.reading.num_records:,} rows cannot be read."
+    evidence = f"Rows that cannot be read: {len(found):,} of {subject.reading.num_records:,}."
     passed, examples = not found, _examples(found)
     if subject.reading.num_records == 0:
         file = str(subject.reading.facts.get("file"))
         passed, evidence, examples = False, f"{file} holds no rows.", (Example(file, "holds no rows"),)
     elif passed:
-        evidence = f"All {subject.reading.num_records:,} rows were read as {subject.reading.rows.format}."
+        evidence = f"Rows read as {subject.reading.rows.format}: {subject.reading.num_records:,}."
     return GateCheck("rows_readable", passed, len(found), "0 rows", evidence, examples)
 
 
 def roles_known(subject: Subject) -> GateCheck:
     """Every turn is by somebody that formats know."""
     found = [problem for problem in subject.reading.problems if problem.kind == "role"]
-    evidence = f"{len(found):,} rows hold a turn by somebody unknown."
+    evidence = f"Rows with a turn by somebody unknown: {len(found):,} of {subject.reading.num_records:,}."
     return GateCheck("roles_known", not found, len(found), "0 rows", evidence, _examples(found))
 
 
@@ -57,7 +57,9 @@ def template_accepts(subject: Subject) -> GateCheck:
     """The chat template writes every row."""
     found = [problem for problem in subject.problems if problem.kind == "template"]
     examples = tuple(Example(problem.source, problem.what) for problem in found[:MAX_EXAMPLES])
-    evidence = f"The template {subject.renderer.name} refuses {len(found):,} rows."
+    evidence = (
+        f"Rows that the template {subject.renderer.name} refuses: {len(found):,} of {len(subject.rendered.rows):,}."
+    )
     return GateCheck("template_accepts", not found, len(found), "0 rows", evidence, examples)
 
 
@@ -69,8 +71,8 @@ def turns_filled(subject: Subject) -> GateCheck:
     examples = tuple(
         Example(row.source, f"{place} has no text", excerpt(last_text(row))) for row, place in found[:MAX_EXAMPLES]
     )
-    evidence = f"{len(found):,} rows hold a turn without text."
-    return GateCheck("turns_filled", share <= bound, share, f"at most {share_text(bound)} of rows", evidence, examples)
+    evidence = f"Rows with a question or an answer without text: {len(found):,} of {len(subject.rows):,}."
+    return GateCheck("turns_filled", share <= bound, share, at_most(bound, "rows"), evidence, examples)
 
 
 def answers_differ(subject: Subject) -> GateCheck:
@@ -81,7 +83,7 @@ def answers_differ(subject: Subject) -> GateCheck:
         Example(row.source, "chosen and rejected are the same", excerpt(row.chosen[0].content))
         for row in found[:MAX_EXAMPLES]
     )
-    evidence = f"{len(found):,} of {len(pairs):,} pairs of answers are equal, white space at the ends of lines aside."
+    evidence = f"Pairs of equal answers (white space at the ends of lines aside): {len(found):,} of {len(pairs):,}."
     if not pairs:
         evidence = "There are no pairs of answers."
     return GateCheck("answers_differ", not found, len(found) if pairs else None, "0 rows", evidence, examples)
@@ -97,10 +99,10 @@ def text_intact(subject: Subject) -> GateCheck:
         for row, text in found[:MAX_EXAMPLES]
     )
     marks = subject.reading.facts.get("byte_order_marks") or {}
-    evidence = f"{len(found):,} rows hold U+FFFD, left by a wrong decoding."
+    evidence = f"Rows with U+FFFD, which a wrong decoding leaves: {len(found):,} of {len(subject.rows):,}."
     if marks:
-        evidence += f" {sum(marks.values()):,} files begin with a byte order mark, which is not read as text."
-    return GateCheck("text_intact", share <= bound, share, f"at most {share_text(bound)} of rows", evidence, examples)
+        evidence += f" Files that begin with a byte order mark, which is not read as text: {sum(marks.values()):,}."
+    return GateCheck("text_intact", share <= bound, share, at_most(bound, "rows"), evidence, examples)
 
 
 def _examples(problems: Sequence[ReadProblem]) -> tuple[Example, ...]:

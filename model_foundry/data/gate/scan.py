@@ -45,6 +45,7 @@ def scan(
     bos: int | None,
     blanks: Sequence[int],
     prompt_end: Sequence[int],
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> Scan:
     """Look at every datum.
 
@@ -54,9 +55,10 @@ def scan(
         bos: the tokenizer's beginning-of-text token.
         blanks: tokens that are white space.
         prompt_end: the last tokens of every generation prompt; none: nothing is known about where runs begin.
+        rows_at_once: rows in a piece; bounds the memory and changes nothing.
     """
     parts: list[tuple[np.ndarray, ...]] = []
-    for first, piece in _pieces(datums):
+    for first, piece in _pieces(datums, rows_at_once):
         cut = is_truncated[first : first + piece.num_rows]
         starts, ends = piece.runs()
         parts.append(
@@ -111,9 +113,9 @@ class _Piece:
         return found
 
 
-def _pieces(datums: Sequence[Datum]) -> Iterator[tuple[int, _Piece]]:
-    for first in range(0, len(datums), ROWS_AT_ONCE):
-        rows = datums[first : first + ROWS_AT_ONCE]
+def _pieces(datums: Sequence[Datum], rows_at_once: int) -> Iterator[tuple[int, _Piece]]:
+    for first in range(0, len(datums), rows_at_once):
+        rows = datums[first : first + rows_at_once]
         lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
         yield (
             first,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model_foundry.data.dedup import find_overlaps
 from model_foundry.data.gate.subject import HeldOut, Subject, comparable_text, last_text, question_text
-from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, excerpt, share_text
+from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, at_most, excerpt, share_text
 from model_foundry.data.rows import Row
 
 SHORT_WORDS, SHORT_CHARS = 20, 120
@@ -16,15 +17,13 @@ SHORT_WORDS, SHORT_CHARS = 20, 120
 
 def duplicates(subject: Subject) -> GateCheck:
     """Few rows say what an earlier one says."""
-    from model_foundry.data.dedup import find_duplicates
-
     policy, rows = subject.policy, subject.rows
-    found = find_duplicates(subject.texts, threshold=policy.similarity)
+    found = subject.repeats
     repeats = np.flatnonzero(found.first != np.arange(found.num_texts))
     is_judged = len(rows) >= policy.min_rows
     evidence = (
-        f"{found.num_exact:,} rows repeat an earlier one and {found.num_near:,} nearly do (similarity of "
-        f"{policy.similarity:g} or more)."
+        f"Rows that repeat an earlier one: {found.num_exact:,}; that nearly do (similarity {policy.similarity:g} or "
+        f"more): {found.num_near:,}."
     )
     if not is_judged:
         evidence += f" Not judged in fewer than {policy.min_rows} rows."
@@ -40,7 +39,7 @@ def duplicates(subject: Subject) -> GateCheck:
         for index in repeats[:MAX_EXAMPLES].tolist()
     )
     passed = found.share <= policy.max_duplicate_share or not is_judged
-    said = f"at most {share_text(policy.max_duplicate_share)} of rows"
+    said = at_most(policy.max_duplicate_share, "rows")
     return GateCheck("duplicates", passed, float(found.share), said, evidence, examples)
 
 
@@ -54,8 +53,8 @@ def apart_from(name: str) -> Callable[[Subject], GateCheck]:
         policy = subject.policy
         held_out = next((held_out for held_out in subject.held_out if held_out.name == name), None)
         said = (
-            f"at most {share_text(policy.max_overlap_share)} of its rows, "
-            f"{share_text(policy.max_short_overlap_share)} where short ones are only alike"
+            f"{at_most(policy.max_overlap_share, 'its rows')}, "
+            f"{share_text(policy.max_short_overlap_share)} of short ones nearly"
         )
         if held_out is None:
             return GateCheck(f"apart_from_{name}", True, None, said, f"There is no {name} set.")
@@ -72,8 +71,8 @@ def apart_from(name: str) -> Callable[[Subject], GateCheck]:
             for pair in sorted(pairs, key=lambda pair: pair.is_weak)[:MAX_EXAMPLES]
         )
         evidence = (
-            f"{len({pair.index for pair in pairs}):,} training rows stand in {held_out.file}, which has "
-            f"{len(held_out.rows):,}: {len(sure):,} of these are met, {len(weak):,} more are short and nearly met."
+            f"Training rows that stand in {held_out.file}: {len(pairs):,}. Of its {len(held_out.rows):,} rows "
+            f"{len(sure):,} are met so, and {len(weak):,} short ones nearly."
         )
         passed = len(sure) / num_rows <= policy.max_overlap_share
         passed = passed and len(weak) / num_rows <= policy.max_short_overlap_share
@@ -95,8 +94,6 @@ class _Pair:
 
 def _overlaps(subject: Subject, held_out: HeldOut) -> list[_Pair]:
     """Every training row that stands in the held-out ones, in order."""
-    from model_foundry.data.dedup import find_overlaps
-
     shared = subject.shared_lines
     reference = [comparable_text(row, shared) for row in held_out.rows]
     pairs: dict[int, _Pair] = {}

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from model_foundry.data.dedup import Duplicates, find_duplicates
 from model_foundry.data.gate.borders import Borders, find_borders
 from model_foundry.data.gate.reading import Reading
 from model_foundry.data.gate.verdict import Example, GatePolicy, excerpt
@@ -77,6 +78,11 @@ class Subject:
     def texts(self) -> list[str]:
         """What each row is compared by."""
         return [comparable_text(row, self.shared_lines) for row in self.rows]
+
+    @cached_property
+    def repeats(self) -> Duplicates:
+        """Which rows repeat an earlier one, exactly or nearly."""
+        return find_duplicates(self.texts, threshold=self.policy.similarity)
 
     def row_of(self, datum: int) -> Row:
         return self.rendered.rows[int(self.data.indices[datum])]

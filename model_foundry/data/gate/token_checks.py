@@ -9,7 +9,7 @@ import numpy as np
 
 from model_foundry.data.gate.borders import Fault, answers_of
 from model_foundry.data.gate.subject import Subject
-from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, excerpt, share_text
+from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, at_most, excerpt, share_text
 from model_foundry.data.rows import Row
 from model_foundry.data.tokenise import RowProblem
 from model_foundry.rendering.control import texts
@@ -28,8 +28,8 @@ def answers_trained(subject: Subject) -> GateCheck:
     examples += _fault_examples(subject, faults)
     share = subject.data.num_trained_tokens / max(1, subject.data.num_tokens)
     evidence = (
-        f"{subject.data.num_trained_tokens:,} of {subject.data.num_tokens:,} tokens are trained ({share_text(share)}); "
-        f"{count:,} rows hold nothing to train on, or an answer that is not trained."
+        f"Tokens trained: {subject.data.num_trained_tokens:,} of {subject.data.num_tokens:,} ({share_text(share)}). "
+        f"Rows with nothing to train on, or with an answer that is not trained: {count:,}."
     )
     return GateCheck("answers_trained", count == 0, count, "0 rows", evidence, tuple(examples[:MAX_EXAMPLES]))
 
@@ -42,8 +42,8 @@ def prompts_untrained(subject: Subject) -> GateCheck:
     faults = subject.borders.of("prompt")
     count = len({fault.row for fault in faults})
     evidence = (
-        f"Tokens that are no answer are trained in {count:,} rows, with data.train_on={subject.train_on} "
-        f"({_how_many_examined(subject)})."
+        f"Rows in which tokens are trained that are no answer: {count:,} (data.train_on={subject.train_on}; "
+        f"{_how_many_examined(subject)})."
     )
     return GateCheck("prompts_untrained", count == 0, count, bound, evidence, _fault_examples(subject, faults))
 
@@ -61,7 +61,7 @@ def end_of_turn_trained(subject: Subject) -> GateCheck:
     if not examples and unended:
         examples = subject.examples(np.array(sorted(unended)[:MAX_EXAMPLES]), "no token that ends a turn is trained")
     stops = [repr(subject.renderer.tokenizer.decode([stop])) for stop in subject.renderer.stop_token_ids]
-    evidence = f"Of {rows:,} rows, {len(unended):,} hold an answer that is not trained to end."
+    evidence = f"Rows with an answer that is not trained to end: {len(unended):,} of {rows:,}."
     evidence += f" Turns end with {', '.join(stops)}." if stops else " The tokenizer has no token that ends a text."
     return GateCheck("end_of_turn_trained", not unended, len(unended), "0 rows", evidence, examples)
 
@@ -91,8 +91,9 @@ def trained_as_generated(subject: Subject) -> GateCheck:
     share = max((len(problems) + len(faults)) / total, subject.borders.mismatch_share)
     bound = subject.policy.max_mismatch_share
     evidence = (
-        f"{len(problems) + len(faults):,} of {subject.borders.num_answers + len(problems):,} answers are trained with "
-        f"other tokens than the model meets or writes when it is asked ({_how_many_examined(subject)})."
+        f"Answers trained with other tokens than the model meets or writes when it is asked: "
+        f"{len(problems) + len(faults):,} of {subject.borders.num_answers + len(problems):,} "
+        f"({_how_many_examined(subject)})."
     )
     if faults and share > bound:
         evidence += (
@@ -100,14 +101,14 @@ def trained_as_generated(subject: Subject) -> GateCheck:
             "set data.train_on=last_assistant; else choose another model.template."
         )
     examples = (*_problem_examples(problems), *_fault_examples(subject, faults))[:MAX_EXAMPLES]
-    said = f"at most {share_text(bound)} of answers"
+    said = at_most(bound, "answers")
     return GateCheck("trained_as_generated", share <= bound, share, said, evidence, examples)
 
 
 def bos_not_doubled(subject: Subject) -> GateCheck:
     """No row begins with two beginning-of-text tokens."""
     found = np.flatnonzero(subject.borders.scan.is_bos_doubled)
-    evidence = f"{found.size:,} of {len(subject.data.datums):,} rows begin with BOS twice."
+    evidence = f"Rows that begin with BOS twice: {found.size:,} of {len(subject.data.datums):,}."
     examples = tuple(
         subject.example(int(d), f"begins {_shown(subject, subject.data.datums[d], 0)}") for d in found[:MAX_EXAMPLES]
     )
@@ -117,7 +118,7 @@ def bos_not_doubled(subject: Subject) -> GateCheck:
 def end_not_doubled(subject: Subject) -> GateCheck:
     """No turn is trained to end twice with the same token."""
     found = np.flatnonzero(subject.borders.scan.is_stop_doubled)
-    evidence = f"In {found.size:,} of {len(subject.data.datums):,} rows a turn ends with the same token twice."
+    evidence = f"Rows in which a turn ends with the same token twice: {found.size:,} of {len(subject.data.datums):,}."
     examples = tuple(
         subject.example(int(d), f"ends {_shown(subject, subject.data.datums[d], -5)}") for d in found[:MAX_EXAMPLES]
     )
@@ -143,13 +144,13 @@ def control_tokens(subject: Subject) -> GateCheck:
     num_rows = max(1, len(subject.rendered.rows))
     bound = subject.policy.max_special_share
     passed = subject.policy.allow_control_tokens or (not strict and len(other) / num_rows <= bound)
-    named = ", ".join(f"{token} ({count:,} rows)" for token, count in counts.most_common(5))
-    evidence = f"People's text spells control tokens in {len(strict) + len(other):,} rows: {named or 'none'}."
+    named = ", ".join(f"{token} ({count:,})" for token, count in counts.most_common(5))
+    evidence = f"Rows in which people's text spells a control token: {named or 'none'}."
     if counts:
         evidence += " They were encoded as plain text"
         evidence += ", as data.allow_control_tokens allows." if subject.policy.allow_control_tokens else "."
-    value = f"{len(strict):,} rows, {share_text(len(other) / num_rows)}"
-    said = f"0 rows with tokens of a conversation, at most {share_text(bound)} with other special ones"
+    value = f"{len(strict):,}" + (f" + {len(other):,} other" if other else "")
+    said = f"0 rows, other special tokens in {at_most(bound, 'rows')}"
     return GateCheck("control_tokens", passed, value, said, evidence, tuple([*strict, *other][:MAX_EXAMPLES]))
 
 
@@ -164,7 +165,8 @@ def rows_kept(subject: Subject) -> GateCheck:
     share = count / max(1, data.num_rows)
     is_judged = data.num_rows >= policy.min_rows or bool(problems)
     evidence = (
-        f"{len(lost) + len(problems):,} rows are left out and {cut.size:,} cut off at {subject.max_length:,} tokens."
+        f"Rows left out for their length: {len(lost) + len(problems):,}; cut off: {cut.size:,} "
+        f"(data.max_length={subject.max_length})."
     )
     if count:
         lengths = [*data.full_lengths.tolist(), *(row.num_tokens for row in lost)]
@@ -176,7 +178,7 @@ def rows_kept(subject: Subject) -> GateCheck:
     examples += _problem_examples(problems)
     examples += subject.examples(cut[:MAX_EXAMPLES], "cut off")
     passed = not problems and (share <= policy.max_lost_share or not is_judged)
-    said = f"at most {share_text(policy.max_lost_share)} of rows"
+    said = at_most(policy.max_lost_share, "rows")
     return GateCheck("rows_kept", passed, share, said, evidence, tuple(examples[:MAX_EXAMPLES]))
 
 
@@ -223,8 +225,8 @@ def _fault_examples(subject: Subject, faults: Sequence[Fault]) -> tuple[Example,
 def _how_many_examined(subject: Subject) -> str:
     borders = subject.borders
     return (
-        f"all {len(subject.data.datums):,} rows judged by their tokens, {borders.num_suspect:,} of them odd, "
-        f"{borders.num_examined:,} rendered again"
+        f"judged by their tokens: {len(subject.data.datums):,} rows, odd ones: {borders.num_suspect:,}, "
+        f"rendered again: {borders.num_examined:,}"
     )
 
 

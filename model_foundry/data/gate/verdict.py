@@ -104,6 +104,11 @@ def excerpt(text: str, *, around: int = 0) -> str:
     return ("…" if start else "") + piece[:EXCERPT_CHARS] + ("…" if cut else "")
 
 
+def at_most(share: float, of: str) -> str:
+    """A bound in words: `at most 10 % of rows`, `0 % of rows`."""
+    return f"at most {share_text(share)} of {of}" if share else f"0 % of {of}"
+
+
 def share_text(share: float) -> str:
     """A share in per cent, with as many digits as it takes not to read 0 % where there is something."""
     percent = 100 * share

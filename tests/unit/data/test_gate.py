@@ -378,7 +378,7 @@ def test_the_verdict_is_json_with_value_bound_and_rows(gate: Gate) -> None:
     values = json.loads(json.dumps(gate.judge(spoiled(chat("Who is there?", ""))).as_dict()))
     assert values["passed"] is False
     failed = next(check for check in values["checks"] if not check["passed"])
-    assert (failed["name"], failed["value"], failed["bound"]) == ("turns_filled", 1 / 31, "at most 0 % of rows")
+    assert (failed["name"], failed["value"], failed["bound"]) == ("turns_filled", 1 / 31, "0 % of rows")
     assert failed["examples"][0]["where"].endswith("rows.jsonl:11")
     assert failed["examples"][0]["excerpt"] == "Who is there?"
     assert values["facts"]["rows"] == 31
