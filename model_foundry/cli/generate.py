@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from model_foundry.cli.arguments import takes_config
-from model_foundry.config.corpus import CorpusSection
+from model_foundry.cli.corpora import open_corpus, open_language
 from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.load import Resolved
 from model_foundry.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from model_foundry.data.code.languages import Language
     from model_foundry.data.code.units import CodeUnit
     from model_foundry.generate.client import Client
     from model_foundry.generate.pacing import Pacing
@@ -92,7 +91,7 @@ def make_job(config: GenerateConfig, *, max_cost: float | None = None) -> Job:
         raise UsageError(f"--max-cost {ceiling:g} allows nothing", hint="Give a sum above 0, or --dry-run")
     recipe = make_recipe(config)
     filters = standard_filters(
-        find_corpus_language(config.corpus),
+        open_language(config.corpus.language, config.corpus.grammar),
         min_chars=rows.min_question_chars,
         max_chars=rows.max_question_chars,
         refusals=rows.refusals,
@@ -126,43 +125,15 @@ def make_job(config: GenerateConfig, *, max_cost: float | None = None) -> Job:
     )
 
 
-def find_corpus_language(section: CorpusSection) -> Language:
-    """The language of a corpus, with what the configuration adds to it."""
-    from model_foundry.data.code import make_language
-
-    given = section.grammar.model_dump(exclude_defaults=True)
-    return make_language(section.language, **given)
-
-
 def read_units(config: GenerateConfig) -> list[CodeUnit]:
     """The pieces of code of a configuration's corpus; says what was left out."""
-    from model_foundry.data.code import UnitRules, read_corpus
-
-    section = config.corpus
-    if not section.roots:
-        raise ConfigError("no folder of code is named", where="corpus.roots", hint="corpus.roots=[PATH]")
-    corpus = read_corpus(
-        section.roots,
-        find_corpus_language(section),
-        include=section.include,
-        exclude=section.exclude,
-        max_file_bytes=section.max_file_bytes,
-        skip_generated=section.skip_generated,
-        rules=UnitRules(
-            kinds=section.kinds,
-            comments=section.comments,
-            require_comment=section.require_comment,
-            min_lines=section.min_lines,
-            max_lines=section.max_lines,
-            max_chars=section.max_chars,
-            skip_duplicates=section.skip_duplicates,
-        ),
-    )
-    units = list(islice(corpus.units, config.generation.max_requests))
-    left_out = ""
-    if config.generation.max_requests is None:
+    corpus = open_corpus(config.corpus)
+    most = config.generation.max_requests
+    units = list(islice(corpus.units, most))
+    left_out = "; the rest is left for later" if most is not None and len(units) == most else ""
+    if most is None:
         left_out = "".join(f"; {count:,} left out: {reason}" for reason, count in corpus.skipped.items())
-    _say(f"corpus      {len(units):,} pieces of {section.language}{left_out}")
+    _say(f"corpus      {len(units):,} pieces of {corpus.language.name}{left_out}")
     return units
 
 

@@ -87,6 +87,8 @@ class BatchDriver:
         self.incomplete: set[int] = set()
         self.blocked_at: int | None = None
         self._failures = 0
+        self._created: set[int] = set()
+        self._is_canceling = False
 
     # creating
 
@@ -144,6 +146,7 @@ class BatchDriver:
                     raise
                 self._ledger.batch_created(number, info.id, expires_at=info.expires_at)
             self._failures = 0
+            self._created.add(number)
             self._pacing.say(f"batch {info.id}: {len(chosen):,} requests are on their way")
         except AnswerLostError as error:
             self._pacing.say(f"{doing}: the answer was lost ({error})")
@@ -294,6 +297,8 @@ class BatchDriver:
                 return
             self._ledger.batch_proved(batch.number)
             self._ledger.batch_ended(batch.number, missing="the API has no readable result of it")
+            if batch.number not in self._created and not self._is_canceling:
+                self._ledger.plan_canceled(batch.number)
             return
 
     def _read(self, batch: Batch, info: BatchInfo, told: Counter[str]) -> None:
@@ -327,6 +332,7 @@ class BatchDriver:
 
     def cancel(self) -> int:
         """Ask the API to cancel what is in flight; how many batches. What was done before is billed and kept."""
+        self._is_canceling = True
         self.settle()
         batches = self.in_flight()
         for batch in batches:

@@ -340,6 +340,11 @@ class Ledger:
                 missing, number,
             )  # fmt: skip
 
+    def plan_canceled(self, number: int) -> None:
+        """What an earlier run canceled of a batch may be sent again by this one."""
+        with self._transaction():
+            self._run("UPDATE requests SET state = 'planned' WHERE batch = ? AND state = 'canceled'", number)
+
     def record(self, outcomes: Iterable[tuple[str, Reply | Failure]], *, batch: int | None = None) -> Counter[str]:
         """Write down answers by custom_id, all or none.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from model_foundry.errors import FoundryError
 from model_foundry.generate.batches import BatchLimits
-from model_foundry.generate.ledger import Ledger
+from model_foundry.generate.ledger import Ledger, Money
 from model_foundry.generate.requests import Recipe
 from tests.generation_rig import Rig, code_units, make_recipe
 from tests.message_batches_server import DAY, Fault, Server
@@ -238,3 +239,101 @@ TestBooks.settings = settings(  # type: ignore[attr-defined]
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
+
+
+NUM_ACCEPTANCE, NUM_FAULTS = 1000, 200
+
+
+def random_world(seed: int) -> tuple[Server, random.Random, Counter[str]]:
+    """A server on which `NUM_FAULTS` faults of every kind come in random order, spread over its calls."""
+    chance = random.Random(seed)
+    injected: Counter[str] = Counter()
+
+    def fault(call: str) -> Fault | None:
+        kinds = FAULTS.get(call, ())
+        share = {"create": 0.6, "results": 0.7, "retrieve": 0.25, "list": 0.25}.get(call, 0.0)
+        if injected.total() >= NUM_FAULTS or not kinds or chance.random() >= share:
+            return None
+        kind = chance.choice(kinds)
+        injected[f"{call}: {kind}"] += 1
+        return make_fault(kind, chance.choice(STATUSES), chance.choice([1.0, 100.0, 250.0]))
+
+    def outcome(_: object) -> str:
+        return chance.choices(["succeeded", "api_error", "expired", "canceled"], [90, 4, 4, 2])[0]
+
+    return Server(fault=fault, outcome=outcome, seed=seed, batch_seconds=300.0), chance, injected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_thousand_requests_through_two_hundred_faults_balance(seed: int, tmp_path: Path) -> None:
+    """Prevents a loss or double payment that only a long run meets: every request once, every dollar in both books."""
+    CrashingLedger.writes_to_live = None
+    server, chance, injected = random_world(seed)
+    recipe = make_recipe()
+    limits = BatchLimits(max_requests=15, poll_seconds=60.0, settle_seconds=300.0)
+    ceiling = NUM_ACCEPTANCE * one_worst_case(recipe) // 4  # a quarter of the worst case: the ceiling is in the way
+    deaths = 0
+    with server:
+        rig = Rig(
+            server, tmp_path / "ledger.sqlite", recipe=recipe, ceiling=ceiling, limits=limits, max_tries=5, tries=100,
+            ledger_class=CrashingLedger,
+        )  # fmt: skip
+        rig.plan(NUM_ACCEPTANCE)
+        while True:
+            CrashingLedger.writes_to_live = chance.randrange(80)
+            try:
+                rig.run_batches()
+                CrashingLedger.writes_to_live = None
+                counts = rig.ledger.counts()
+                if counts["succeeded"] == NUM_ACCEPTANCE:
+                    break
+            except (Crash, FoundryError):
+                CrashingLedger.writes_to_live = None
+                deaths += 1
+            rig.check_books()
+            rig.reopen()
+        rig.check_books()
+        assert injected.total() == NUM_FAULTS
+        assert deaths > 10
+        assert len(server.our_bills) == NUM_ACCEPTANCE
+        assert rig.ledger.money() == Money(spent=server.billed_nano)
+        rig.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_one_by_one_nothing_is_sent_twice_unasked(seed: int, tmp_path: Path) -> None:
+    """Prevents a retry, a crash or a time-out from paying twice where no list says what was done."""
+    chance = random.Random(seed)
+
+    def fault(call: str) -> Fault | None:
+        if call != "message" or chance.random() > 0.3:
+            return None
+        return make_fault(chance.choice(FAULTS["message"]), chance.choice(STATUSES))
+
+    recipe, deaths = make_recipe(), 0
+    ceiling = MAX_REQUESTS * one_worst_case(recipe) * 2
+    with Server(fault=fault, seed=seed) as server:
+        rig = Rig(server, tmp_path / "ledger.sqlite", recipe=recipe, ceiling=ceiling, ledger_class=CrashingLedger)
+        rig.plan(MAX_REQUESTS)
+        while rig.ledger.num_sendable():
+            CrashingLedger.writes_to_live = chance.randrange(30)
+            try:
+                rig.messages.send_all()
+                if rig.messages.blocked_at is not None:
+                    break
+            except (Crash, FoundryError):
+                deaths += 1
+            CrashingLedger.writes_to_live = None
+            rig.check_books(one_by_one=True)
+            rig.reopen()
+        CrashingLedger.writes_to_live = None
+        rig.check_books(one_by_one=True)
+        counts = rig.ledger.counts()
+        assert deaths > 3
+        assert counts["succeeded"] > 20
+        assert counts["uncertain"] > 5
+        lost = len(server.bills) - counts["succeeded"]
+        assert 0 < lost <= counts["uncertain"], "what was billed and has no answer is known to be uncertain"
+        rig.close()
