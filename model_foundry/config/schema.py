@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from model_foundry.config.gate import GateSection
+from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.section import (
     Fraction,
     InputPath,
@@ -236,5 +237,10 @@ class ChatConfig(Section):
     """Seeds the sampling."""
 
 
-COMMAND_SCHEMAS: dict[str, type[Section]] = {"train": TrainConfig, "evaluate": EvaluateConfig, "chat": ChatConfig}
+COMMAND_SCHEMAS: dict[str, type[Section]] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "chat": ChatConfig,
+    "generate": GenerateConfig,
+}
 """The schema of each command that takes a configuration."""
