@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny_runs import COLOURS, chat_row, environment, foundry, losses, write_project
+
 COMMITS = {"main": "0123456789abcdef0123456789abcdef01234567", "v1": "89abcdef0123456789abcdef0123456789abcdef"}
 ROWS = [{"prompt": f"question {number}", "completion": "answer"} for number in range(3)]
 
@@ -127,6 +129,31 @@ def test_a_revision_a_split_and_a_configuration_can_be_asked_for(files: dict[str
         assert (tmp_path / "small.jsonl").read_bytes() == jsonl(ROWS[:2])
         one = convert("hf://datasets/acme/rows/data/test.jsonl", tmp_path / "one.jsonl", endpoint)
         assert (one.returncode, (tmp_path / "one.jsonl").read_bytes()) == (0, jsonl(ROWS))
+
+
+def test_a_model_is_trained_on_rows_of_the_hub_and_on_a_folder(model: Path, tmp_path: Path) -> None:
+    """Prevents a run whose receipt does not say which commit, or which files of a folder, it was trained on."""
+    rows = [chat_row(f"Colour of {name}?", colour) for name, colour in COLOURS.items()]
+    address = "hf://datasets/acme/rows:train"
+    config = write_project(tmp_path, model=model, data__train_file=address, training__max_steps=2)
+    homes = {"HF_HOME": str(tmp_path / "hf"), "FOUNDRY_HOME": str(tmp_path / "foundry")}
+    with hub(
+        {"train-1.jsonl": jsonl(rows[:4]), "train-2.jsonl": jsonl(rows[4:]), "test.jsonl": jsonl(rows)}
+    ) as endpoint:
+        done = foundry("train", config, env=environment(HF_ENDPOINT=endpoint, **homes))
+    assert done.returncode == 0, done.stderr
+    assert f"{address} is commit {COMMITS['main']}" in done.stderr
+    run = tmp_path / "run"
+    train = json.loads((run / "report.json").read_bytes())["data"]["train"]
+    assert (train["file"], train["kept"]) == (address, 8)
+    receipt = json.loads((run / "run.json").read_bytes())
+    files = {role: Path(facts["path"]) for role, facts in receipt["receipt"]["data"].items()}
+    assert sorted(files) == ["train_file train-1.jsonl", "train_file train-2.jsonl"]
+    assert all(COMMITS["main"] in str(path) for path in files.values())
+    folder = files["train_file train-1.jsonl"].parent
+    again = foundry("train", config, f"data.train_file={folder}", f"run_dir={tmp_path / 'other'}")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "other") == losses(run)
 
 
 def test_a_file_with_a_flipped_byte_is_not_kept(files: dict[str, bytes], tmp_path: Path) -> None:
