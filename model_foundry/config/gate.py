@@ -30,7 +30,7 @@ class GateSection(Section):
     """Answers that may begin or end with other tokens than the model would write, as a share of all."""
     max_special_share: Fraction = 0.01
     """Rows whose text may hold special tokens that the chat template does not write (<filename>, say)."""
-    max_damaged_share: Fraction = 0.01
+    max_damaged_share: Fraction = 0.05
     """Rows that may hold U+FFFD, which is left where text was decoded wrongly."""
     unread_fields: tuple[str, ...] = ()
     """Fields with content that are knowingly not read, by name."""

@@ -163,7 +163,8 @@ def rows_kept(subject: Subject) -> GateCheck:
     num_left_out = len(lost) + len(problems)
     count = num_left_out + int(cut.size)
     share = count / max(1, data.num_rows)
-    is_judged = data.num_rows >= policy.min_rows or bool(problems)
+    is_all = count > 0 and not data.datums
+    is_judged = data.num_rows >= policy.min_rows or bool(problems) or is_all
     evidence = (
         f"Rows left out for their length: {len(lost) + len(problems):,}; cut off: {cut.size:,} "
         f"(data.max_length={subject.max_length})."
@@ -177,7 +178,7 @@ def rows_kept(subject: Subject) -> GateCheck:
     examples = [Example(row.source, f"left out: {row.num_tokens:,} tokens") for row in lost[:MAX_EXAMPLES]]
     examples += _problem_examples(problems)
     examples += subject.examples(cut[:MAX_EXAMPLES], "cut off")
-    passed = not problems and (share <= policy.max_lost_share or not is_judged)
+    passed = not problems and not is_all and (share <= policy.max_lost_share or not is_judged)
     said = at_most(policy.max_lost_share, "rows")
     return GateCheck("rows_kept", passed, share, said, evidence, tuple(examples[:MAX_EXAMPLES]))
 

@@ -25,7 +25,7 @@ class GatePolicy:
     max_empty_share: float = 0.0
     max_mismatch_share: float = 0.01
     max_special_share: float = 0.01
-    max_damaged_share: float = 0.01
+    max_damaged_share: float = 0.05
     unread_fields: tuple[str, ...] = ()
     allow_control_tokens: bool = False
 

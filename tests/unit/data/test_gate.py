@@ -201,6 +201,7 @@ FAULTS: dict[str, tuple[str, list[Any] | bytes, dict[str, Any]]] = {
     "rows left out": ("rows_kept", spoiled(*(chat(f"{n}?", f"{n} {LONG}") for n in range(5))), {"max_length": 200}),
     "rows cut off": ("rows_kept", spoiled(*(chat(f"{n}?", f"{n} {sentence(n, 300)}") for n in range(5))),
                      {"max_length": 200, "overlength": "truncate"}),
+    "every row left out": ("rows_kept", [{"text": LONG}], {"max_length": 200}),
     "one row too long where that is an error": (
         "rows_kept", spoiled(chat("?", LONG)), {"max_length": 200, "overlength": "error"}),
     # repeats
@@ -295,6 +296,7 @@ CLEAN: dict[str, tuple[list[Any] | bytes, dict[str, Any]]] = {
     "a byte order mark and Windows lines": (
         b"\xef\xbb\xbf" + b"".join(json.dumps(row).encode() + b"\r\n" for row in conversations()), {}),
     "one row": ([conversation(1)], {}),
+    "one row in thirty with U+FFFD": (spoiled(chat("caf\ufffd?", "It was decoded wrongly.")), {}),
     "few rows, half of them too long": ([chat("?", LONG), conversation(1)], {"max_length": 200}),
     "few rows, all alike": ([conversation(1)] * 8, {}),
     "everything trained": (conversations(turns=2), {"train_on": "all"}),
@@ -363,7 +365,7 @@ def test_a_field_that_is_knowingly_unread_passes(gate: Gate) -> None:
          {"evaluation": [{"prompt": f"{sentence(n, 6)}?", "completion": sentence(n + 50, 6)} for n in range(10)]}),
         ("turns_filled", spoiled(chat("?", "")), {"max_empty_share": 0.1}, {}),
         ("trained_as_generated", spoiled(chat("?", "    return 1")), {"max_mismatch_share": 0.1}, {}),
-        ("text_intact", spoiled(chat("caf\ufffd", "Yes.")), {"max_damaged_share": 0.1}, {}),
+        ("text_intact", spoiled(*(chat(f"caf\ufffd{n}", "Yes.") for n in (1, 2))), {"max_damaged_share": 0.1}, {}),
     ],
 )  # fmt: skip
 def test_every_threshold_is_kept_to(
