@@ -62,9 +62,16 @@ def list_models(as_json: bool) -> None:
 @command.command()
 @click.argument("name")
 @click.option("--verify", is_flag=True, help="Read every file and compare its sha256 with the manifest.")
+@click.option("--plan", is_flag=True, help="What training it takes and which machines fit; config.json is enough.")
 @click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
-def show(name: str, verify: bool, as_json: bool) -> None:
-    """Describe NAME: shape, numbers, where its bytes come from. Fetches nothing."""
+def show(name: str, verify: bool, plan: bool, as_json: bool) -> None:
+    """Describe NAME: shape, numbers, where its bytes come from. Fetches nothing.
+
+    With --plan, NAME may also be a config.json, or a folder that holds nothing else.
+    """
+    if plan:
+        _show_plan(name, as_json=as_json)
+        return
     source = resolve_model(name, pull=False)
     facts = describe(source)
     if verify:
@@ -74,6 +81,14 @@ def show(name: str, verify: bool, as_json: bool) -> None:
         return
     for label, text in _lines(facts):
         click.echo(f"{label:<14} {text}")
+
+
+def _show_plan(name: str, *, as_json: bool) -> None:
+    from model_foundry.recipes.shape_plan import config_without_weights, shape_facts, shape_text
+
+    path = config_without_weights(name) or resolve_model(name, pull=False).folder / "config.json"
+    facts = shape_facts(path)
+    click.echo(json.dumps(facts, indent=2) if as_json else shape_text(facts))
 
 
 def describe(source: ModelSource) -> dict[str, Any]:

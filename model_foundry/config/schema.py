@@ -30,6 +30,10 @@ class ModelSection(Section):
     """Where to run. auto: CUDA, then MPS, then the CPU."""
     implementation: Literal["auto", "native", "transformers"] = "auto"
     """auto: our decoder where it knows the architecture, transformers elsewhere."""
+    attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
+    """Attention by eager blocks, torch's sdpa or flash; auto: eager on a CPU, else sdpa. A replacement is said."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: the frozen linear layers in four bits, under adapters (QLoRA). Needs the extra quant, and a CPU or CUDA."""
     template: TemplateName = "auto"
     """Chat template: auto (the model's own), chatml, llama3, alpaca, or the path of a .jinja file."""
 

@@ -24,7 +24,10 @@ PROCESS_BYTES = 235_000_000
 LIBRARY_BYTES = 130_000_000
 """What the first step brings in: kernels of torch and its libraries, and their buffers."""
 HOLES_LAYERS = 6
-"""Holes that glibc's heap keeps between freed tensors, in layers' worth of activations; 2 to 9 were measured."""
+"""Holes that glibc's heap keeps between freed tensors, in layers' worth of activations; 2 to 9 were measured. In layers
+with experts the large tensors fill each other's places: there it is as if each token met one expert."""
+PACKING_BYTES = 135_000_000
+"""What importing bitsandbytes brings in."""
 FLOAT32_BYTES = 4
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits a packed weight: four, a scale of eight bits for 64 weights, and one of 32 bits for 256 scales."""
@@ -92,14 +95,17 @@ def estimate_memory(
     num_trained = config.num_parameters if lora is None else num_adapter_parameters(config, lora, adapted=names)
     base = base_bytes(config, dtype_bytes=FLOAT32_BYTES if lora is None else dtype_bytes, packed=packed)
     weights = base + (0 if lora is None else num_trained * FLOAT32_BYTES)
-    kept = [
-        _kept_elements(config, rows, lora=lora, adapted=names, sparse=sparse, machine=machine) * dtype_bytes
-        + _kept_casts(config, lora=lora, adapted=names, sparse=sparse, dtype_bytes=dtype_bytes)
-        for sparse in map(config.is_sparse, range(config.num_hidden_layers))
-    ]
+    kept, holes = [], []
+    for sparse in map(config.is_sparse, range(config.num_hidden_layers)):
+        casts = _kept_casts(config, lora=lora, adapted=names, sparse=sparse, dtype_bytes=dtype_bytes)
+        for found, one in ((kept, False), (holes, True)):
+            elements = _kept_elements(
+                config, rows, lora=lora, adapted=names, sparse=sparse, machine=machine, one_expert=one
+            )
+            found.append(elements * dtype_bytes + casts)
     boundaries = config.num_hidden_layers * sum(rows) * config.hidden_size * dtype_bytes
     activations = boundaries + max(kept) if gradient_checkpointing else sum(kept)
-    activations += max(kept) * (HOLES_LAYERS if machine == "cpu" else 1)
+    activations += HOLES_LAYERS * max(holes) if machine == "cpu" else max(kept)
     activations += 2 * _largest_matrix(config) * dtype_bytes if packed else 0
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes)
     moments = 2 * num_trained * FLOAT32_BYTES
@@ -107,6 +113,7 @@ def estimate_memory(
     # Training every weight copies them into one stretch; the first copy's place is left to what comes.
     loading = fixed + (base if lora is None else 0)
     libraries, process = (LIBRARY_BYTES, process_bytes) if machine == "cpu" else (0, ACCELERATOR_BYTES)
+    libraries += PACKING_BYTES if packed and machine == "cpu" else 0
     step = fixed + activations + logits + libraries
     return MemoryEstimate(
         weights=weights,
@@ -156,14 +163,15 @@ def _kept_elements(
     adapted: Collection[str],
     sparse: bool,
     machine: Machine,
+    one_expert: bool,
 ) -> int:
-    """Elements of the compute type that one layer keeps for its backward pass."""
+    """Elements of the compute type that one layer keeps for its backward pass; `one_expert`: as if k were 1."""
     width = config.hidden_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     experts = config.experts if sparse else None
     inner, times = config.intermediate_size, 1
     if experts is not None:
-        inner, times = experts.moe_intermediate_size, experts.num_experts_per_tok
+        inner, times = experts.moe_intermediate_size, 1 if one_expert else experts.num_experts_per_tok
     num_hidden = sum(times if name.startswith(EXPERTS) else 1 for name in _in_layer(config, sparse=sparse) & {*adapted})
     per_token = {
         "residual before attention, read by the norm": width,

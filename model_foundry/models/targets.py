@@ -34,9 +34,15 @@ def select_targets(
     Raises:
         ModelError: a name that matches nothing; the choices are listed.
     """
-    names = list(layers)
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         return [name for name, layer in layers.items() if not layer.is_router]
+    return matching_names(list(layers), target_modules, every_target=every_target)
+
+
+def matching_names(
+    names: Sequence[str], target_modules: str | Sequence[str], *, every_target: bool = True
+) -> list[str]:
+    """`select_targets` on names alone, for all but `all-linear`."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     hint = f"Name some of {', '.join(endings)}, or use all-linear."
     if isinstance(target_modules, str):

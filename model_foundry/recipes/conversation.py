@@ -64,7 +64,13 @@ class Reader:
         self.source = resolve_model(section.name)
         section, now = as_trained(section)
         self.renderer = Renderer(Tokenizer.load(self.source.folder), section.template, now=now)
-        self.engine = TorchEngine(device=section.device, dtype=section.dtype, implementation=section.implementation)
+        self.engine = TorchEngine(
+            device=section.device,
+            dtype=section.dtype,
+            implementation=section.implementation,
+            attention=section.attention,
+            quantization=section.quantization,
+        )
         self.model_id = self.engine.create_model(
             self.source.folder, lora=None, adapter=self.source.adapter, trainable=False
         )
@@ -95,7 +101,7 @@ def as_trained(section: ModelSection) -> tuple[ModelSection, datetime]:
         return section, utc_now()
     facts = RunDirectory.read(run).facts
     stored, started_in = stored_section(facts, "model")
-    open_fields = {"dtype", "implementation", "template"} - section.model_fields_set
+    open_fields = {"dtype", "implementation", "quantization", "template"} - section.model_fields_set
     update = {name: value for name, value in stored.items() if name in open_fields}
     if str(update.get("template", "")).endswith(".jinja"):
         update["template"] = str(started_in / update["template"])

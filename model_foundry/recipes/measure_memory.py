@@ -37,6 +37,8 @@ class MemoryTask:
     tokens: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...]
+    attention: str = "auto"
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ def main() -> None:
         dtype=values["dtype"],
         num_threads=values["num_threads"],
         implementation=values["implementation"],
+        attention=values["attention"],
+        quantization=values["quantization"],
         gradient_checkpointing=values["gradient_checkpointing"],
         micro_batch_tokens=values["micro_batch_tokens"],
     )

@@ -5,6 +5,7 @@ The longest real batch is tried on the real model, so that a run that cannot fit
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from model_foundry.models.folder import read_config
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
 from model_foundry.recipes.preparation import Prepared
 from model_foundry.recipes.sft import is_save_due
+from model_foundry.recipes.shape_plan import shape_text
 from model_foundry.run.progress import duration
 
 PASS_SHARE_OF_STEP = 0.97
@@ -66,7 +68,9 @@ def predict_memory(
     adapted = None
     if prepared.lora is not None:
         names = engine.trained_tensors(model_id)
-        adapted = [linear for linear in shape.layer_linears if any(f".{linear}." in name for name in names)]
+        # Experts stand one by one in the names and together in the kinds.
+        places = {re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in names}
+        adapted = [kind for kind in shape.linear_kinds if any(f".{kind}." in place for place in places)]
     return estimate_memory(
         shape,
         lora=prepared.lora,
@@ -76,6 +80,7 @@ def predict_memory(
         num_due_tokens=due,
         gradient_checkpointing=config.training.gradient_checkpointing,
         process_bytes=process_bytes,
+        packed=engine.quantization != "none",
     )
 
 
@@ -121,6 +126,8 @@ def plan_facts(
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """The plan as a person reads it."""
+    if "ways" in plan:
+        return shape_text(plan)
     train = plan["data"]["train"]
     share = plan["trained_parameters"] / plan["base_parameters"]
     lines = [

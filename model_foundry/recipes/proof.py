@@ -71,6 +71,8 @@ def memory_check(prepared: Prepared, engine: TorchEngine) -> tuple[Check | None,
             dtype=str(engine.dtype).removeprefix("torch."),
             num_threads=engine.num_threads,
             implementation=prepared.config.model.implementation,
+            attention=prepared.config.model.attention,
+            quantization="none" if lora is None else prepared.config.model.quantization,
             gradient_checkpointing=training.gradient_checkpointing,
             micro_batch_tokens=training.micro_batch_tokens,
         )

@@ -42,6 +42,8 @@ def open_session(prepared: Prepared) -> Session:
         num_threads=config.training.num_threads,
         micro_batch_tokens=config.training.micro_batch_tokens,
         implementation=config.model.implementation,
+        attention=config.model.attention,
+        quantization=config.model.quantization,
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
     process_bytes = resident_memory_bytes()

@@ -24,6 +24,7 @@ from model_foundry.recipes.preparation import Prepared, prepare, require_same_da
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
 from model_foundry.recipes.saving import RunSaver, load_checkpoint
 from model_foundry.recipes.session import Session, open_session
+from model_foundry.recipes.shape_plan import plan_of_config
 from model_foundry.run.directory import Outcome, RunDirectory, is_run, require_free, utc_now
 from model_foundry.run.logs import run_logging
 from model_foundry.run.metrics import MetricsLog
@@ -59,8 +60,13 @@ class _Recorder:
 
 
 def plan_run(config: TrainConfig) -> dict[str, Any]:
-    """The plan of `--dry-run`: reads the data, loads the model, tries the longest batch, writes nothing."""
+    """The plan of `--dry-run`: reads the data, loads the model, tries the longest batch, writes nothing.
+
+    Of a model whose weights are not here it says what config.json does: parameters, memory, which machines fit.
+    """
     with run_logging(level=config.logging.level):
+        if (plan := plan_of_config(config)) is not None:
+            return plan
         return open_session(prepare(config, now=utc_now())).plan
 
 

@@ -56,3 +56,23 @@ def test_an_unknown_name_is_one_paragraph_and_exit_code_2(tmp_path: Path) -> Non
     assert done.returncode == 2
     assert "Did you mean smollm2-135m-instruct?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_needs_nothing_but_a_config(tmp_path: Path) -> None:
+    """The question is asked before sixty gigabytes are fetched."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY_CONFIG))
+    for name in (config, tmp_path):
+        done = foundry("show", str(name), "--plan", home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert "no step was measured" in done.stdout
+    facts = json.loads(foundry("show", str(config), "--plan", "--json", home=tmp_path / "home").stdout)
+    assert facts["num_parameters"] == 4 * 8 + 4 * (4 * 4) + 3 * (4 * 4) + 3 * 4
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    done = foundry("show", str(config), "--plan", home=tmp_path / "home")
+    assert (done.returncode, "mamba" in done.stderr) == (2, True)
+
+
+def test_a_plan_of_a_whole_model_is_made_from_its_config_too(folder: Path, tmp_path: Path) -> None:
+    done = foundry("show", str(folder), "--plan", "--json", home=tmp_path / "home")
+    assert json.loads(done.stdout)["vocab_size"] == 8
