@@ -118,7 +118,14 @@ LUA = Language(
     long_text=r"\[(?P<depth>=*)\[.*?\](?P=depth)\]",
     callback_names="on[A-Z_]\\w*",
     restarts=r"^(?:(?:local\s+)?function\b|(?:local\s+)?[A-Za-z_][\w.]*\s*=\s*function\b)",
-    fragments=("return {code}", "return { {code} }", "local _ = function() {code} end"),
+    fragments=("return {code}", "return { {code} }"),
+    problems=(
+        (
+            "a keyword where a name belongs",
+            '((identifier) @problem (#match? @problem "^(and|break|do|else|elseif|end|for|function|if|in|local|not|or'
+            '|repeat|return|then|until|while)$"))',
+        ),
+    ),
 )
 
 _GODOT_VIRTUALS = (
@@ -151,7 +158,14 @@ GDSCRIPT = Language(
     callback_names=f"_on_\\w+|_({_GODOT_VIRTUALS})",
     declarations=("signal",),
     restarts=r"^(?:(?:static|remote|remotesync|master|puppet)\s+)?func\b|^(?:class|signal)\b|^@",
-    problems=(("a body with nothing in it", '((body) @problem (#match? @problem "^\\\\s*$"))'),),
+    problems=(
+        ("a body with nothing in it", '((body) @problem (#match? @problem "^\\\\s*$"))'),
+        (
+            "a keyword where a name belongs",
+            '([(identifier) (name)] @problem (#match? @problem "^(and|break|const|continue|elif|else|for|func|if|in|not|or|pass'
+            '|return|var|while)$"))',
+        ),
+    ),
 )
 
 LANGUAGES: dict[str, Language] = {"lua": LUA, "gdscript": GDSCRIPT}
@@ -196,13 +210,15 @@ class Grammar:
     """A language ready for use: its grammar loaded, its queries compiled into one, so that a tree is walked once.
 
     Attributes:
-        roles: for each pattern of `query`: a kind of unit, one of CONTEXTS, COMMENTS, ERRORS, or what a problem is.
+        roles: for each pattern of `query`: a kind of unit, or one of CONTEXTS, COMMENTS, ERRORS.
+        problems: what it is -> query, asked only where code is judged.
     """
 
     language: Language
     parser_language: tree_sitter.Language
     query: tree_sitter.Query
     roles: tuple[str, ...]
+    problems: tuple[tuple[str, tree_sitter.Query], ...]
     block_comment: re.Pattern[str] | None
     long_text: re.Pattern[str] | None
     restarts: re.Pattern[str] | None
@@ -213,13 +229,22 @@ class Grammar:
         import tree_sitter
 
         root = tree_sitter.Parser(self.parser_language).parse(data).root_node
-        # Both bounds keep the time linear where a file nests a hundred thousand deep.
-        cursor = tree_sitter.QueryCursor(self.query, match_limit=MAX_OPEN_MATCHES)
-        cursor.set_max_start_depth(MAX_DEPTH)
-        found = [Match(index, self.roles[index], captures) for index, captures in cursor.matches(root)]
+        found = [Match(index, self.roles[index], captures) for index, captures in _matches(self.query, root)]
         num_errors = sum(match.role == ERRORS for match in found)
         is_code = num_errors <= max(MIN_ERRORS, len(data) // BYTES_PER_ERROR)
         return Parsed(root, found, is_code)
+
+    def first_problem(self, root: tree_sitter.Node) -> tuple[int, str] | None:
+        """(line, what it is) of the first fault that the grammar lets pass."""
+        return min(
+            (
+                (node.start_point[0] + 1, what)
+                for what, query in self.problems
+                for _, captures in _matches(query, root)
+                for node in captures["problem"]
+            ),
+            default=None,
+        )
 
     def reads_as_code(self, text: str) -> bool:
         """False where the grammar stumbles more than once in 100 bytes, as over prose or another language.
@@ -238,6 +263,15 @@ class Grammar:
                 return False
             num_bytes *= 4
         return len(data) > TRIED_BYTES or self.parse(data).is_code
+
+
+def _matches(query: tree_sitter.Query, root: tree_sitter.Node) -> list[tuple[int, Captures]]:
+    import tree_sitter
+
+    # Both bounds keep the time linear where a file nests a hundred thousand deep.
+    cursor = tree_sitter.QueryCursor(query, match_limit=MAX_OPEN_MATCHES)
+    cursor.set_max_start_depth(MAX_DEPTH)
+    return cursor.matches(root)
 
 
 class Match(NamedTuple):
@@ -275,7 +309,7 @@ def load_grammar(language: Language) -> Grammar:
     parts = [*language.units]
     parts += [(CONTEXTS, language.contexts)] if language.contexts else []
     parts += [(COMMENTS, f"[{comments}] @comment")] if comments else []
-    parts += [(ERRORS, "(ERROR) @error"), *language.problems]
+    parts.append((ERRORS, "(ERROR) @error"))
     roles: list[str] = []
     for role, text in parts:
         roles += [role] * _query(language, parser_language, role, text).pattern_count
@@ -284,6 +318,7 @@ def load_grammar(language: Language) -> Grammar:
         parser_language=parser_language,
         query=_query(language, parser_language, "queries", "\n".join(text for _, text in parts)),
         roles=tuple(roles),
+        problems=tuple((what, _query(language, parser_language, what, text)) for what, text in language.problems),
         block_comment=_pattern(language, "block_comment", language.block_comment, re.DOTALL),
         long_text=_pattern(language, "long_text", language.long_text, re.DOTALL),
         restarts=_pattern(language, "restarts", language.restarts, re.MULTILINE),

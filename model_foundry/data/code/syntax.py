@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from model_foundry.data.code.languages import Grammar, Language, Parsed, find_language, load_grammar
+from model_foundry.data.code.languages import Grammar, Language, find_language, load_grammar
 
 if TYPE_CHECKING:
     import tree_sitter
@@ -31,31 +31,24 @@ def syntax_problem(code: str, language: str | Language) -> str | None:
     if not grammar.reads_as_code(code):
         return f"line 1: this does not read as {grammar.language.name}"
     plain = textwrap.dedent(code)
-    parsed = _parsed(plain, grammar)
-    if parsed.root.has_error and not _is_fragment(plain, grammar):
-        return _first_error(parsed.root, plain.encode())
-    return _first_problem(parsed, grammar)
+    root = _parsed(plain, grammar)
+    if root.has_error:
+        return None if _is_fragment(plain, grammar) else _first_error(root, plain.encode())
+    problem = grammar.first_problem(root)
+    return None if problem is None else "line {}: {}".format(*problem)
 
 
-def _parsed(code: str, grammar: Grammar) -> Parsed:
+def _parsed(code: str, grammar: Grammar) -> tree_sitter.Node:
     # A reply's last line often lacks its line feed, which some grammars want.
-    return grammar.parse((code if code.endswith("\n") else code + "\n").encode())
+    return grammar.parse((code if code.endswith("\n") else code + "\n").encode()).root
 
 
 def _is_fragment(code: str, grammar: Grammar) -> bool:
-    wholes = (fragment.replace("{code}", code) for fragment in grammar.language.fragments)
-    return any(not _parsed(whole, grammar).root.has_error for whole in wholes)
-
-
-def _first_problem(parsed: Parsed, grammar: Grammar) -> str | None:
-    names = dict(grammar.language.problems)
-    places = [
-        (node.start_point[0] + 1, match.role)
-        for match in parsed.matches
-        if match.role in names
-        for node in match.captures["problem"]
-    ]
-    return None if not places else "line {}: {}".format(*min(places))
+    for fragment in grammar.language.fragments:
+        root = _parsed(fragment.replace("{code}", code), grammar)
+        if not root.has_error and grammar.first_problem(root) is None:
+            return True
+    return False
 
 
 def _first_error(root: tree_sitter.Node, data: bytes) -> str:

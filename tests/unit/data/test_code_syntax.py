@@ -51,6 +51,8 @@ BROKEN = {
     ("lua", "function f() end end"): "line 1: unexpected 'end'",
     ("lua", "```lua\nprint(1)\n```"): "line 2: unexpected 'print(1)'",
     ("lua", "  \n"): "line 1: no code",
+    ("lua", "\tend"): "line 1: unexpected 'end'",
+    ("lua", "local x = 1\ny = end"): "line 2: a keyword where a name belongs",
     (
         "lua",
         "Sorry, I can't write (this). It isn't code: see above!\n" * 40,
