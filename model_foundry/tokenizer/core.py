@@ -73,7 +73,8 @@ class Tokenizer:
             backend.add_special_tokens(missing)
         self._added = self._added_by_text()
         self._plain: dict[frozenset[str], TextEncoder] = {}
-        self._parsing = self._parsing_encoder()
+        if sentencepiece is not None:
+            _ = self._parsing  # damage is found now
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -247,7 +248,7 @@ class Tokenizer:
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether each token is some bytes, so that every text can be written."""
-        return (json.loads(self.backend.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+        return isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
 
     @cached_property
     def max_chars_per_token(self) -> int | None:
@@ -299,7 +300,8 @@ class Tokenizer:
     def _encoder(self, parse_special: bool) -> TextEncoder:
         return self._parsing if parse_special else self.plain(self.control_tokens())
 
-    def _parsing_encoder(self) -> TextEncoder:
+    @cached_property
+    def _parsing(self) -> TextEncoder:
         model = self.sentencepiece
         if model is None:
             return BackendEncoder(self.backend)

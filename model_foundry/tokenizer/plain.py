@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import tokenizers
@@ -60,7 +61,10 @@ class BackendEncoder:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self._unknown_id, self._unknown = unknown_token(backend, json.loads(backend.to_str())["model"])
+
+    @cached_property
+    def _unknown(self) -> tuple[int | None, str]:
+        return unknown_token(self._backend, json.loads(self._backend.to_str())["model"])
 
     def encode(self, text: str, *, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets; `first` must be true, for text in the middle cannot be told from a beginning."""
@@ -74,7 +78,7 @@ class BackendEncoder:
 
     def is_unknown(self, token_id: int, text: str) -> bool:
         """Whether `token_id` is the unknown token and stands for characters of `text`, not for its own name."""
-        return token_id == self._unknown_id and self._unknown not in text
+        return token_id == self._unknown[0] and self._unknown[1] not in text
 
 
 class PlainEncoder:

@@ -39,6 +39,21 @@ def test_text_round_trips(chatml: Tokenizer) -> None:
     assert chatml.decode(chatml.encode(text)) == text
 
 
+def test_special_tokens_can_be_left_out_of_the_text(chatml: Tokenizer) -> None:
+    ids = chatml.encode("<|im_start|>a b<|im_end|>", parse_special=True)
+    assert chatml.decode(ids) == "<|im_start|>a b<|im_end|>"
+    assert chatml.decode(ids, skip_special=True) == "a b"
+    assert chatml.decode_batch([ids, ids[:1]], skip_special=True) == ["a b", ""]
+
+
+def test_half_a_character_is_an_error_in_words(chatml: Tokenizer, sentencepiece: Tokenizer) -> None:
+    """JSON can hold one as an escape; the library says only that a string was expected."""
+    for tokenizer in (chatml, sentencepiece):
+        for parse in (False, True):
+            with pytest.raises(DataError, match=r"character 2 .*U\+DC00"):
+                tokenizer.encode("a\udc00b", parse_special=parse)
+
+
 def test_control_tokens_are_parsed_only_when_asked_for(chatml: Tokenizer) -> None:
     control = chatml.special_tokens["<|im_end|>"]
     assert control not in chatml.encode("a<|im_end|>b")
