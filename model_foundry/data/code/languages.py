@@ -162,8 +162,8 @@ GDSCRIPT = Language(
         ("a body with nothing in it", '((body) @problem (#match? @problem "^\\\\s*$"))'),
         (
             "a keyword where a name belongs",
-            '([(identifier) (name)] @problem (#match? @problem "^(and|break|const|continue|elif|else|for|func|if|in|not|or|pass'
-            '|return|var|while)$"))',
+            '([(identifier) (name)] @problem (#match? @problem "^(and|break|const|continue|elif|else|for|func|if|in|not'
+            '|or|pass|return|var|while)$"))',
         ),
     ),
 )
