@@ -254,7 +254,8 @@ class Grammar:
         """
         if self._begins_as_code(text.encode()):
             return True
-        return self.long_text is not None and self._begins_as_code(self.long_text.sub("", text).encode())
+        rest = text if self.long_text is None else self.long_text.sub("", text)
+        return rest != text and self._begins_as_code(rest.encode())
 
     def _begins_as_code(self, data: bytes) -> bool:
         num_bytes = TRIED_BYTES
