@@ -26,7 +26,12 @@ LOW_MEMORY_BYTES = 3 * GIB
 LOW_DISK_BYTES = 2 * GIB
 
 CORE = ("click", "jinja2", "numpy", "orjson", "pydantic", "pyyaml", "rich", "safetensors", "tokenizers")
-DISTRIBUTIONS = {"mlflow": ("mlflow-skinny", "mlflow")}
+DISTRIBUTIONS = {
+    "mlflow": ("mlflow-skinny", "mlflow"),
+    "tree_sitter": ("tree-sitter",),
+    "tree_sitter_gdscript": ("tree-sitter-gdscript",),
+    "tree_sitter_lua": ("tree-sitter-lua",),
+}
 """Distributions that bring a module of another name, the first found counts."""
 
 

@@ -209,7 +209,8 @@ def test_help_reads_only_the_table() -> None:
         "print(*(name for name in sys.modules if name.startswith('model_foundry')), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert set(result.stderr.split()) == {"model_foundry", "model_foundry.cli", "model_foundry.cli.main"}
+    names = {"model_foundry", "model_foundry.cli", "model_foundry.cli.main", "model_foundry.cli.lazy"}
+    assert set(result.stderr.split()) == names
 
 
 def test_a_failed_proof_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
