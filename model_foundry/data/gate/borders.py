@@ -21,9 +21,10 @@ from model_foundry.rendering import Renderer
 from model_foundry.types import Datum, Message
 
 FaultKind = Literal["mismatch", "prompt", "unanswered", "unended"]
-MAX_SAMPLED = 400
-MAX_EXAMINED = 4000
+MAX_SAMPLED, MAX_SAMPLED_TOKENS = 400, 1_000_000
+MAX_SUSPECTS, MAX_SUSPECT_TOKENS = 4000, 4_000_000
 PROMPT_END_TOKENS = 8
+_GOLDEN = 0.6180339887498949
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -75,11 +76,19 @@ def find_borders(rows: Sequence[Row], data: TokenisedSet, renderer: Renderer, *,
     of_datum = [rows[index] for index in data.indices.tolist()]
     judged = np.array([train_on != "all" and row.text is None for row in of_datum], dtype=bool)
     expected = np.array([len(answers_of(row, train_on)) for row in of_datum], dtype=np.int64)
-    candidates = np.flatnonzero(judged)
-    sample = candidates[np.linspace(0, candidates.size - 1, min(MAX_SAMPLED, candidates.size)).astype(int)]
     examiner = _Examiner(renderer, train_on)
-    for datum in sample.tolist():
-        examiner.examine(datum, of_datum[datum], data.datums[datum], is_cut=bool(is_truncated[datum]))
+
+    def examine(candidates: np.ndarray, most: int, most_tokens: int) -> np.ndarray:
+        """Render candidates again, evenly spread, until there are enough; those that were."""
+        order = candidates[np.argsort(np.arange(candidates.size) * _GOLDEN % 1.0, kind="stable")]
+        # Each answer's prompt is encoded anew.
+        costs = np.cumsum(data.lengths[order] * np.maximum(expected[order], 1)) if order.size else order
+        done = order[: max(1, int(np.searchsorted(costs, most_tokens)))][:most]
+        for datum in done.tolist():
+            examiner.examine(datum, of_datum[datum], data.datums[datum], is_cut=bool(is_truncated[datum]))
+        return done
+
+    sample = examine(np.flatnonzero(judged), MAX_SAMPLED, MAX_SAMPLED_TOKENS)
     sampled_answers = int(expected[sample].sum())
     sampled_share = sum(fault.kind == "mismatch" for fault in examiner.faults) / max(1, sampled_answers)
     facts = scan(
@@ -94,11 +103,7 @@ def find_borders(rows: Sequence[Row], data: TokenisedSet, renderer: Renderer, *,
     hides_thinking = np.array([_thinks_early(row) for row in of_datum], dtype=bool)
     suspect = judged & (odd_count | ~facts.starts_as_expected | ~facts.ends_in_stop | hides_thinking)
     suspects = np.flatnonzero(suspect)
-    left = np.setdiff1d(suspects, sample)
-    if left.size > MAX_EXAMINED:
-        left = left[np.linspace(0, left.size - 1, MAX_EXAMINED).astype(int)]
-    for datum in left.tolist():
-        examiner.examine(datum, of_datum[datum], data.datums[datum], is_cut=bool(is_truncated[datum]))
+    left = examine(np.setdiff1d(suspects, sample), MAX_SUSPECTS, MAX_SUSPECT_TOKENS)
     return Borders(
         scan=facts,
         num_answers=int(expected[judged].sum()),

@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from model_foundry.data.dedup import Duplicates, find_duplicates
+from model_foundry.data.dedup import Duplicates
 from model_foundry.data.gate.borders import Borders, find_borders
 from model_foundry.data.gate.reading import Reading
+from model_foundry.data.gate.repeats import find_repeats
 from model_foundry.data.gate.verdict import Example, GatePolicy, excerpt
 from model_foundry.data.rows import Row, RowSet
 from model_foundry.data.tokenise import RowProblem, TokenisedSet, TrainOn
@@ -82,7 +83,8 @@ class Subject:
     @cached_property
     def repeats(self) -> Duplicates:
         """Which rows repeat an earlier one, exactly or nearly."""
-        return find_duplicates(self.texts, threshold=self.policy.similarity)
+        questions = [last_question(row, self.shared_lines) for row in self.rows]
+        return find_repeats(self.texts, questions, threshold=self.policy.similarity)
 
     def row_of(self, datum: int) -> Row:
         return self.rendered.rows[int(self.data.indices[datum])]
@@ -139,6 +141,12 @@ def comparable_text(row: Row, shared_lines: frozenset[str] = frozenset()) -> str
         for turn in turns
         if turn.role != "system"
     )
+
+
+def last_question(row: Row, shared_lines: frozenset[str] = frozenset()) -> str:
+    """The last thing that a row asks; nothing for a plain text."""
+    asked = [message.content for message in row.messages if message.role == "user"]
+    return question_text(asked[-1], shared_lines) if asked else ""
 
 
 def question_text(text: str, shared_lines: frozenset[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,16 @@ from model_foundry.rendering.control import texts
 from model_foundry.types import Datum
 
 _QUANTILE = 0.99
+_ASKS = re.compile(
+    r"^\s*(?:#+ *(?:Instruction|Human|User)\b|(?:Human|User|Instruction) *:)|\[INST\]|<\|?user\|?>"
+    r"|<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user",
+    re.MULTILINE,
+)
+_ANSWERS = re.compile(
+    r"^\s*(?:#+ *(?:Response|Assistant)\b|(?:Assistant|AI|Bot|Response) *:)|\[/INST\]"
+    r"|<\|?assistant\|?>|<\|im_start\|>assistant|<\|start_header_id\|>assistant|<start_of_turn>model",
+    re.MULTILINE,
+)
 
 
 def answers_trained(subject: Subject) -> GateCheck:
@@ -41,11 +52,32 @@ def prompts_untrained(subject: Subject) -> GateCheck:
         return GateCheck("prompts_untrained", True, None, bound, "data.train_on is all: every token is to be trained.")
     faults = subject.borders.of("prompt")
     count = len({fault.row for fault in faults})
+    if rendered := _rendered_conversations(subject):
+        examples = tuple(
+            Example(row.source, "a conversation as plain text", excerpt(row.text or "")) for row in rendered
+        )
+        evidence = (
+            f"Plain texts that are conversations, whose questions are trained as well: {len(rendered):,} of "
+            f"{len(subject.rendered.rows):,} rows. Give them as messages, or set data.train_on=all where that is meant."
+        )
+        return GateCheck("prompts_untrained", False, len(rendered), bound, evidence, examples)
     evidence = (
         f"Rows in which tokens are trained that are no answer: {count:,} (data.train_on={subject.train_on}; "
         f"{_how_many_examined(subject)})."
     )
     return GateCheck("prompts_untrained", count == 0, count, bound, evidence, _fault_examples(subject, faults))
+
+
+def _rendered_conversations(subject: Subject) -> list[Row]:
+    """Plain texts in which people and a model speak by turns, where at least half of the rows are such.
+
+    Those with this tokenizer's own control tokens are for another check.
+    """
+    found = []
+    for row in subject.rendered.rows:
+        if row.text is not None and _ASKS.search(row.text) and _ANSWERS.search(row.text):
+            found += [] if subject.renderer.control_tokens_in(row.text) else [row]
+    return found if found and 2 * len(found) >= len(subject.rendered.rows) else []
 
 
 def end_of_turn_trained(subject: Subject) -> GateCheck:

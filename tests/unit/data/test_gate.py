@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model_foundry.data.gate.judge import CHECKS
 from model_foundry.data.gate.verdict import GatePolicy
@@ -165,6 +167,16 @@ FAULTS: dict[str, tuple[str, list[Any] | bytes, dict[str, Any]]] = {
     "questions marked for generation": ("prompts_untrained", conversations(), {"template": MARKS_QUESTIONS}),
     "questions marked, several turns": ("prompts_untrained", conversations(turns=3), {"template": MARKS_QUESTIONS}),
     "headers marked for generation": ("prompts_untrained", conversations(turns=2), {"template": MARKS_HEADER}),
+    "conversations as plain text": ("prompts_untrained", [
+        {"text": f"### Instruction:\n{sentence(n)}\n\n### Response:\n{sentence(n + 50)}"} for n in range(30)], {}),
+    "conversations in another model's tokens": ("prompts_untrained", [
+        {"text": f"<s>[INST] {sentence(n)} [/INST] {sentence(n + 50)}"} for n in range(30)], {}),
+    "conversations in the model's own tokens": ("control_tokens", [
+        {"text": f"<|im_start|>user\n{sentence(n)}<|im_end|>\n<|im_start|>assistant\n{sentence(n + 50)}<|im_end|>"}
+        for n in range(30)], {}),
+    "most rows conversations as plain text": ("prompts_untrained", [
+        {"text": sentence(n) if n % 3 == 0 else f"User: {sentence(n)}\nAssistant: {sentence(n + 50)}"}
+        for n in range(30)], {}),
     "the end left out of the marks": ("end_of_turn_trained", conversations(), {"template": MARKS_WITHOUT_END}),
     "no end at all": ("end_of_turn_trained", conversations(), {"template": NO_END}),
     "no end after the last turn": ("end_of_turn_trained", conversations(turns=2), {"template": NO_LAST_END}),
@@ -209,6 +221,9 @@ FAULTS: dict[str, tuple[str, list[Any] | bytes, dict[str, Any]]] = {
     "rows repeated in capitals": (
         "duplicates", [*conversations(20), *(chat(sentence(2 * n).upper() + "?", f"The  {sentence(2 * n + 1)}.")
                                              for n in range(10))], {}),
+    "rows repeated but for a word of the question": (
+        "duplicates", [*conversations(20), *(chat(f"Please tell me of the {_}.", LONG) for _ in ("x", "y", "z") * 5)],
+        {}),
     "rows repeated but for a word": (
         "duplicates",
         [*conversations(20), *(chat(f"Tell of {_}.", sentence(8, 60) + f" {_}.") for _ in ("x", "y", "z") * 5)], {}),
@@ -287,6 +302,11 @@ CLEAN: dict[str, tuple[list[Any] | bytes, dict[str, Any]]] = {
     "prompt and completion": ([{"prompt": sentence(n), "completion": sentence(n + 50)} for n in range(30)], {}),
     "question and answer": ([{"question": sentence(n), "answer": sentence(n + 50)} for n in range(30)], {}),
     "plain texts": ([{"text": sentence(n, 40), "path": f"texts/{n}.txt"} for n in range(30)], {}),
+    "plain texts with a play among them": ([
+        {"text": f"User: {sentence(n)}\nAssistant: {sentence(n + 50)}" if n < 3 else sentence(n, 40)}
+        for n in range(30)], {}),
+    "conversations as plain text, all of it meant": ([
+        {"text": f"User: {sentence(n)}\nAssistant: {sentence(n + 50)}"} for n in range(30)], {"train_on": "all"}),
     "preferences": (PAIRS, {}),
     "preferences that differ in indentation": ([
         {"prompt": sentence(n), "chosen": f"if {sentence(n, 3)}:\n    x = {n}\n    y()",
@@ -315,6 +335,10 @@ CLEAN: dict[str, tuple[list[Any] | bytes, dict[str, Any]]] = {
         chat(f"{LONG}\n{sentence(n, 4)}", ("good", "bad", "middling")[n % 3]) for n in range(30)], {}),
     "one answer in a hundred that begins with white space": (
         [*conversations(120), chat(sentence(5000), f"    return {sentence(5001)}")], {}),
+    "one answer to several questions": (
+        [chat(sentence(100 * n + ask), sentence(n, 60)) for n in range(10) for ask in range(4)], {}),
+    "several answers to one question": (
+        [chat(sentence(n), sentence(100 * n + told, 30)) for n in range(10) for told in range(4)], {}),
     "a fifth of the rows repeated": ([*conversations(40), *conversations(10)], {}),
     "one row in twenty too long": ([*conversations(38), chat("?", LONG), chat("!", LONG[9:])], {"max_length": 200}),
     "a short evaluation question but for a word": (
@@ -334,6 +358,18 @@ def test_clean_data_passes(case: str, gate: Gate) -> None:
     report = gate.judge(rows, **options)
     assert report.passed, [each.sentence() for each in report.failed]
     assert [check.name for check in report.checks] == list(CHECKS)
+
+
+characters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\ufffd\U0010fffe\U0010ffff")
+said = st.text(characters, min_size=1, max_size=40).filter(lambda text: not text[0].isspace() and text.isprintable())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(said, said), min_size=1, max_size=4))
+def test_whatever_people_write_is_no_fault(gate: Gate, turns: list[tuple[str, str]]) -> None:
+    """Prevents a refusal for odd characters alone: what is trained is the answer, whatever it is made of."""
+    report = gate.judge([chat(f"Say {asked}", f"So: {answered}") for asked, answered in turns])
+    assert report.passed, [each.sentence() for each in report.failed]
 
 
 def test_control_tokens_pass_where_they_are_allowed(gate: Gate) -> None:
