@@ -137,6 +137,7 @@ class Server:
     models: frozenset[str] = frozenset({MODEL})
     batch_seconds: float = 600.0
     hidden_seconds: float = 0.0
+    cancel_seconds: float = 5.0
     page: int = 20
     seed: int = 0
     faults: dict[str, deque[Fault]] = field(default_factory=lambda: defaultdict(deque))
@@ -189,7 +190,7 @@ class Server:
 
     def end_of(self, batch: StoredBatch) -> float:
         ends = [batch.created + batch.seconds, batch.created + DAY]
-        return min(ends if batch.canceled is None else [*ends, batch.canceled + 5.0])
+        return min(ends if batch.canceled is None else [*ends, batch.canceled + self.cancel_seconds])
 
     def _finish(self, batch: StoredBatch) -> None:
         batch.results = []

@@ -44,9 +44,9 @@ class GenerationSection(Section):
     max_requests: PositiveInt | None = None
     """Ask about the first so many pieces of code only; null asks about all."""
     batch_requests: Annotated[int, Field(ge=1, le=100_000)] = 100_000
-    """Most requests of one batch."""
-    batch_bytes: Annotated[int, Field(ge=1000, le=256_000_000)] = 250_000_000
-    """Most bytes of one batch."""
+    """Most requests of one batch; the API takes 100,000."""
+    batch_bytes: Annotated[int, Field(ge=1000, le=256_000_000)] = 100_000_000
+    """Most bytes of one batch; the API takes 256 MB, and memory holds a batch three times while it is sent."""
     tries: PositiveInt = 3
     """How often in one run a request may be sent that expires, or fails through no fault of its own."""
     poll_seconds: Seconds = 60.0

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from model_foundry.errors import MissingExtraError
+from model_foundry.errors import FoundryError, MissingExtraError
 
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 REFUSALS = frozenset({400, 401, 402, 403, 404, 413, 422, 429, 529})
@@ -182,6 +182,11 @@ class Client:
             if type(cause).__name__ in _NEVER_LEFT:
                 raise NotSentError(_one_line(cause)) from error
             raise AnswerLostError(_one_line(cause or error)) from error
+        except TypeError as error:
+            raise FoundryError(
+                f"the installed anthropic {self._sdk.__version__} does not take these parameters: {error}",
+                hint="Install a newer one: pip install --upgrade 'model-foundry[generate]'",
+            ) from error
         except Exception as error:
             # A body that breaks off while it is read raises the transport's own errors through the SDK.
             raise AnswerLostError(f"{type(error).__name__}: {_one_line(error)}") from error

@@ -79,7 +79,10 @@ class Report:
         if self.blocked_at is not None:
             lines.append(f"ceiling     reached: the next request needs --max-cost {self.blocked_at / 1e9:.6f} or more")
         if self.incomplete:
-            lines.append(f"results     of {self.incomplete} batches are not all readable; run again to read them again")
+            lines.append(
+                f"results     of {self.incomplete} batches are not all readable: run again to read them again, or give "
+                "them up with --resend-uncertain (the run after that sends them again)"
+            )
         odd = self.oddities
         if odd.repeated or odd.unknown or odd.unreadable:
             lines.append(
