@@ -178,22 +178,18 @@ class BulkRenderer:
 
 def _piece_encoders(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> tuple[PieceEncoder | None, PieceEncoder | None]:
     """For what a template writes, where control tokens are read; and for people's text, where they are text."""
-    cuts = find_cuts(json.loads(tokenizer.backend.to_str()))
+    cuts = find_cuts(json.loads(tokenizer.backend.to_str())) if tokenizer.sentencepiece is None else None
     if cuts is None:
         return None, None
-    backend, control = tokenizer.backend, tokenizer.control_tokens()
+    control = tokenizer.control_tokens()
     plain = tokenizer.plain(control)
-
-    def encode(text: str) -> tuple[list[int], list[Span]]:
-        encoding = backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
 
     def encode_plain(text: str) -> tuple[list[int], list[Span]]:
         return plain.encode(text, first=True)
 
     added = sorted(tokenizer.special_tokens)
     return (
-        PieceEncoder(cuts, atoms=added, encode=encode, dtype=dtype),
+        PieceEncoder(cuts, atoms=added, encode=tokenizer.scan, dtype=dtype),
         PieceEncoder(cuts, atoms=[t for t in added if t not in control], encode=encode_plain, dtype=dtype),
     )
 

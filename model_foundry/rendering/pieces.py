@@ -26,9 +26,9 @@ MAX_PIECE_CHARS = 64
 _MAX_SHORT = 20_000
 _NEAR_CHARS = 128
 
-# White space by every engine, and characters that are white space to some engines only.
+# White space by every engine, and characters that are white space to some engines only (or no characters at all).
 _SPACE = " \t\r\n\xa0\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_UNSURE = re.compile("[\x0b\x0c\x1c-\x1f\x85\u1680\u180e]")
+_UNSURE = re.compile("[\x0b\x0c\x1c-\x1f\x85\u1680\u180e\ud800-\udfff]")
 
 _NO_SPACE = f"[^{_SPACE}\x0b\x0c\x1c-\x1f\x85\u1680\u180e]"
 _WORDS = re.compile(f"{_NO_SPACE} {_NO_SPACE}")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_foundry.errors import FoundryError, TemplateError
+from model_foundry.errors import DataError, FoundryError, TemplateError
 from model_foundry.rendering import Rendered, Renderer
 from model_foundry.rendering.bulk import BulkRenderer, EncodedRow, token_dtype
 from model_foundry.rendering.opaque import prove_opaque
@@ -114,6 +114,14 @@ def test_texts_are_those_of_the_renderer(chatml_folder: Path, sentencepiece_fold
             assert np.frombuffer(bulk.text(text), dtype=bulk.dtype).tolist() == renderer.tokenizer.encode(text)
 
     check()
+
+
+def test_half_a_character_is_refused_as_by_the_tokenizer(chatml_folder: Path) -> None:
+    bulk = BulkRenderer(Renderer(Tokenizer.load(chatml_folder)))
+    with pytest.raises(DataError, match="character 5 of the text is half a character"):
+        bulk.text_row("one \ud800 two")
+    with pytest.raises(DataError, match="half a character"):
+        bulk.render([Message("user", "one \ud800 two"), Message("assistant", "x")])
 
 
 def test_fields_that_the_template_reads_and_tools_go_through_it(chatml_folder: Path, tmp_path: Path) -> None:
