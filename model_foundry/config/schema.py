@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from model_foundry.config.data import PackConfig
 from model_foundry.config.gate import GateSection
 from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.section import (
@@ -246,5 +247,6 @@ COMMAND_SCHEMAS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
     "generate": GenerateConfig,
+    "data pack": PackConfig,
 }
 """The schema of each command that takes a configuration."""
