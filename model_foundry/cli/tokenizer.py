@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from model_foundry.tokenizer.training import Progress, TrainedTokenizer
 
 SECONDS_BETWEEN_LINES = 5.0
+NUM_LONGEST_SHOWN = 5
 _NO_SIZE_SUFFIXES = (".gz", ".zst", ".parquet")  # whose size says little about the text in them
 
 _PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -204,7 +205,6 @@ def _table(folders: Sequence[Path], measured: Sequence[Quality]) -> Iterator[str
         ("single characters", lambda each: f"{each.single_share:.1%} of the tokens"),
         ("unknown", lambda each: f"{each.num_unknown:,}"),
         ("come back exactly", lambda each: f"{each.num_texts - each.num_changed:,} of {each.num_texts:,} texts"),
-        ("longest tokens", lambda each: ", ".join(json.dumps(t.text, ensure_ascii=False) for t in each.longest[:3])),
     ]
     first = measured[0]
     yield f"{first.num_texts:,} texts, {first.num_bytes:,} bytes, {first.num_words:,} words"
@@ -214,6 +214,8 @@ def _table(folders: Sequence[Path], measured: Sequence[Quality]) -> Iterator[str
         texts = (column[index].ljust(width) for column, width in zip(cells, widths, strict=True))
         yield f"{label:<18} {'  '.join(texts)}".rstrip()
     for folder, one in zip(folders, measured, strict=True):
+        longest = ", ".join(json.dumps(token.text, ensure_ascii=False) for token in one.longest[:NUM_LONGEST_SHOWN])
+        yield f"{folder}: longest tokens {longest}"
         if (place := one.first_difference) is not None:
             yield f"{folder}: {place.source}, byte {place.byte:,}: {place.expected!r} comes back as {place.got!r}"
 

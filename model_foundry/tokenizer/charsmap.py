@@ -94,33 +94,47 @@ class CharsMap:
     def __init__(self, blob: bytes, kept: frozenset[str] = frozenset()) -> None:
         self._trie = read_charsmap(blob) if blob else None
         by_length = sorted(kept, key=len, reverse=True)
-        parts = [f"(?P<kept>{'|'.join(map(re.escape, by_length))})"] if kept else []
+        self._kept = re.compile("|".join(map(re.escape, by_length))) if kept else None
+        # What begins a rule of several characters, as any vowel that an accent may follow does, is not searched for:
+        # its second character tells.
+        signs = {text[0] for text in kept}
         if self._trie is not None:
-            if self._trie.lone:
-                parts.append(_one_of(self._trie.lone))
-            if self._trie.first:
-                parts.append(f"{_one_of(self._trie.first)}(?={_one_of(self._trie.second)})")
-        self._pattern = re.compile("|".join(parts)) if parts else None
-        self._has_kept = bool(kept)
+            signs |= self._trie.lone | self._trie.second
+        self._signs = _class_of(signs) if signs else None
 
     def find(self, text: str) -> list[tuple[int, int, str]]:
         """Start, end and replacement of each match, in order."""
-        if self._pattern is None:
-            return []
         found: list[tuple[int, int, str]] = []
         place = 0
-        while (match := self._pattern.search(text, place)) is not None:
-            start, place = match.span()
-            if self._has_kept and match["kept"] is not None:
-                found.append((start, place, match["kept"]))
-            elif self._trie is not None and (rule := self._trie.longest(text, start)) is not None:
-                place, replacement = rule
-                found.append((start, place, replacement))
+        while self._signs is not None and (sign := self._signs.search(text, place)) is not None:
+            at = sign.start()
+            match = self._match_before(text, at, place) or self._match_at(text, at)
+            place = at + 1
+            if match is not None:
+                found.append(match)
+                place = match[1]
         return found
 
+    def _match_before(self, text: str, at: int, place: int) -> tuple[int, int, str] | None:
+        """The rule whose second character is at `at`, if the first is free."""
+        trie = self._trie
+        if trie is None or at == place or text[at] not in trie.second or text[at - 1] not in trie.first:
+            return None
+        rule = trie.longest(text, at - 1)
+        return None if rule is None else (at - 1, *rule)
 
-def _one_of(characters: frozenset[str]) -> str:
-    return f"[{''.join(map(re.escape, sorted(characters)))}]"
+    def _match_at(self, text: str, at: int) -> tuple[int, int, str] | None:
+        if self._kept is not None and (kept := self._kept.match(text, at)) is not None:
+            return at, kept.end(), kept.group()
+        rule = None if self._trie is None else self._trie.longest(text, at)
+        return None if rule is None else (at, *rule)
+
+
+def _class_of(characters: set[str]) -> re.Pattern[str]:
+    """Finds these characters, and perhaps others above U+FFFF: Python looks those up one by one, 700 times slower."""
+    plain = "".join(re.escape(character) for character in sorted(characters) if character <= "\uffff")
+    above = "\U00010000-\U0010ffff" if max(characters) > "\uffff" else ""
+    return re.compile(f"[{plain}{above}]")
 
 
 def _num_bytes(lead: int) -> int:
