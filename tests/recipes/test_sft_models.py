@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from model_foundry.errors import ModelError
+from model_foundry.recipes.plan import plan_text
 from model_foundry.recipes.training_run import plan_run, run_training
 from tests.tiny_runs import COLOURS, losses, tiny_config, write_jsonl
 
@@ -21,7 +23,7 @@ FORMATS: dict[str, Callable[[str, str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("kind", ["gpt2", "gemma", "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "mistral", "qwen3", "qwen3-moe", "qwen3-moe-mixed"])
 def test_every_architecture_trains_is_saved_and_repeats(
     kind: str, lora: bool, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -42,6 +44,20 @@ def test_the_plan_of_a_foreign_architecture_says_that_it_predicts_nothing(
     plan = plan_run(tiny_config(tmp_path, model=tiny_folder("gpt2")))
     assert plan["memory"] is None
     assert plan["measured_peak_bytes"] > 0
+
+
+def test_a_dry_run_on_a_config_alone_says_what_can_be_said(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The weights of a large model are fetched after the plan, not for it; and no row is read that may not exist yet."""
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text((tiny_folder("qwen3-moe") / "config.json").read_text())
+    config = tiny_config(tmp_path, model=tmp_path / "shape")
+    text = plan_text(plan_run(config))
+    assert "no step was measured" in text
+    assert "qwen3_moe" in text
+    with pytest.raises(ModelError, match="holds no weights"):
+        run_training(config)
 
 
 @pytest.mark.parametrize("name", FORMATS)
