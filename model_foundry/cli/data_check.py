@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,33 @@ def command(resolved: Resolved[TrainConfig], *, as_json: bool, report: Path | No
     from model_foundry.recipes.gatekeeping import check_data
     from model_foundry.run.directory import utc_now
 
-    verdict = check_data(resolved.config, now=utc_now())
+    with rendering_progress() as on_progress:
+        verdict = check_data(resolved.config, now=utc_now(), on_progress=on_progress)
     values = verdict.as_dict()
     text = json.dumps(values, indent=2, ensure_ascii=False)
     if report is not None:
         atomic_write(report, text + "\n")
     click.echo(text if as_json else verdict_text(values))
     return 0 if verdict.passed else 1
+
+
+@contextmanager
+def rendering_progress(*, patience_seconds: float = 2.0) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar (plain lines where there is no terminal) for work that takes longer than a moment."""
+    from model_foundry.run.progress import open_progress
+
+    with open_progress() as progress:
+        started, is_shown = time.monotonic(), False
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal is_shown
+            if not is_shown and time.monotonic() - started >= patience_seconds:
+                progress.start(total, "rows", done_steps=done)
+                is_shown = True
+            elif is_shown:
+                progress.advance(done)
+
+        yield on_progress
 
 
 def verdict_text(verdict: Mapping[str, Any]) -> str:

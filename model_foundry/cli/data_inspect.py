@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from model_foundry.cli.arguments import takes_config
+from model_foundry.cli.data_check import rendering_progress
 from model_foundry.config.load import Resolved
 from model_foundry.config.schema import TrainConfig
 
@@ -39,7 +40,8 @@ def command(resolved: Resolved[TrainConfig], *, as_json: bool, rows: int | None,
     from model_foundry.recipes.gatekeeping import read_subject
     from model_foundry.run.directory import utc_now
 
-    subject = read_subject(resolved.config, now=utc_now())
+    with rendering_progress() as on_progress:
+        subject = read_subject(resolved.config, now=utc_now(), on_progress=on_progress)
     verdict = judge(subject)
     shown = inspect_rows(subject, verdict, num_shown=TERMINAL_ROWS if rows is None else rows)
     if as_json:

@@ -6,7 +6,7 @@ Knows rows and a renderer; does not know batches, models or files beyond their n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +22,7 @@ TrainOn = Literal["assistant", "last_assistant", "all"]
 ProblemKind = Literal["untrained", "template", "border", "overlong"]
 MAX_DROPPED_NAMED = 10
 GIANT_ROW_CHARS = 1_000_000
+PROGRESS_ROWS = 500
 
 
 def _no_rows() -> np.ndarray:
@@ -143,8 +144,12 @@ def attempt_rows(
     max_length: int,
     overlength: Overlength = "drop",
     train_on: TrainOn = "assistant",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TokenisedSet, tuple[RowProblem, ...]]:
     """What `tokenise_rows` does, with every row that it would refuse named and passed over; nothing may be left.
+
+    Args:
+        on_progress: gets the rows done and all of them, every so many rows.
 
     Raises:
         DataError: the rows are of another method. TemplateError: there is no template for conversations, or one that
@@ -156,6 +161,8 @@ def attempt_rows(
     collector = _Collector(max_length, overlength)
     shows_calls = "tool_calls" in renderer.template_text
     for index, row in enumerate(rows.rows):
+        if index % PROGRESS_ROWS == 0:
+            on_progress(index, len(rows.rows))
         if row.text is None and train_on != "all" and not any(m.role == "assistant" for m in row.messages):
             what = "no message has the role assistant, so there is nothing to train on"
             collector.problems.append(RowProblem(row.source, what, "untrained"))

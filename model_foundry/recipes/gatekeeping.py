@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from model_foundry.config.gate import GateSection
@@ -25,20 +25,28 @@ from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message
 
 logger = logging.getLogger(__name__)
+OnProgress = Callable[[int, int], None]
 
 
-def check_data(config: TrainConfig, *, now: datetime) -> GateReport:
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def check_data(config: TrainConfig, *, now: datetime, on_progress: OnProgress = _silent) -> GateReport:
     """Judge a configuration's training rows, whatever is wrong with them; loads no weights.
+
+    Args:
+        on_progress: gets the rows rendered so far and all of them.
 
     Raises:
         ConfigError: no training rows are named. DataError: there is no such file, or what is held out cannot be read.
         ModelError, TemplateError: there is no such model, or it has no chat template.
     """
-    return judge(read_subject(config, now=now))
+    return judge(read_subject(config, now=now, on_progress=on_progress))
 
 
-def read_subject(config: TrainConfig, *, now: datetime) -> Subject:
-    """What the gate judges, read and rendered; raises as `check_data`."""
+def read_subject(config: TrainConfig, *, now: datetime, on_progress: OnProgress = _silent) -> Subject:
+    """What the gate judges, read and rendered; arguments and errors as for `check_data`."""
     data = config.data
     if data.train_file is None:
         hint = "Name a file of rows: foundry data check FILE.jsonl"
@@ -53,7 +61,7 @@ def read_subject(config: TrainConfig, *, now: datetime) -> Subject:
         questions = read_questions(config.evaluation.file, system=config.evaluation.system)
     source = resolve_model(config.model.name)
     renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
-    return subject_of(config, reading, renderer, validation=validation, questions=questions)
+    return subject_of(config, reading, renderer, validation=validation, questions=questions, on_progress=on_progress)
 
 
 def subject_of(
@@ -64,6 +72,7 @@ def subject_of(
     validation: Reading | None,
     questions: Sequence[Question],
     data: TokenisedSet | None = None,
+    on_progress: OnProgress = _silent,
 ) -> Subject:
     """Rows, datums and thresholds together; `data` are the datums where they have been made already."""
     held_out = []
@@ -81,6 +90,7 @@ def subject_of(
         policy=policy_of(config.gate, allow_control_tokens=config.data.allow_control_tokens),
         held_out=tuple(held_out),
         data=data,
+        on_progress=on_progress,
     )
 
 

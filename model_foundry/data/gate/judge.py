@@ -45,8 +45,12 @@ def make_subject(
     policy: GatePolicy | None = None,
     held_out: tuple[HeldOut, ...] = (),
     data: TokenisedSet | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Subject:
     """Render what was read, unless `data` holds it already, rendered with the same settings.
+
+    Args:
+        on_progress: as for `attempt_rows`.
 
     Raises:
         TemplateError: there is no template for conversations, or one that does what it must not.
@@ -55,8 +59,9 @@ def make_subject(
     problems = ()
     if data is None:
         data, problems = attempt_rows(
-            rendered, renderer, max_length=max_length, overlength=overlength, train_on=train_on
-        )
+            rendered, renderer, max_length=max_length, overlength=overlength, train_on=train_on,
+            on_progress=on_progress,
+        )  # fmt: skip
     for row in reading.rows.rows:
         if row.tools or any(turn.extra for turn in (*row.messages, *row.chosen, *row.rejected)):
             reading.unread.look_at_turns(row, template=renderer.template_text)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from model_foundry.cli.data_check import rendering_progress
 from tests.tiny_runs import assert_one_paragraph, chat_row, foundry_here, write_jsonl
 
 CLEAN = [chat_row(f"How many legs have {n} beetles?", f"They have {6 * n}.") for n in range(1, 12)]
@@ -109,3 +110,15 @@ def test_what_the_inspector_found_is_json(rows: Path, model: Path) -> None:
     assert "".join(token["text"] for token in first if token["is_trained"]) == "They have 6.<|im_end|>"
     assert [token["text"] for token in first if token["is_special"]] == ["<|im_start|>", "<|im_end|>"] * 2
     assert shown["gate"]["passed"] is True
+
+
+def test_progress_is_said_where_it_takes_longer_than_a_moment(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents a minute of silence over a large file, and a bar that flashes over a small one."""
+    with rendering_progress(patience_seconds=0.0) as on_progress:
+        on_progress(0, 10)
+        on_progress(10, 10)
+    assert "rows 10/10" in capsys.readouterr().err
+    with rendering_progress() as on_progress:
+        on_progress(0, 10)
+        on_progress(10, 10)
+    assert capsys.readouterr().err == ""
