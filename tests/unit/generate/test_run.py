@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from model_foundry.data.gate.unread import content_reason
 from model_foundry.data.rows import read_rows
 from model_foundry.errors import ConfigError, DataError, FoundryError, InterruptedRunError
 from model_foundry.generate import run
 from model_foundry.generate.batches import BatchLimits
 from model_foundry.generate.client import Client
-from model_foundry.generate.dataset import RowRules, standard_filters
+from model_foundry.generate.dataset import RowRules, standard_filters, write_dataset
+from model_foundry.generate.ledger import Ledger
 from model_foundry.generate.pacing import Clock, Pacing
 from model_foundry.generate.report import Report
 from tests.generation_rig import KEY, PLENTY, code_unit, code_units, make_recipe
@@ -94,6 +97,7 @@ def test_every_reply_becomes_rows_with_the_code_as_it_was_and_where_it_came_from
     assert {row["meta"]["batch"] for row in rows} == {None, "msgbatch_0000", "msgbatch_0001", "msgbatch_0002"}
     found = read_rows(world.job.output)
     assert (found.format, len(found.rows)) == ("messages", 20)
+    assert content_reason("meta", rows[0]["meta"], found.rows[0]) is None, "the gate takes meta for what it is"
     written = json.loads(world.job.report_path.read_text())
     assert (written["dataset"]["rows"], written["spent_usd"]) == (20, report.money.spent / 1e9)
 
@@ -264,6 +268,21 @@ def test_a_full_disk_for_the_rows_loses_nothing(world: World) -> None:
     world.generate(3)
     assert world.rows() == rows
     assert len(world.server.bills) == bills
+
+
+def test_a_disk_that_fills_while_the_rows_are_written_leaves_the_old_ones(world: World) -> None:
+    world.generate(10)
+    before = world.job.output.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Ledger.open(world.job.ledger, settings=world.job.all_settings) as ledger:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            with pytest.raises(FoundryError, match=r"File too large.*The replies are safe in"):
+                write_dataset(ledger, world.job.output, world.job.rules)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert world.job.output.read_bytes() == before
+    assert not list(world.job.output.parent.glob(".tmp-*"))
 
 
 class _CtrlC(TestClock):
