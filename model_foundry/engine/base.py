@@ -4,6 +4,8 @@ An engine knows nothing of text, YAML, HTTP, epochs or schedules.
 
 - The loss is the sum of weighted token losses; the caller normalises through the weights. So accumulating, splitting a
   batch and surviving out-of-memory are details of the engine, exact up to rounding.
+- A mixture of experts may add its load-balancing loss in training: about all rows of a call, times their weights, and
+  reported beside the loss. It is the one part that depends on what is passed together.
 - `forward_backward` is all or nothing. When memory runs out, what is pending since the last `optim_step` is done again
   in smaller pieces; when even one row does not fit, the gradients are as they were before the call.
 - `optim_step` takes its hyper-parameters with the call and clears the gradients.

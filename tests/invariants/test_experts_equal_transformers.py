@@ -11,10 +11,14 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from model_foundry.engine.losses import LOSSES
+from model_foundry.engine.optimizer import FlatAdamW
+from model_foundry.engine.pieces import Passes
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.folder import read_config
-from model_foundry.models.language_model import load_language_model
+from model_foundry.models.language_model import NativeModel, load_language_model
+from model_foundry.models.randomness import DropoutCounter
 from model_foundry.types import Datum
 from tests.tiny_models import random_data, random_rows, write_tiny_model
 
@@ -174,6 +178,36 @@ def test_splitting_a_batch_keeps_the_balance_of_the_whole_batch(checkpointing: b
         assert output.loss_sum == pytest.approx(want_output.loss_sum, rel=1e-6)
         assert output.router_loss == pytest.approx(want_output.router_loss, rel=1e-6)
         assert_same_gradients(our_gradients(own, model_id), want, bound=1e-5)
+
+
+class SmallMachine(NativeModel):
+    """A model with memory for 100 tokens; beyond, it fails as torch does, and late, with every choice recorded."""
+
+    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        hidden = super().hidden(rows)
+        if sum(len(row) for row in rows) > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return hidden
+
+
+def test_running_out_of_memory_keeps_the_balance_of_the_whole_batch(tmp_path: Path) -> None:
+    """What was counted in the attempt that failed must not count again."""
+    folder = balanced_folder(tmp_path / "model", router_aux_loss_coef=0.3)
+    loss, grads, outputs = LOSSES["cross_entropy"], [], []
+    for kind in (NativeModel, SmallMachine):
+        loaded = load_language_model(folder, dtype=torch.float32)
+        assert isinstance(loaded, NativeModel)
+        model = kind(loaded.decoder).train()
+        optimizer = FlatAdamW(model.base_parameters())
+        passes = Passes(model, DropoutCounter(), torch.device("cpu"), optimizer)
+        for seed in (0, 1):
+            outputs.append(passes.forward_backward(random_data((40, 30, 61), seed=seed), loss, scope="due"))
+        grads.append(optimizer.grad)
+    whole, pieces = outputs[:2], outputs[2:]
+    for got, want in zip(pieces, whole, strict=True):
+        assert got.num_micro_batches > want.num_micro_batches == 1
+        assert got.router_loss == pytest.approx(want.router_loss, rel=1e-6)
+    assert float((grads[1] - grads[0]).abs().max()) < 1e-5 * float(grads[0].abs().max())
 
 
 def test_the_balance_is_trained_and_not_measured(tmp_path: Path) -> None:

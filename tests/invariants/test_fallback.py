@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from model_foundry.errors import ModelError
 from model_foundry.models.fallback import TransformersModel, load_transformers_model
 from model_foundry.models.folder import read_config, write_model_folder
+from model_foundry.models.language_model import load_language_model
 
 WIDE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -104,6 +105,24 @@ def test_dropout_is_off_even_in_training_mode_and_that_is_said(make: Callable[[s
     wrapped.train()
     assert torch.equal(wrapped.logits(rows())[0], wrapped.logits(rows())[0])
     assert any("resid_pdrop" in note for note in wrapped.notes)
+
+
+def test_experts_that_carry_no_adapter_are_said_to(
+    make: Callable[[str], Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    """all-linear used to leave Mixtral's experts out, nine tenths of its weights, without a word."""
+    folder = make("mixtral")[1]
+    model = load_language_model(folder, dtype=torch.float32)
+    assert not any("expert" in name for name in model.linears())
+    assert "weights of experts are not linear modules" in caplog.text
+    assert "all-linear included" in caplog.text
+
+
+def test_the_attention_that_was_asked_for_is_taken_or_its_replacement_said(make: Callable[[str], Made]) -> None:
+    folder = make("gemma")[1]
+    assert load_transformers_model(folder, torch.float32, "cpu", attention="eager").attention == "eager"
+    wrapped = load_transformers_model(folder, torch.float32, "cpu", attention="flash")
+    assert any(f"computed by {wrapped.attention}" in note for note in wrapped.notes)
 
 
 def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from model_foundry.config.architecture import ArchitectureSection
+from model_foundry.config.load import load_config
+from model_foundry.config.section import Section
 from model_foundry.errors import ConfigError
 from model_foundry.models.architecture import Architecture, to_config
 from model_foundry.models.config import ModelConfig
@@ -49,6 +51,17 @@ def test_numbers_that_do_not_go_together_name_their_field(field: str, values: di
 def test_impossible_values_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ArchitectureSection.model_validate(values)
+
+
+class Probe(Section):
+    architecture: ArchitectureSection = ArchitectureSection()
+
+
+def test_a_person_reads_the_dotted_name_of_the_field() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(Probe, path=None, overrides=["architecture.num_attention_heads=3"])
+    assert "architecture.num_attention_heads" in str(error.value)
+    assert "does not divide hidden_size 256" in str(error.value)
 
 
 @pytest.mark.parametrize("values", [{}, {"architecture": "qwen3", "head_dim": 20}, MIXTURE, {"architecture": "gpt2"}])
