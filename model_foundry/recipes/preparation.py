@@ -24,7 +24,7 @@ from model_foundry.errors import ConfigError, ModelError, RunError
 from model_foundry.evals.generation import Question, read_questions
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import fingerprint, read_config
-from model_foundry.recipes.gatekeeping import enforce, subject_of
+from model_foundry.recipes.gatekeeping import subject_of
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
@@ -148,7 +148,6 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
 
     Raises:
         ConfigError: no training file. DataError, ModelError, TemplateError: as the parts raise them.
-        CheckFailedError: the gate refuses the rows.
     """
     if config.data.train_file is None:
         raise ConfigError("no training rows are named", where="data.train_file", hint="Set data.train_file=FILE.jsonl.")
@@ -187,7 +186,6 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     num_micro_batches, total_steps = count_steps(config, batches.num_batches_per_epoch)
     learning_rate = _learning_rate(config, total_steps)
     gate = judge(subject_of(config, reading, renderer, validation=validation_reading, questions=questions, data=train))
-    enforce(gate, config)
     return Prepared(
         config=config,
         source=source,

@@ -10,6 +10,7 @@ from model_foundry.client.local import TrainingClient
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.memory import MemoryEstimate
+from model_foundry.recipes.gatekeeping import enforce
 from model_foundry.recipes.plan import Trial, plan_facts, predict_memory, try_longest_batch
 from model_foundry.recipes.preparation import Prepared
 
@@ -34,8 +35,13 @@ class Session:
 
 
 def open_session(prepared: Prepared) -> Session:
-    """Load the model and try the longest batch on it."""
+    """Load the model and try the longest batch on it.
+
+    Raises:
+        CheckFailedError: the gate refuses the rows.
+    """
     config = prepared.config
+    enforce(prepared.gate, config)
     engine = TorchEngine(
         device=config.model.device,
         dtype=config.model.dtype,

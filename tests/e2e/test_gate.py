@@ -89,3 +89,12 @@ def test_the_demo_passes_as_shipped(model: Path, monkeypatch: pytest.MonkeyPatch
     others = () if own else (f"model={model}", "model.template=chatml", "data.max_length=512")
     done = foundry_here("data", "check", "examples/demo/demo.yaml", *others)
     assert done.returncode == 0, done.stdout
+
+
+def test_changed_rows_are_told_from_refused_ones(config: Path) -> None:
+    """A run that goes on is told first that its rows are others now; whether those are good is the next question."""
+    assert foundry_here("train", config, "training.max_steps=4").returncode == 0
+    run = config.parent / "run"
+    (run / "report.json").unlink()
+    spoil(config)
+    assert_one_paragraph(foundry_here("resume", run), code=2, words=("train_file", "has changed"))
