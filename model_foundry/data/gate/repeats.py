@@ -6,7 +6,7 @@ what reverse prompting makes, and no duplicates: of rows that are only alike, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +24,15 @@ def find_repeats(texts: Sequence[str], questions: Sequence[str], *, threshold: f
         questions: what each row asks; empty where it asks nothing, and only the text counts.
         threshold: the Jaccard similarity from which texts are alike. Questions are from half of their words on.
     """
-    found = find_duplicates(texts, threshold=threshold)
+    return only_same_questions(find_duplicates(texts, threshold=threshold), questions)
+
+
+def only_same_questions(found: Duplicates, questions: Sequence[str] | Mapping[int, str]) -> Duplicates:
+    """Duplicates without the rows that are only alike and ask something else.
+
+    Args:
+        questions: what each row asks that is in a group of several.
+    """
     first, exact, similarity = found.first.copy(), found.exact.copy(), found.similarity.copy()
     asked: dict[int, list[int]] = {}  # by a group's first row: rows of it that ask different things
     for index in np.flatnonzero(found.first != np.arange(found.num_texts)).tolist():

@@ -6,11 +6,14 @@ Also the text by which rows are compared: what was asked and answered, without w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import orjson
 
 from model_foundry.data.dedup import Duplicates
 from model_foundry.data.gate.borders import Borders, find_borders
@@ -20,6 +23,7 @@ from model_foundry.data.gate.verdict import Example, GatePolicy, excerpt
 from model_foundry.data.rows import Row, RowSet
 from model_foundry.data.tokenise import RowProblem, TokenisedSet, TrainOn
 from model_foundry.rendering import Renderer
+from model_foundry.types import Message
 
 MIN_SHARED_ROWS = 20
 MIN_SHARED_SHARE = 0.1
@@ -124,11 +128,15 @@ def find_shared_lines(rows: Sequence[Row]) -> frozenset[str]:
     """Lines that many rows' questions share: the instruction above the question says nothing about the row."""
     counts: Counter[str] = Counter()
     for row in rows:
-        lines = {line for message in row.messages if message.role == "user" for line in message.content.splitlines()}
-        if len(lines) > 1:
-            counts.update(lines)
+        counts.update(asked_lines(row))
     least = max(MIN_SHARED_ROWS, MIN_SHARED_SHARE * len(rows))
     return frozenset(line for line, count in counts.items() if count >= least)
+
+
+def asked_lines(row: Row) -> set[str]:
+    """The lines of what a row asks, where there are several."""
+    lines = {line for message in row.messages if message.role == "user" for line in message.content.splitlines()}
+    return lines if len(lines) > 1 else set()
 
 
 def comparable_text(row: Row, shared_lines: frozenset[str] = frozenset()) -> str:
@@ -136,11 +144,34 @@ def comparable_text(row: Row, shared_lines: frozenset[str] = frozenset()) -> str
     if row.text is not None:
         return row.text
     turns = (*row.messages, *row.chosen, *row.rejected)
-    return "\n".join(
-        question_text(turn.content, shared_lines) if turn.role == "user" else turn.content
-        for turn in turns
-        if turn.role != "system"
-    )
+    return "\n".join(_said(turn, shared_lines) for turn in turns if turn.role != "system")
+
+
+def _said(turn: Message, shared_lines: frozenset[str]) -> str:
+    """A turn's text, and the tools that it calls: rows that call with other arguments are other rows."""
+    text = question_text(turn.content, shared_lines) if turn.role == "user" else turn.content
+    called = " ".join(word for call in turn.extra.get("tool_calls") or () for word in _called(call))
+    return f"{text}\n{called}" if called else text
+
+
+def _called(call: Any) -> list[str]:
+    """A tool's name and the values it is called with, without the frame of keys that all calls share."""
+    function = call.get("function", call) if isinstance(call, Mapping) else call
+    if not isinstance(function, Mapping):
+        return [str(function)]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(orjson.JSONDecodeError):
+            arguments = orjson.loads(arguments)
+    return [str(function.get("name")), *_values(arguments)]
+
+
+def _values(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _values(inner)
+    else:
+        yield str(value)
 
 
 def last_question(row: Row, shared_lines: frozenset[str] = frozenset()) -> str:
