@@ -7,6 +7,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("pyarrow", "zstandard"),
     "code": ("tree_sitter", "tree_sitter_lua", "tree_sitter_gdscript"),
     "generate": ("anthropic", "httpx"),
+    "gguf": ("gguf", "xllamacpp"),
     "quant": ("bitsandbytes",),
     "track": ("tensorboard", "wandb", "mlflow"),
 }

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "resume": ("model_foundry.cli.resume:command", "Go on with a run where its last checkpoint left it."),
     "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
     "chat": ("model_foundry.cli.chat:command", "Talk to a model or a run."),
+    "export": ("model_foundry.cli.export:command", "Hand a trained model over, measured before it is accepted."),
     "data": ("model_foundry.cli.data:command", "Check, inspect, convert, deduplicate and pack training data."),
     "generate": (
         "model_foundry.cli.generate:command",

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ MAX_SHARD_BYTES = 1 << 30
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PART = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
 
@@ -95,7 +96,7 @@ class Rounding:
         return (self.lost / self.changed) ** 0.5 if self.changed else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Merge:
     """A base and what is to be worked into it, held against each other.
 
@@ -112,7 +113,16 @@ class Merge:
     config: Mapping[str, Any]
     rounding: Rounding = field(default_factory=Rounding)
 
-    @property
+    @cached_property
+    def places(self) -> dict[str, tuple[Path, TensorEntry]]:
+        """Where each of the base's weights lies, in the order in which they are read."""
+        return {
+            name: (path, entry)
+            for path in weight_files(self.base)
+            for name, entry in sorted(read_entries(path).items(), key=lambda item: item[1].start)
+        }
+
+    @cached_property
     def outputs(self) -> dict[str, tuple[str, ...]]:
         """Which merged weights each stored one becomes: itself, both ends of a tied model, or (a tied copy) nothing."""
         head_here = HEAD in self.tensors
@@ -126,13 +136,7 @@ class Merge:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every merged weight, in the order of `weights`."""
-        outputs = self.outputs
-        return {
-            out: tuple(entry.shape)
-            for path in weight_files(self.base)
-            for name, entry in sorted(read_entries(path).items(), key=lambda item: item[1].start)
-            for out in outputs[name]
-        }
+        return {out: tuple(entry.shape) for name, (_, entry) in self.places.items() for out in self.outputs[name]}
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Every merged weight by name, one at a time.
@@ -147,6 +151,22 @@ class Merge:
         for name, tensor in read_tensors(self.base):
             for out in outputs[name]:
                 yield out, self._merged(out, tensor, dtype)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """One merged weight in float32, whichever file it lies in.
+
+        Raises:
+            ModelError: the file ends within it.
+        """
+        stored = next(source for source, outs in self.outputs.items() if name in outs)
+        path, entry = self.places[stored]
+        with path.open("rb") as file:
+            file.seek(entry.start)
+            data = bytearray(entry.end - entry.start)
+            if file.readinto(data) != len(data):
+                raise ModelError(f"it ends within {stored}", where=str(path), hint="Fetch or copy it again.")
+        tensor = torch.frombuffer(data, dtype=_FLOATS[entry.dtype]).reshape(entry.shape)
+        return self._merged(name, tensor, torch.float32)
 
     def _merged(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         target = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype

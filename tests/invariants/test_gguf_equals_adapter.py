@@ -1,0 +1,129 @@
+"""What llama.cpp computes from our GGUF is what the adapter computed, for every kind; broken files are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from model_foundry.export.gguf import GgufFile, write_gguf
+from model_foundry.export.hand_over import Subject, check_gguf
+from model_foundry.export.merge import Merge, plan_merge
+from model_foundry.export.parity import make_probe
+from model_foundry.types import Check
+from tests.tiny_exports import KINDS, make_subject
+
+
+def write(path: Path, subject: Subject, merge: Merge, format: str, *, template: str | None = None) -> GgufFile:
+    renderer = subject.renderer
+    return write_gguf(
+        path, merge, format=format, tokenizer=renderer.tokenizer, name="tiny",
+        chat_template=renderer.template_text if template is None else template,
+        stop_token_ids=renderer.stop_token_ids,
+    )  # fmt: skip
+
+
+def failures(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.evidence for check in checks if not check.passed}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_what_the_adapter_does(tmp_path: Path, kind: str) -> None:
+    subject = make_subject(tmp_path, kind)
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    for format in ("f32", "f16", "q8_0"):
+        written = write(tmp_path / f"{format}.gguf", subject, merge, format)
+        checks = check_gguf(written, subject, merge, probe, readers=("llama.cpp",))
+        assert failures(checks) == {}, format
+        values = {check.name: check.value for check in checks}
+        assert {"llama.cpp: logits", "llama.cpp: distribution", "llama.cpp: adapter's effect"} <= values.keys()
+        if format == "f32":
+            assert float(values["llama.cpp: logits"] or 0.0) < 1e-9
+
+
+def swap_rows(path: Path) -> None:
+    """Query rows left as Hugging Face orders them: the classic mistake, and it loads without a word."""
+    reader = GGUFReader(path, "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_q.weight")
+    rows = tensor.data.shape[0]
+    tensor.data[:] = tensor.data.reshape(4, rows // 8, 2, -1).swapaxes(1, 2).reshape(tensor.data.shape).copy()
+    np.memmap.flush(reader.data)
+
+
+def set_number(path: Path, key: str, value: float) -> None:
+    reader = GGUFReader(path, "r+")
+    reader.fields[key].parts[-1][0] = value
+    np.memmap.flush(reader.data)
+
+
+BREAK: dict[str, tuple[Callable[[Path], None], str]] = {
+    "swapped rows of the queries": (swap_rows, "llama.cpp: logits"),
+    "wrong rope base": (lambda path: set_number(path, "llama.rope.freq_base", 500_000.0), "llama.cpp: logits"),
+    "wrong end of turn": (lambda path: set_number(path, "tokenizer.ggml.eot_token_id", 5), "gguf: stop tokens"),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_a_file_that_was_broken_is_caught(tmp_path: Path, how: str) -> None:
+    subject = make_subject(tmp_path)
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    written = write(tmp_path / "good.gguf", subject, merge, "f32")
+    assert failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",))) == {}
+    damage, expected = BREAK[how]
+    damage(written.path)
+    assert expected in failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
+
+
+def test_a_dropped_adapter_is_caught(tmp_path: Path) -> None:
+    """The base under the run's name answers fluently, and knows nothing that was taught."""
+    subject = make_subject(tmp_path)
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    written = write(tmp_path / "base.gguf", subject, plan_merge(subject.base, None), "f32")
+    failed = failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
+    assert {"llama.cpp: logits", "llama.cpp: adapter's effect", "llama.cpp: greedy answers"} <= failed.keys()
+    assert "instead of" in failed["llama.cpp: greedy answers"]
+
+
+def test_a_template_without_its_newline_is_caught(tmp_path: Path) -> None:
+    subject = make_subject(tmp_path)
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    template = subject.renderer.template_text.replace("\n", "", 1)
+    written = write(tmp_path / "template.gguf", subject, merge, "f32", template=template)
+    failed = failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
+    assert "differs from character" in failed["gguf: chat template"]
+
+
+def test_a_file_cut_in_half_is_one_sentence(tmp_path: Path) -> None:
+    subject = make_subject(tmp_path)
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    written = write(tmp_path / "cut.gguf", subject, merge, "f32")
+    data = written.path.read_bytes()
+    # The header stays whole, so that the file looks like one.
+    written.path.write_bytes(data[: len(data) - 20_000])
+    failed = failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
+    assert failed
+    assert all("Traceback" not in text for text in failed.values())
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_same_model_and_names_the_tensor_that_differs(tmp_path: Path) -> None:
+    """Other code than ours turns the file back: weight by weight, token by token."""
+    subject = make_subject(tmp_path)
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    written = write(tmp_path / "good.gguf", subject, merge, "f32")
+    checks = check_gguf(written, subject, merge, probe, readers=("transformers",))
+    assert failures(checks) == {}
+    assert {"gguf: weights", "gguf: configuration", "gguf: token ids"} <= {check.name for check in checks}
+    swap_rows(written.path)
+    failed = failures(check_gguf(written, subject, merge, probe, readers=("transformers",)))
+    assert "model.layers.0.self_attn.q_proj.weight is off by" in failed["gguf: weights"]
+    assert "gguf: logits" in failed

@@ -1,0 +1,132 @@
+"""An export appears whole and measured, or not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model_foundry.checkpoint.manifest import verify_manifest
+from model_foundry.errors import CheckFailedError, ModelError, UsageError
+from model_foundry.export.certificate import CARD, CERTIFICATE
+from model_foundry.export.gguf import check_format, gguf_obstacle
+from model_foundry.export.hand_over import Subject, export
+from model_foundry.export.merge import MARKER
+from model_foundry.models.config import ModelConfig
+from model_foundry.models.folder import read_json, read_tensors
+from model_foundry.rendering import Renderer
+from model_foundry.tokenizer import Tokenizer
+from tests.tiny_exports import make_subject
+from tests.tiny_models import config_of
+from tests.tiny_runs import assert_one_paragraph, foundry_here
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return make_subject(tmp_path_factory.mktemp("subject"))
+
+
+def test_a_merged_export_is_certified(subject: Subject, tmp_path: Path) -> None:
+    certificate = export(subject, tmp_path / "out", kind="merged")
+    out = tmp_path / "out"
+    assert certificate["passed"]
+    names = {check["name"] for check in certificate["checks"]}
+    assert {"merged: weights", "merged: logits", "merged: greedy answers", "merged: adapter's effect"} <= names
+    manifest = verify_manifest(out)
+    assert {CARD, CERTIFICATE, MARKER, "model.safetensors"} <= manifest.files.keys()
+    stored = json.loads((out / CERTIFICATE).read_text())
+    assert stored["files"]["model.safetensors"]["sha256"] == manifest.files["model.safetensors"].sha256
+    front = yaml.safe_load((out / CARD).read_text().split("---")[1])
+    assert front["base_model"] == "tiny"
+    assert "merged: logits" in (out / CARD).read_text()
+
+
+def test_the_template_and_the_stop_tokens_of_the_run_travel_along(subject: Subject, tmp_path: Path) -> None:
+    """A base without ChatML, trained with it, would be served without it and never stop."""
+    renderer = Renderer(Tokenizer.load(subject.base), "chatml")
+    export(replace(subject, renderer=renderer), tmp_path / "out", kind="merged")
+    assert Tokenizer.load(tmp_path / "out").chat_template == renderer.template_text
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == list(renderer.stop_token_ids)
+
+
+def test_an_adapter_is_handed_over_with_its_tokenizer(subject: Subject, tmp_path: Path) -> None:
+    certificate = export(subject, tmp_path / "out", kind="adapter")
+    assert certificate["passed"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= certificate["files"].keys()
+
+
+def test_an_adapter_that_rounding_swallows_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    """The merged model would be the base model, and nothing would say so."""
+    weak = make_subject(tmp_path / "weak", adapter_scale=0.003)
+    with pytest.raises(CheckFailedError, match="adapter's effect"):
+        export(weak, tmp_path / "out" / "merged", kind="merged", dtype="bfloat16")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert export(weak, tmp_path / "out" / "merged", kind="merged", dtype="float32")["passed"]
+
+
+def test_a_full_disk_leaves_nothing(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import model_foundry.export.hand_over as room
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "write_certificate", full)
+    with pytest.raises(OSError, match="No space"):
+        export(subject, tmp_path / "out", kind="merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_is_not_overwritten(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        export(subject, tmp_path / "out", kind="merged")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "x"
+
+
+def test_k_quants_are_refused_with_the_reason_and_the_next_command() -> None:
+    with pytest.raises(UsageError, match="own quantiser") as caught:
+        check_format("q4_k_m")
+    assert "llama-quantize" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="no format"):
+        check_format("q7")
+    assert check_format("Q8_0") == "q8_0"
+
+
+@pytest.mark.parametrize("kind, word", [("llama-biases", "hidden_act"), ("qwen3-moe-mixed", "bias")])
+def test_what_llama_cpp_computes_otherwise_is_refused(kind: str, word: str) -> None:
+    assert word in (gguf_obstacle(ModelConfig.from_hf(config_of(kind))) or "")
+    assert gguf_obstacle(ModelConfig.from_hf(config_of("llama"))) is None
+
+
+def test_the_command_merges_an_adapter_folder(subject: Subject, tmp_path: Path) -> None:
+    done = foundry_here(
+        "export", subject.adapter, "--to", "merged", "--dtype", "float16", "--out", tmp_path / "o", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"]
+    assert {str(tensor.dtype) for _, tensor in read_tensors(tmp_path / "o")} == {"torch.float16"}
+    again = foundry_here("export", subject.adapter, "--to", "merged", "--out", tmp_path / "o")
+    assert_one_paragraph(again, code=2, words=("not empty",))
+
+
+def test_wrong_wishes_are_one_paragraph(subject: Subject, tmp_path: Path) -> None:
+    for wish, words in {
+        ("--to", "gguf", "--quant", "q4_k_m"): ("llama-quantize",),
+        ("--to", "gguf", "--dtype", "float16"): ("--quant",),
+    }.items():
+        done = foundry_here("export", subject.adapter, *wish, "--out", tmp_path / "o")
+        assert_one_paragraph(done, code=2, words=words)
+    done = foundry_here("export", subject.base, "--to", "adapter", "--out", tmp_path / "o")
+    assert_one_paragraph(done, code=2, words=("no adapter",))
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(subject: Subject, tmp_path: Path) -> None:
+    other = make_subject(tmp_path / "other", "qwen2")
+    with pytest.raises(ModelError, match=r"trained on other weights|which the base lacks|the base's has"):
+        export(replace(subject, adapter=other.adapter), tmp_path / "out", kind="merged")
+    assert not (tmp_path / "out").exists()
