@@ -12,8 +12,8 @@ from model_foundry.config.section import Fraction, PositiveInt, Section
 class GateSection(Section):
     action: Literal["refuse", "warn"] = "refuse"
     """refuse: data that fails a check is not trained on. warn: it is, loudly, and the report keeps what failed."""
-    min_rows: PositiveInt = 20
-    """Shares of lost and of repeated rows are judged from this many rows on; smaller sets are only measured."""
+    min_cases: PositiveInt = 2
+    """Lost rows, and repeated ones, are judged from this many on: one odd row of a small set is only measured."""
     max_lost_share: Fraction = 0.1
     """Rows that may be dropped or truncated for their length, as a share of all."""
     max_duplicate_share: Fraction = 0.2

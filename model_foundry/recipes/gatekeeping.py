@@ -97,7 +97,7 @@ def subject_of(
 def policy_of(gate: GateSection, *, allow_control_tokens: bool) -> GatePolicy:
     """The thresholds as the gate takes them."""
     return GatePolicy(
-        min_rows=gate.min_rows,
+        min_cases=gate.min_cases,
         max_lost_share=gate.max_lost_share,
         max_duplicate_share=gate.max_duplicate_share,
         similarity=gate.similarity,

@@ -20,13 +20,13 @@ def duplicates(subject: Subject) -> GateCheck:
     policy, rows = subject.policy, subject.rows
     found = subject.repeats
     repeats = np.flatnonzero(found.first != np.arange(found.num_texts))
-    is_judged = len(rows) >= policy.min_rows
+    is_judged = repeats.size >= policy.min_cases
     evidence = (
         f"Rows that repeat an earlier one: {found.num_exact:,}; that nearly do (similarity {policy.similarity:g} or "
         f"more): {found.num_near:,}."
     )
-    if not is_judged:
-        evidence += f" Not judged in fewer than {policy.min_rows} rows."
+    if repeats.size and not is_judged:
+        evidence += f" Not judged when they are fewer than {policy.min_cases}."
     elif found.share > policy.max_duplicate_share:
         evidence += " foundry data dedup writes the rows that are left without them."
     examples = tuple(

@@ -196,7 +196,7 @@ def rows_kept(subject: Subject) -> GateCheck:
     count = num_left_out + int(cut.size)
     share = count / max(1, data.num_rows)
     is_all = count > 0 and not data.datums
-    is_judged = data.num_rows >= policy.min_rows or bool(problems) or is_all
+    is_judged = count >= policy.min_cases or bool(problems) or is_all
     evidence = (
         f"Rows left out for their length: {len(lost) + len(problems):,}; cut off: {cut.size:,} "
         f"(data.max_length={subject.max_length})."
@@ -205,8 +205,8 @@ def rows_kept(subject: Subject) -> GateCheck:
         lengths = [*data.full_lengths.tolist(), *(row.num_tokens for row in lost)]
         most = int(np.quantile(lengths, _QUANTILE, method="higher"))
         evidence += f" data.max_length={most} would keep {share_text(_QUANTILE)} of the rows whole." if most else ""
-    if not is_judged:
-        evidence += f" Not judged in fewer than {policy.min_rows} rows."
+    if count and not is_judged:
+        evidence += f" Not judged when they are fewer than {policy.min_cases}."
     examples = [Example(row.source, f"left out: {row.num_tokens:,} tokens") for row in lost[:MAX_EXAMPLES]]
     examples += _problem_examples(problems)
     examples += subject.examples(cut[:MAX_EXAMPLES], "cut off")

@@ -16,7 +16,7 @@ EXCERPT_CHARS = 80
 class GatePolicy:
     """What is allowed. Shares are of all rows; see the section `gate` of a training configuration for each."""
 
-    min_rows: int = 20
+    min_cases: int = 2
     max_lost_share: float = 0.1
     max_duplicate_share: float = 0.2
     similarity: float = 0.8

@@ -318,7 +318,7 @@ CLEAN: dict[str, tuple[list[Any] | bytes, dict[str, Any]]] = {
     "one row": ([conversation(1)], {}),
     "one row in thirty with U+FFFD": (spoiled(chat("caf\ufffd?", "It was decoded wrongly.")), {}),
     "few rows, half of them too long": ([chat("?", LONG), conversation(1)], {"max_length": 200}),
-    "few rows, all alike": ([conversation(1)] * 8, {}),
+    "a row twice in a few": ([*conversations(4), conversation(1)], {}),
     "everything trained": (conversations(turns=2), {"train_on": "all"}),
     "the last answer trained": (conversations(turns=3), {"train_on": "last_assistant"}),
     "thinking left out, the last answer trained": (
@@ -393,7 +393,7 @@ def test_a_field_that_is_knowingly_unread_passes(gate: Gate) -> None:
          {"max_length": 200}),
         ("duplicates", [*conversations(20), *conversations(10)], {"max_duplicate_share": 0.4}, {}),
         ("duplicates", [chat("?", sentence(8, 60) + f" {n}") for n in range(30)], {"similarity": 1.0}, {}),
-        ("duplicates", [conversation(1)] * 30, {"min_rows": 31}, {}),
+        ("duplicates", [conversation(1)] * 30, {"min_cases": 30}, {}),
         ("apart_from_validation", spoiled(conversation(100)), {"max_overlap_share": 0.5},
          {"validation": [conversation(n) for n in range(100, 120)]}),
         ("apart_from_evaluation", [chat(f"Please: {sentence(n, 6)}?", sentence(n + 50, 6)) for n in range(30)],
