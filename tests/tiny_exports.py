@@ -26,9 +26,7 @@ KINDS: dict[str, dict] = {
 """What can be written as a GGUF, and what of it differs from `tests.tiny_models`."""
 
 
-def make_subject(
-    folder: Path, kind: str = "llama", *, adapter_scale: float = 0.2, lora: LoraConfig | None = None
-) -> Subject:
+def make_subject(folder: Path, kind: str = "llama", *, adapter_scale: float = 0.2, seed: int = 0) -> Subject:
     """Base, adapter and tokenizer in `folder`; every width divides into blocks of 32."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = save_folder(
@@ -37,11 +35,14 @@ def make_subject(
     )  # fmt: skip
     size = Tokenizer.load(tokenizer).vocab_size
     base = write_tiny_model(
-        folder / "base", kind, **({"vocab_size": size, "hidden_size": 64, "intermediate_size": 96} | KINDS[kind])
+        folder / "base",
+        kind,
+        seed=seed,
+        **({"vocab_size": size, "hidden_size": 64, "intermediate_size": 96} | KINDS[kind]),
     )
     copy_tokenizer(tokenizer, base)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    lora = lora or LoraConfig(r=4, lora_alpha=4)
+    lora = LoraConfig(r=4, lora_alpha=4)
     adapter = write_tiny_adapter(folder / "final" / "adapter", base, lora, scale=adapter_scale, manifest=True)
     renderer = Renderer(Tokenizer.load(base))
     origin = Origin("tiny run", "tiny", "0" * 64, "1" * 64, renderer.name, "the test")

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from model_foundry.checkpoint.manifest import read_manifest
 from model_foundry.checkpoint.tensors import TensorEntry, read_entries
-from model_foundry.errors import ArchitectureMismatchError, ModelError
+from model_foundry.errors import ArchitectureMismatchError, CheckpointError, ModelError
 from model_foundry.models.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_adapter_config, read_adapter_tensors
 from model_foundry.models.folder import (
     fill_model_folder,
@@ -258,7 +259,7 @@ def refuse_other_base(base: Path, adapter: Path) -> None:
     Raises:
         ModelError: it holds it. ArchitectureMismatchError: it is another one, byte for byte.
     """
-    trained, digest = trained_on(adapter), adapter_sha256(adapter)
+    trained, digest = trained_on(adapter) or _exported_from(adapter), adapter_sha256(adapter)
     marker = read_json(base / MARKER) if (base / MARKER).exists() else {}
     if marker.get("adapter_sha256") == digest:
         hint = f"Merging it twice would double what it does. The base it was merged into: {marker.get('base')}"
@@ -272,6 +273,16 @@ def refuse_other_base(base: Path, adapter: Path) -> None:
             f"the adapter was trained on other weights (fingerprint {trained[:12]}, this base has {found[:12]})",
             where=str(base), hint="Merge it into the very base that the run used.",
         )  # fmt: skip
+
+
+def _exported_from(adapter: Path) -> str | None:
+    """Fingerprint of the base that an exported adapter's own manifest names."""
+    try:
+        origin = read_manifest(adapter).fields.get("origin")
+    except CheckpointError:
+        return None
+    value = origin.get("base_fingerprint") if isinstance(origin, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def adapter_sha256(adapter: Path) -> str:

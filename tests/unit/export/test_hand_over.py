@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from model_foundry.checkpoint.manifest import verify_manifest
-from model_foundry.errors import CheckFailedError, ModelError, UsageError
+from model_foundry.errors import ArchitectureMismatchError, CheckFailedError, ModelError, UsageError
 from model_foundry.export.certificate import CARD, CERTIFICATE
 from model_foundry.export.gguf import check_format, gguf_obstacle
 from model_foundry.export.hand_over import Subject, export
-from model_foundry.export.merge import MARKER
+from model_foundry.export.merge import MARKER, plan_merge
 from model_foundry.models.config import ModelConfig
-from model_foundry.models.folder import read_json, read_tensors
+from model_foundry.models.folder import fingerprint, read_json, read_tensors
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from tests.tiny_exports import make_subject
@@ -56,6 +56,15 @@ def test_an_adapter_is_handed_over_with_its_tokenizer(subject: Subject, tmp_path
     certificate = export(subject, tmp_path / "out", kind="adapter")
     assert certificate["passed"]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= certificate["files"].keys()
+
+
+def test_an_exported_adapter_still_knows_its_base(subject: Subject, tmp_path: Path) -> None:
+    origin = replace(subject.origin, base_fingerprint=fingerprint(subject.base))
+    export(replace(subject, origin=origin), tmp_path / "out", kind="adapter")
+    assert plan_merge(subject.base, tmp_path / "out").updates
+    other = make_subject(tmp_path / "other", seed=1)
+    with pytest.raises(ArchitectureMismatchError, match="other weights"):
+        plan_merge(other.base, tmp_path / "out")
 
 
 def test_an_adapter_that_rounding_swallows_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

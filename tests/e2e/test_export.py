@@ -1,0 +1,64 @@
+"""The real model with an adapter, merged and as a GGUF, asked through llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_foundry.export.certificate import Origin
+from model_foundry.export.gguf import write_gguf
+from model_foundry.export.hand_over import Subject, check_gguf, export
+from model_foundry.export.merge import plan_merge
+from model_foundry.export.parity import make_probe
+from model_foundry.models.finder import resolve_model
+from model_foundry.rendering import Renderer
+from model_foundry.tokenizer import Tokenizer
+from model_foundry.types import LoraConfig, Message
+from tests.tiny_adapters import write_tiny_adapter
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    base = resolve_model("smollm2-135m-instruct").folder
+    folder = tmp_path_factory.mktemp("real") / "adapter"
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "k_proj", "down_proj"))
+    adapter = write_tiny_adapter(folder, base, lora, scale=0.06)
+    renderer = Renderer(Tokenizer.load(base))
+    prompts = ((Message("user", "Count from 1 to 5."),), (Message("user", "Name three colours, naïve <|im_end|>."),))
+    origin = Origin("real", "smollm2-135m-instruct", "0" * 64, "1" * 64, renderer.name, "the test")
+    return Subject(base, adapter, renderer, prompts, origin)
+
+
+def test_llama_cpp_answers_as_the_adapter_does(subject: Subject, tmp_path: Path) -> None:
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    for format in ("bf16", "q8_0"):
+        written = write_gguf(
+            tmp_path / f"{format}.gguf", merge, format=format, tokenizer=subject.renderer.tokenizer, name="real",
+            chat_template=subject.renderer.template_text, stop_token_ids=subject.renderer.stop_token_ids,
+        )  # fmt: skip
+        checks = check_gguf(written, subject, merge, probe, readers=("llama.cpp",))
+        assert [check for check in checks if not check.passed] == []
+        assert len(checks) == 7
+
+
+@torch.no_grad()
+def test_the_merged_folder_is_what_transformers_loads(subject: Subject, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    certificate = export(subject, tmp_path / "out", kind="merged", dtype="bfloat16")
+    assert certificate["passed"]
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
+    row, start = probe.rows[0], probe.starts[0]
+    found = model(row[None]).logits[0, start - 1 : -1].argmax(dim=1)
+    assert torch.equal(found[:4], row[start:][:4])
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    chat = [{"role": "user", "content": "Count from 1 to 5."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(ids) == row[:start].tolist()
