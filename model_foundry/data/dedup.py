@@ -7,8 +7,9 @@ compared exactly (`near_pairs`), so what is called a duplicate is one, and the a
 threshold and the seed alone: not on chunks, machines or memory. (Shingles are 32-bit hashes: of two texts of 1,000
 shingles one pair in 4,000 has a collision, which moves its similarity by 0.001.)
 
-Memory: about 300 bytes a text, and 4 bytes for each of its distinct shingles, which go to a temporary file when they
-are more than 256 MB. Texts are read once, in order, and not kept.
+Memory: about 400 bytes a text, and 4 bytes for each of its distinct shingles, which go to a temporary file when they
+are more than 256 MB; while it is read, a single long text takes ten times its size. Texts are read once, in order, and
+not kept.
 """
 
 from __future__ import annotations
@@ -157,14 +158,14 @@ class _Sketches:
     def read(self, texts: Iterable[str], on_progress: Progress | None) -> None:
         for chunk in text_chunks(texts, on_progress=on_progress):
             tokens = hash_tokens(chunk)
-            is_new = np.zeros(len(chunk), bool)
-            for place, digest in enumerate(tokens.digests):
+            is_new = []
+            for digest in tokens.digests:
                 number = self._known.setdefault(digest, len(self.originals))
-                if number == len(self.originals):
-                    is_new[place] = True
+                is_new.append(number == len(self.originals))
+                if is_new[-1]:
                     self.originals.append(len(self.numbers))
                 self.numbers.append(number)
-            sets = shingle_sets(tokens, seed=self._seed, wanted=is_new)
+            sets = shingle_sets(tokens, seed=self._seed, wanted=np.array(is_new))
             signature = signatures(sets.keys, len(sets.sizes), seed=self._seed)
             self._band_keys.append(band_keys(signature, self._bands, seed=self._seed))
             self._store.append(sets.values, sets.sizes)
@@ -175,6 +176,7 @@ class _Sketches:
     def compare(self, num_base: int | None = None) -> Caught:
         """Ends the reading."""
         self._store.close_writing()
-        keys = np.concatenate(self._band_keys, axis=1)
-        self._known, self._band_keys = {}, []
+        self._known = {}
+        # One band at a time: a copy of all of them would be half of the memory.
+        keys = (np.concatenate([part[band] for part in self._band_keys]) for band in range(self._bands.num_bands))
         return catch(self._store, keys, threshold=self._threshold, num_base=num_base)

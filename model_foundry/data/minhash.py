@@ -51,33 +51,34 @@ def signatures(keys: np.ndarray, num_sets: int, *, seed: int) -> np.ndarray:
     Args:
         keys: uint64, ascending: the set's number in the upper 32 bits, a member's hash in the lower.
     """
-    slots = keys >> np.uint64(_HASH_BITS - _SLOT_BITS)
+    slots = (keys >> np.uint64(_HASH_BITS - _SLOT_BITS)).view(np.int64)
     first = np.ones(len(keys), bool)
     np.not_equal(slots[1:], slots[:-1], out=first[1:])
-    places = slots[first].astype(np.int64)
+    chosen = np.flatnonzero(first)
+    places = slots[chosen]
     smallest = np.zeros(num_sets * NUM_SLOTS, np.uint32)
-    smallest[places] = keys[first]
+    smallest[places] = keys.astype(np.uint32)[chosen]
     filled = np.zeros(num_sets * NUM_SLOTS, bool)
     filled[places] = True
-    return _densify(smallest, filled, seed=seed).reshape(num_sets, NUM_SLOTS)
+    _densify(smallest, filled, np.bincount(places >> _SLOT_BITS, minlength=num_sets) == 0, seed=seed)
+    return smallest.reshape(num_sets, NUM_SLOTS)
 
 
-def _densify(smallest: np.ndarray, filled: np.ndarray, *, seed: int) -> np.ndarray:
+def _densify(smallest: np.ndarray, filled: np.ndarray, is_empty: np.ndarray, *, seed: int) -> None:
     """Each empty slot tries the other slots in a random order of its own, the same for every set."""
-    full = smallest.copy()
-    has_members = filled.reshape(-1, NUM_SLOTS).any(axis=1)
-    empty = np.flatnonzero(~filled & np.repeat(has_members, NUM_SLOTS))
-    lenders = _lending_orders(seed)
-    slots, bases = empty % NUM_SLOTS, empty - empty % NUM_SLOTS
-    for order in lenders:
+    empty = np.flatnonzero(~filled)
+    if is_empty.any():
+        empty = empty[~is_empty[empty >> _SLOT_BITS]]
+    slots = empty & (NUM_SLOTS - 1)
+    bases = empty - slots
+    for order in _lending_orders(seed):
         if not len(empty):
             break
         sources = bases + order[slots]
         found = filled[sources]
-        full[empty[found]] = smallest[sources[found]]
-        rest = ~found
+        smallest[empty[found]] = smallest[sources[found]]
+        rest = np.flatnonzero(~found)
         empty, slots, bases = empty[rest], slots[rest], bases[rest]
-    return full
 
 
 @lru_cache(maxsize=4)

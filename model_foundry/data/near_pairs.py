@@ -15,6 +15,7 @@ What stays quadratic are sets that are alike in their rarest members too, and ye
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,12 +72,12 @@ class _Groups:
         return _Groups(np.concatenate(groups), np.concatenate(members), np.concatenate(probing))
 
 
-def catch(store: SetStore, band_keys: np.ndarray, *, threshold: float, num_base: int | None = None) -> Caught:
+def catch(store: SetStore, band_keys: Iterable[np.ndarray], *, threshold: float, num_base: int | None = None) -> Caught:
     """Find who is caught by whom.
 
     Args:
         store: the sets; empty ones catch nothing and are not caught.
-        band_keys: uint64 [bands, sets]; sets with an equal key in a band are candidates.
+        band_keys: for each band uint64 [sets]; sets with an equal key in a band are candidates.
         num_base: None to compare all with all earlier ones; else how many sets are there only to catch the rest.
     """
     hunt = _Hunt(store, threshold, num_base)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 MEMORY_BYTES = 256 << 20
-SLAB_MEMBERS = 1 << 18
+SLAB_MEMBERS = 1 << 15
 PARITY_WORDS = 16
 _PARITY_SHIFT = np.uint64(32 - 10)
 
@@ -74,10 +74,10 @@ class SetStore:
     def _jaccard(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         both = np.concatenate([self.keys(first), self.keys(second)])
         both.sort()
-        twice = both[1:][both[1:] == both[:-1]]
-        shared = np.bincount((twice >> np.uint64(32)).astype(np.int64), minlength=len(first))
-        union = self.sizes[first] + self.sizes[second] - shared
-        return shared / np.maximum(union, 1)
+        total = self.sizes[first] + self.sizes[second]
+        twice = np.flatnonzero(both[1:] == both[:-1])
+        shared = np.diff(np.searchsorted(twice, np.cumsum(total)), prepend=0)
+        return shared / np.maximum(total - shared, 1)
 
     def parities(self, numbers: np.ndarray) -> np.ndarray:
         """uint64 [sets, PARITY_WORDS]: 1,024 bits a set, each telling whether an odd number of its members fall there.

@@ -264,10 +264,8 @@ def _load(words: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndar
 
 
 def _digests(data: bytes, ends: np.ndarray) -> list[bytes]:
-    view = memoryview(data)
-    sha256, digests, start = hashlib.sha256, [], 0
-    for end in ends.tolist():
-        # Without the space at the end; an empty text has none.
-        digests.append(sha256(view[start : max(start, end - 1)]).digest()[:16])
-        start = end
-    return digests
+    starts = np.append(0, ends)[: len(ends)]
+    # Without the space at the end; an empty text has none.
+    spans = zip(starts.tolist(), np.maximum(starts, ends - 1).tolist(), strict=True)
+    sha256 = hashlib.sha256
+    return [sha256(data[start:end]).digest()[:16] for start, end in spans]
