@@ -46,10 +46,8 @@ def test_the_plan_of_a_foreign_architecture_says_that_it_predicts_nothing(
     assert plan["measured_peak_bytes"] > 0
 
 
-def test_a_dry_run_on_a_config_alone_says_what_can_be_said(
-    tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """The weights of a large model are fetched after the plan, not for it; and no row is read that may not exist yet."""
+def test_a_dry_run_on_a_config_alone_says_what_can_be_said(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A large model is fetched after its plan, not for it; and no row is read that may not exist yet."""
     (tmp_path / "shape").mkdir()
     (tmp_path / "shape" / "config.json").write_text((tiny_folder("qwen3-moe") / "config.json").read_text())
     config = tiny_config(tmp_path, model=tmp_path / "shape")
