@@ -286,7 +286,7 @@ def test_data_is_found_beside_the_yaml_that_names_it(elsewhere: Path, tmp_path: 
     path = write(tmp_path / "mine" / "a.yaml", "inherits: ../base/base.yaml\nevaluation: {file: questions.jsonl}\n")
     config = load(path).config
     assert config.data.train_file is not None
-    assert config.data.train_file.samefile(train)
+    assert Path(config.data.train_file).samefile(train)
     assert config.evaluation.file == tmp_path / "mine" / "questions.jsonl"
 
 
