@@ -10,7 +10,9 @@ steps that change no result keep it from that. A set that no earlier one can cat
 once, and what it catches leaves. Crowds that remain are split by rare members: of two sets of similarity t, |x| <= |y|,
 one of the |x| - ⌈2t/(1+t)|x|⌉ + 1 rarest members of x is among the |y| - ⌈t|y|⌉ + 1 rarest of y (prefix filtering:
 Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007; Xiao et al. 2008), so only such pairs are compared.
-What stays quadratic are sets that are alike in their rarest members too, and yet under the threshold.
+What stays quadratic are sets that are alike in their rarest members too, and yet under the threshold. Then a
+bound that costs a hundredth of a comparison (`SetStore.parities`) decides most pairs: 100,000 rows under one opening of
+500 words take 10 seconds on one core, 100,000 rows made of 26 phrases, any two of them 0.2 to 0.6 alike, 65.
 """
 
 from __future__ import annotations
