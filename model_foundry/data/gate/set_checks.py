@@ -13,6 +13,8 @@ from model_foundry.data.gate.verdict import MAX_EXAMPLES, Example, GateCheck, at
 from model_foundry.data.rows import Row
 
 SHORT_WORDS, SHORT_CHARS = 20, 120
+# A handful of rows made by hand may be alike on purpose; equal ones are a mistake in any number.
+MIN_ROWS_FOR_NEAR = 20
 
 
 def duplicates(subject: Subject) -> GateCheck:
@@ -21,13 +23,17 @@ def duplicates(subject: Subject) -> GateCheck:
     found = subject.repeats
     repeats = np.flatnonzero(found.first != np.arange(found.num_texts))
     is_judged = repeats.size >= policy.min_cases
+    judges_near = len(rows) >= MIN_ROWS_FOR_NEAR
+    share = float(found.share) if judges_near else found.num_exact / max(1, found.num_texts)
     evidence = (
         f"Rows that repeat an earlier one: {found.num_exact:,}; that nearly do (similarity {policy.similarity:g} or "
         f"more): {found.num_near:,}."
     )
     if repeats.size and not is_judged:
         evidence += f" Not judged when they are fewer than {policy.min_cases}."
-    elif found.share > policy.max_duplicate_share:
+    elif found.num_near and not judges_near:
+        evidence += f" Near ones are not judged in fewer than {MIN_ROWS_FOR_NEAR} rows."
+    if is_judged and share > policy.max_duplicate_share:
         evidence += " foundry data dedup writes the rows that are left without them."
     examples = tuple(
         Example(
@@ -38,9 +44,9 @@ def duplicates(subject: Subject) -> GateCheck:
         )
         for index in repeats[:MAX_EXAMPLES].tolist()
     )
-    passed = found.share <= policy.max_duplicate_share or not is_judged
+    passed = share <= policy.max_duplicate_share or not is_judged
     said = at_most(policy.max_duplicate_share, "rows")
-    return GateCheck("duplicates", passed, float(found.share), said, evidence, examples)
+    return GateCheck("duplicates", passed, share, said, evidence, examples)
 
 
 def apart_from(name: str) -> Callable[[Subject], GateCheck]:
