@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TINY_CONFIG = {
     "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
     "num_attention_heads": 1, "max_position_embeddings": 8, "tie_word_embeddings": True,

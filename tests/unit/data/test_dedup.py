@@ -12,6 +12,8 @@ from model_foundry.data.near_pairs import CROWD, catch
 from model_foundry.data.set_store import SetStore
 from model_foundry.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 
 def shingles(text: str) -> set[tuple[str, ...]]:
     """The texts made here are words between spaces, so tokens are what str.split finds."""

