@@ -13,6 +13,10 @@ BENCHMARKS = {
     "b2": ("b2_lora_vs_full", "LoRA against full fine-tuning, ours and PEFT's"),
     "b3": ("b3_peak_memory", "peak memory above the loaded model on 4k tokens, beside TRL"),
     "b9": ("b9_start_up", "foundry --help, and the time to the first optimizer step"),
+    "b10": (
+        "b10_packed_shards",
+        "JSON Lines to packed shards on one core, beside datasets.map with TRL's packing",
+    ),
     "b11": ("b11_near_duplicates", "near-duplicates in 100,000 chat rows, beside datasketch and rensa"),
     "b12": ("b12_checkpoint_stall", "how long a save stops the training loop, beside HF Trainer"),
 }

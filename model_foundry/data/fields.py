@@ -85,7 +85,16 @@ def optional_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 def message_list(items: Sequence[Any], key: str) -> list[Message]:
     """Turns of {"role", "content"}."""
     require_turns(items, key)
-    return [message(item, f"{key}[{index}]") for index, item in enumerate(items)]
+    made = []
+    for index, item in enumerate(items):
+        # Nearly all turns are just these two, and no words for errors need be made.
+        if isinstance(item, dict) and len(item) == 2:
+            role, content = item.get("role"), item.get("content")
+            if isinstance(content, str) and role in ROLES:
+                made.append(Message(role, content))
+                continue
+        made.append(message(item, f"{key}[{index}]"))
+    return made
 
 
 def require_turns(items: Sequence[Any], key: str) -> None:

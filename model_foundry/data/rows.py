@@ -119,8 +119,8 @@ class RowParser:
         except FieldError as error:
             bad.add(record.source, f"{error} (format {self.format})")
             return None
-        names_its_file = self.format == "text" and "path" in value
-        self.ignored.update(key for key in value if key not in parsed.read and not (names_its_file and key == "path"))
+        if ignored := value.keys() - parsed.read:
+            self.ignored.update(ignored - {"path"} if self.format == "text" else ignored)
         return parsed
 
 

@@ -99,6 +99,11 @@ class PlainEncoder:
         sentinel = tokenizers.AddedToken(self._sentinel, special=True, normalized=False)
         self._backend.add_special_tokens([sentinel])
 
+    @property
+    def model(self) -> Any:
+        """The `tokenizers` model: pieces to ids, once a text has been cut."""
+        return self._backend.model
+
     def encode(self, text: str, *, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets of `text`; `first` when it begins the conversation.
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from model_foundry.data.byte_streams import UnreadableError, text_chunks
 from model_foundry.data.fields import describe
 from model_foundry.data.files import TEXT_SUFFIXES, Record, data_suffix, iter_records
@@ -116,12 +118,11 @@ def text_blocks(files: Sequence[Path], start: Place, *, text_field: str, cut_pla
 
 
 def rough_chars(value: Any) -> int:
-    """About how many characters a decoded row holds, without looking deep."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return 8 + sum(map(rough_chars, value.values()))
-    return sum(map(rough_chars, value)) if isinstance(value, list) else 8
+    """About how many characters a decoded row holds."""
+    try:
+        return len(orjson.dumps(value))
+    except TypeError:  # bytes, dates: what Parquet may hold beside text
+        return len(str(value))
 
 
 def _records(

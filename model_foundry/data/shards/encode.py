@@ -132,39 +132,49 @@ class RowEncoder:
         """
         tally = _Tally()
         parser, said = RowParser(self._format), _Said()
+        ready: list[tuple[int, str, Parsed]] = []
         for row, record in enumerate(block.items, start=block.first_row):
             if isinstance(record, Section):
                 raise TypeError("a section is no record")
             tally.num_records += 1
             if (parsed := parser.parse(record, said)) is None:
                 self._refuse(tally, record.source, f"not rows of the format {self._format}", said.what)
+            elif self._may_fit(tally, record.source, parsed):
+                ready.append((row, record.source, parsed))
+        for (row, source, _), encoded in zip(ready, self._encoded([parsed for _, _, parsed in ready]), strict=True):
+            if isinstance(encoded, DataError):
+                what = encoded.what if encoded.where is None else f"{encoded.where}: {encoded.what}"
+                self._refuse(tally, source, "refused by the chat template", what, encoded.hint)
             else:
-                self._add(tally, row, record.source, parsed)
+                self._fit(tally, row, source, encoded)
         return tally.finish(self.dtype)
 
-    def _add(self, tally: _Tally, row: int, source: str, parsed: Parsed) -> None:
+    def _may_fit(self, tally: _Tally, source: str, parsed: Parsed) -> bool:
+        """False, and counted, where it is known without encoding that a row is of no use."""
         options = self._options
-        has_answer = parsed.text is not None or any(message.role == "assistant" for message in parsed.messages)
+        has_answer = parsed.text is not None or "assistant" in [message.role for message in parsed.messages]
         if options.train_on != "all" and not has_answer:
             what = "no message has the role assistant, so there is nothing to train on"
             self._refuse(tally, source, "no message has the role assistant", what)
-            return
+            return False
         try:
             at_least = self._min_tokens(parsed)
-            if at_least > options.max_length:
-                self._overlong(tally, source, f"at least {at_least:,} tokens")
-                return
-            if parsed.text is not None:
-                encoded = self._bulk.text_row(parsed.text)
-            else:
-                encoded = self._bulk.render(parsed.messages, tools=parsed.tools)
         except UnsafeTemplateError:
             raise
-        except DataError as error:
-            what = error.what if error.where is None else f"{error.where}: {error.what}"
-            self._refuse(tally, source, "refused by the chat template", what, error.hint)
-            return
-        self._fit(tally, row, source, encoded)
+        except DataError:
+            return True  # it will be refused when it is encoded
+        if at_least > options.max_length:
+            self._overlong(tally, source, f"at least {at_least:,} tokens")
+            return False
+        return True
+
+    def _encoded(self, rows: Sequence[Parsed]) -> list[EncodedRow | DataError]:
+        """Each row's tokens, or why there are none."""
+        if self._format == "text":
+            texts = [parsed.text or "" for parsed in rows]
+            found = zip(texts, self._bulk.text_all(texts), strict=True)
+            return [ids if isinstance(ids, DataError) else self._bulk.framed(text, ids) for text, ids in found]
+        return self._bulk.render_all([(parsed.messages, parsed.tools) for parsed in rows])
 
     def _fit(self, tally: _Tally, row: int, source: str, encoded: EncodedRow) -> None:
         limit, overlength = self._options.max_length, self._options.overlength
@@ -232,11 +242,10 @@ class TextEncoder:
         """Tokens of a block of sections. Its first segment may go on with a document of the block before."""
         tally = _Tally()
         is_inside = False
-        for section in block.items:
-            if not isinstance(section, Section):
-                raise TypeError("a record is no section")
+        sections = [section for section in block.items if isinstance(section, Section)]
+        for section, encoded in zip(sections, self._bulk.text_all([each.text for each in sections]), strict=True):
             tally.num_records += section.is_last
-            ids = self._section_ids(tally, section)
+            ids = self._section_ids(tally, section, encoded)
             if not ids:
                 continue
             num_tokens = len(ids) // self.dtype.itemsize
@@ -249,16 +258,12 @@ class TextEncoder:
             is_inside = True
         return tally.finish(self.dtype)
 
-    def _section_ids(self, tally: _Tally, section: Section) -> bytes:
-        problem = section.problem
-        text = section.text
-        if problem is None and not text and section.is_first:
+    def _section_ids(self, tally: _Tally, section: Section, encoded: bytes | DataError) -> bytes:
+        if section.problem is None and not section.text and section.is_first:
             tally.lose(section.source, "empty", "")
             return b""
-        try:
-            ids = self._bulk.text(text)
-        except DataError as error:
-            problem, ids = error.what, b""
+        problem = encoded.what if isinstance(encoded, DataError) else section.problem
+        ids = b"" if isinstance(encoded, DataError) else encoded
         if problem is not None:
             if self._options.bad_records != "drop":
                 tally.problems.append((section.source, problem))
@@ -309,4 +314,4 @@ def _num_trained(spans: Spans) -> int:
 def _num_chars(parsed: Parsed) -> int:
     if parsed.text is not None:
         return len(parsed.text)
-    return sum(len(message.content) for message in parsed.messages)
+    return sum([len(message.content) for message in parsed.messages])

@@ -19,6 +19,8 @@ from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message
 from tests.conftest import CHATML
 
+pytestmark = pytest.mark.slow
+
 TrainOn = Literal["assistant", "last_assistant", "all"]
 PIECES = ["Hello", "  two spaces", "trailing  ", "\n\n", "\n", "a <", "> b", "<|im_end|>", "<|im_", "émoji 🎉", "数学"]
 PIECES += ["\t{'a': 1}", "1234567", " ", "don't", "\u200b", "\u3000", "\x0b", "\r\n", "x" * 80, "", "</s>", "[INST]"]
