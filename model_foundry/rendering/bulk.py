@@ -272,10 +272,11 @@ def _piece_encoders(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> tuple[PieceEn
         return tokenizer.backend.model
 
     ordinary = [token for token in added if token not in control]
-    return (
-        PieceEncoder(cuts, atoms=added, encode=tokenizer.scan, model=model, dtype=dtype),
-        PieceEncoder(cuts, atoms=ordinary, encode=encode_plain, model=plain_model, dtype=dtype),
-    )
+    of_text = PieceEncoder(cuts, atoms=ordinary, encode=encode_plain, model=plain_model, dtype=dtype)
+    processor = tokenizer.backend.post_processor
+    if processor is not None and b'"trim_offsets":true' in processor.__getstate__():
+        return None, of_text  # where a token begins then depends on where its piece stands
+    return PieceEncoder(cuts, atoms=added, encode=tokenizer.scan, model=model, dtype=dtype), of_text
 
 
 def _is_checked(number: int) -> bool:

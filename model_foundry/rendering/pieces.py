@@ -140,7 +140,7 @@ class PieceEncoder:
     Args:
         cuts: where texts are cut.
         atoms: added tokens that are read as such wherever they stand.
-        encode: the tokenizer itself: ids and character offsets of a text.
+        encode: the tokenizer itself: ids and character offsets of a text, which leave out no space.
         model: asked for its model (of the `tokenizers` package) once there is a new piece.
         dtype: little-endian type of the ids that are handed out.
     """
@@ -184,12 +184,8 @@ class PieceEncoder:
         counts = list(accumulate([part.num_tokens for part in parts], initial=0))
 
         def border(position: int, *, is_end: bool) -> int:
-            # The part that holds the position and, where it lies between two, both.
-            first = max(0, bisect_left(starts, position) - 1)
-            count = counts[first]
-            for index in range(first, min(first + 2, len(parts))):
-                count += self._count(parts[index], position - starts[index], is_end=is_end)
-            return count
+            index = min(bisect_right(starts, position), len(parts)) - 1
+            return counts[index] + self._count(parts[index], position - starts[index], is_end=is_end) if parts else 0
 
         tokens = []
         for start, end in spans:
@@ -225,32 +221,23 @@ class PieceEncoder:
         return _Part([token], [ids], ids, len(token), len(ids) // self._size)
 
     def _count(self, part: _Part, position: int, *, is_end: bool) -> int:
-        """Tokens of a part before a border at the character `position` (which may lie outside of it)."""
-        if position < 0:
-            return 0
-        pieces, values, size = part.pieces, part.values, self._size
-        if position == 0:
-            return self.count_in_piece(pieces[0], 0, is_end=is_end)
+        """Tokens of a part before a border at the character `position`, which lies in it or at its end."""
         if position >= part.num_chars:
-            last = pieces[-1]
-            inside = self.count_in_piece(last, position - part.num_chars + len(last), is_end=is_end)
-            return part.num_tokens - len(values[-1]) // size + inside
+            return part.num_tokens
         first = place = 0
         if position > _NEAR_CHARS:
-            ends = list(accumulate(map(len, pieces)))
-            first = bisect_left(ends, position)  # the first piece that ends at the position or after it
-            place = ends[first] - len(pieces[first])
-        count = sum(map(len, values[:first])) // size
-        for index in range(first, len(pieces)):
-            if place > position:
-                break
-            piece = pieces[index]
-            end = place + len(piece)
-            if end < position:
-                count += len(values[index]) // size
-            else:
-                count += self.count_in_piece(piece, position - place, is_end=is_end)
-            place = end
+            ends = list(accumulate(map(len, part.pieces)))
+            first = bisect_right(ends, position)  # the piece that begins at the position, or holds it
+            place = ends[first] - len(part.pieces[first])
+        count = sum(map(len, part.values[:first])) // self._size
+        for index in range(first, len(part.pieces)):
+            piece = part.pieces[index]
+            if place + len(piece) > position:
+                return (
+                    count if place == position else count + self.count_in_piece(piece, position - place, is_end=is_end)
+                )
+            count += len(part.values[index]) // self._size
+            place += len(piece)
         return count
 
     def ids_of_words(self, words: Sequence[str]) -> list[list[int]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from model_foundry.rendering.pieces import PieceEncoder, Span
 from model_foundry.rendering.skeleton import Skeleton
-from model_foundry.rendering.word_table import END, MARKS, SINGLES, Words, WordTable, is_plain
+from model_foundry.rendering.word_table import END, MARKS, Words, WordTable, is_plain
 from model_foundry.tokenizer import Tokenizer
 
 _END = chr(END)
@@ -36,9 +36,6 @@ class TextBlocks:
         # The special ones are kept out of people's texts by whoever asks; the others are read wherever they stand.
         self._starts = tuple({token[0] for token in pieces.atoms if not tokenizer.is_special(token)})
         self._mark_of: dict[str, str] = {}
-        processor = tokenizer.backend.post_processor
-        # Then a token may begin later than its word does, and what lies at a border must be looked at.
-        self._trims = processor is not None and b'"trim_offsets":true' in processor.__getstate__()
 
     @staticmethod
     def made(tokenizer: Tokenizer, pieces: PieceEncoder | None, dtype: np.dtype[Any]) -> TextBlocks | None:
@@ -111,18 +108,9 @@ class TextBlocks:
         """Tokens before each border: the start of a span and its end, in turn."""
         places = np.searchsorted(words.starts, borders)
         counts = words.before[places]
-        is_within = words.starts[places] != borders
-        for index in np.flatnonzero(is_within | self._trims).tolist():
-            # The word that the border cuts or that ends there, and the one that begins there.
-            low = max(int(places[index]) - 1, 0)
-            high = min(int(places[index]) + (not is_within[index]), len(words.starts) - 1)
-            count = int(words.before[low])
-            for word in range(low, high):
-                start, end = int(words.starts[word]), int(words.starts[word + 1])
-                text, inside = block[start:end], int(borders[index]) - start
-                if ord(text[0]) in SINGLES:
-                    count += int(words.before[word + 1] - words.before[word]) if inside else 0
-                else:
-                    count += self._pieces.count_in_piece(text, inside, is_end=bool(index % 2))
-            counts[index] = count
+        for index in np.flatnonzero(words.starts[places] != borders).tolist():
+            word = int(places[index]) - 1  # the word that the border cuts
+            start, end = int(words.starts[word]), int(words.starts[word + 1])
+            inside = self._pieces.count_in_piece(block[start:end], int(borders[index]) - start, is_end=bool(index % 2))
+            counts[index] = words.before[word] + inside
         return counts.tolist()

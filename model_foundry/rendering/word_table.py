@@ -20,7 +20,6 @@ MARKS = (*range(1, 9), *range(14, 28))
 """Bytes that may stand for control tokens."""
 END = 0
 """The byte after each text."""
-SINGLES = frozenset({END, *MARKS})
 MAX_WORDS = 200_000
 MAX_IDS = 4_000_000
 _SLOT_BITS = 19
@@ -178,6 +177,8 @@ class WordTable:
         self._num_words += len(words)
         self._index |= {word: number for word, number in zip(words, numbers, strict=True) if len(word) <= _MAX_CHARS}
         is_key = np.fromiter(map(len, words), dtype=np.int64, count=len(words)) <= _KEY_BYTES
+        # A block of nothing but new words must not fill the table; those left over are found by name.
+        is_key[max(0, (3 << _SLOT_BITS) // 4 - numbers.start) :] = False
         self._put(first[is_key], rest[is_key], np.array(numbers, dtype=np.int32)[is_key])
 
     def _put(self, first: np.ndarray, rest: np.ndarray, numbers: np.ndarray) -> None:

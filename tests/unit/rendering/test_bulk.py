@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from model_foundry.errors import DataError, FoundryError, TemplateError
 from model_foundry.rendering import Rendered, Renderer
@@ -85,9 +88,63 @@ def test_rows_are_those_of_the_renderer(chatml_folder: Path, tmp_path: Path, nam
     @settings(max_examples=15, deadline=None)
     def check(conversation: tuple[str | None, list[tuple[str, str]]]) -> None:
         messages = messages_of(conversation)
-        assert bulk.render(messages) == packed(renderer.render(messages, train_on=train_on), renderer)
+        expected = packed(renderer.render(messages, train_on=train_on), renderer)
+        assert bulk.render(messages) == expected
+        assert bulk.render_all([(messages, None), (messages[:1], None), (messages, None)])[::2] == [expected] * 2
 
     check()
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_offsets_that_leave_spaces_out_train_the_same(chatml_folder: Path, tmp_path: Path, trims: bool) -> None:
+    """RoBERTa's way: a token's space is not part of it, and white space alone lies nowhere."""
+    folder = tmp_path / "model"
+    shutil.copytree(chatml_folder, folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.ByteLevel(trim_offsets=trims)
+    backend.save(str(folder / "tokenizer.json"))
+    text = CHATML.replace("'<|im_end|>' + '\n'", "' <|im_end|> '")
+    renderer = Renderer(Tokenizer.load(folder), template_file(tmp_path, text))
+    bulk = BulkRenderer(renderer)
+
+    @given(conversation=CONVERSATIONS)
+    @settings(max_examples=40, deadline=None)
+    def check(conversation: tuple[str | None, list[tuple[str, str]]]) -> None:
+        messages = messages_of(conversation)
+        expected = packed(renderer.render(messages), renderer)
+        assert bulk.render(messages) == expected
+        assert bulk.render_all([(messages, None)]) == [expected]
+
+    check()
+
+
+def test_what_is_wrong_with_a_row_stands_in_its_place(chatml_folder: Path, tmp_path: Path) -> None:
+    """One bad row in a block must not take the others with it."""
+    text = CHATML.replace("{% for", "{{ raise_exception('no tools') if messages[0].role == 'tool' }}{% for", 1)
+    bulk = BulkRenderer(Renderer(Tokenizer.load(chatml_folder), template_file(tmp_path, text)))
+    good = [Message("user", "x"), Message("assistant", "y")]
+    found = bulk.render_all([(good, None), ([Message("tool", "x"), *good], None), (good, None)])
+    assert found[0] == found[2] == bulk.render(good)
+    assert isinstance(found[1], TemplateError)
+    assert "no tools" in found[1].what
+    texts = bulk.text_all(["one", "half \ud800", "naïve", "one"])
+    assert isinstance(texts[1], DataError)
+    assert [texts[0], texts[2]] == [bulk.text("one"), bulk.text("naïve")]
+    assert bulk.text_all([]) == bulk.render_all([]) == []
+
+
+def test_more_control_tokens_than_there_are_marks_go_one_by_one(chatml_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(chatml_folder, folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    tokens = [f"<|role{number}|>" for number in range(30)]
+    backend.add_special_tokens(tokens)
+    backend.save(str(folder / "tokenizer.json"))
+    text = "".join(tokens) + "{% for m in messages %}{{ '<|im_start|>' + m.content }}{% endfor %}"
+    renderer = Renderer(Tokenizer.load(folder), template_file(tmp_path, text))
+    bulk = BulkRenderer(renderer, train_on="all")
+    row = [Message("user", "one two")]
+    assert bulk.render_all([(row, None)]) == [packed(renderer.render(row, train_on="all"), renderer)]
 
 
 def test_rows_are_those_of_the_renderer_with_sentencepiece(sentencepiece_folder: Path) -> None:
@@ -114,6 +171,7 @@ def test_texts_are_those_of_the_renderer(chatml_folder: Path, sentencepiece_fold
         for renderer, bulk in zip(renderers, bulks, strict=True):
             assert bulk.text_row(text) == packed(renderer.text_row(text), renderer)
             assert np.frombuffer(bulk.text(text), dtype=bulk.dtype).tolist() == renderer.tokenizer.encode(text)
+            assert bulk.text_all([text, "", text])[::2] == [bulk.text(text)] * 2
 
     check()
 
@@ -160,6 +218,12 @@ def test_a_difference_between_the_two_ways_is_an_error(chatml_folder: Path, monk
     bulk._of_template._short.clear()
     with pytest.raises(FoundryError, match="two ways of encoding a conversation"):
         bulk.render(row)
+    blocks = BulkRenderer(renderer)
+    assert blocks._template_blocks is not None
+    blocks.render_all([(row, None)])
+    blocks._template_blocks._table._ids[:] = 1
+    with pytest.raises(FoundryError, match="two ways of encoding a conversation"):
+        blocks.render_all([(row, None)])
     with pytest.raises(FoundryError, match="two ways of encoding a text"):
         bulk.text("two three")
 
