@@ -20,7 +20,7 @@ from model_foundry.tokenizer import Tokenizer
 
 MAX_LENGTH = 2048
 BYTES_PER_ROW = 650
-NUM_ROWS = 12_000
+NUM_ROWS = 36_000
 SPOKEN = "message['content'] + '<|im_end|>'"
 """What the assistant says, in the template of the model that is measured with."""
 

@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.11}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet "$pin"
-"$work/venv/bin/python" -m pip install --quiet "$pin" --editable '.[train,data,code,generate,gguf,quant,track,dev]'
+"$work/venv/bin/python" -m pip install --quiet "$pin" --editable '.[train,data,code,generate,gguf,quant,serve,service,eval,track,dev]'
 {
   grep '^#' "$lock"
   # A local part such as +cpu names one platform's build, not the version.
