@@ -15,9 +15,9 @@ from model_foundry.engine.torch_engine import TorchEngine, split_by_tokens
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
-from model_foundry.recipes.preparation import Prepared
-from model_foundry.recipes.sft import is_save_due
 from model_foundry.recipes.shape_plan import shape_text
+from model_foundry.recipes.supervised import is_save_due
+from model_foundry.recipes.work import Work
 from model_foundry.run.progress import duration
 
 PASS_SHARE_OF_STEP = 0.97
@@ -34,13 +34,13 @@ class Trial:
     peak_bytes: int
 
 
-def try_longest_batch(engine: TorchEngine, model_id: str, prepared: Prepared) -> Trial:
+def try_longest_batch(engine: TorchEngine, model_id: str, work: Work) -> Trial:
     """One forward and backward pass of the longest batch; nothing of it remains.
 
     Raises:
         OutOfMemoryError: not even one row of it fits.
     """
-    batch = prepared.longest_batch()
+    batch = work.longest_batch()
     seconds, pieces = float("inf"), 1
     for _ in range(2):  # the first pass also warms caches up; the second is what a step takes
         started = time.perf_counter()
@@ -51,29 +51,27 @@ def try_longest_batch(engine: TorchEngine, model_id: str, prepared: Prepared) ->
     return Trial(num_tokens, seconds, pieces, engine.peak_memory_bytes())
 
 
-def predict_memory(
-    prepared: Prepared, engine: TorchEngine, model_id: str, *, process_bytes: int
-) -> MemoryEstimate | None:
+def predict_memory(work: Work, engine: TorchEngine, model_id: str, *, process_bytes: int) -> MemoryEstimate | None:
     """The peak by part, from shapes alone; None for architectures that transformers runs."""
-    raw = read_config(prepared.source.folder)
-    config = prepared.config
+    raw = read_config(work.source.folder)
+    config = work.config
     if not is_native(raw) or config.model.implementation == "transformers":
         return None
     shape = ModelConfig.from_hf(raw)
-    batch = prepared.longest_batch()
+    batch = work.longest_batch()
     lengths = [datum.num_tokens for datum in batch]
     pieces = split_by_tokens(lengths, config.training.micro_batch_tokens)
     piece = max(pieces, key=lambda rows: sum(lengths[row] for row in rows))
     due = sum(int((batch[row].loss_inputs["weights"] != 0).sum()) for row in piece)
     adapted = None
-    if prepared.lora is not None:
+    if work.lora is not None:
         names = engine.trained_tensors(model_id)
         # Experts stand one by one in the names and together in the kinds.
         places = {re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in names}
         adapted = [kind for kind in shape.linear_kinds if any(f".{kind}." in place for place in places)]
     return estimate_memory(
         shape,
-        lora=prepared.lora,
+        lora=work.lora,
         rows=[lengths[row] for row in piece],
         dtype_bytes=engine.dtype.itemsize,
         adapted=adapted,
@@ -84,32 +82,29 @@ def predict_memory(
     )
 
 
-def plan_facts(
-    prepared: Prepared, facts: Mapping[str, Any], trial: Trial, memory: MemoryEstimate | None
-) -> dict[str, Any]:
+def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: MemoryEstimate | None) -> dict[str, Any]:
     """The plan as JSON values. `facts` are the engine's on the model."""
-    config, train = prepared.config, prepared.train
-    saves = [step for step in range(1, prepared.total_steps) if is_save_due(prepared, step)]
+    config = work.config
+    saves = [step for step in range(1, work.total_steps) if is_save_due(work, step)]
     limit = config.training.save_total_limit
     kept = len(saves) if limit is None else min(len(saves), limit)
     checkpoint_bytes = 12 * facts["trained_parameters"]
-    epochs = prepared.num_micro_batches / prepared.batches.num_batches_per_epoch
-    seconds = epochs * train.num_tokens / trial.num_tokens * trial.seconds / PASS_SHARE_OF_STEP
+    seconds = work.epochs * work.tokens_per_epoch / trial.num_tokens * trial.seconds / PASS_SHARE_OF_STEP
     return {
-        "model": prepared.source.name,
+        "model": work.source.name,
         "implementation": facts["implementation"],
         "device": facts["device"],
         "dtype": facts["dtype"],
         "num_threads": facts["num_threads"],
         "base_parameters": facts["base_parameters"],
         "trained_parameters": facts["trained_parameters"],
-        "data": prepared.data_summary(),
-        "gate": prepared.gate.as_dict() | {"action": config.gate.action},
-        "epochs": epochs,
-        "steps": prepared.total_steps,
-        "batches_per_epoch": prepared.batches.num_batches_per_epoch,
-        "tokens": round(epochs * train.num_tokens),
-        "warmup_steps": prepared.learning_rate.warmup_steps,
+        "data": work.data_summary(),
+        "gate": {} if work.gate is None else work.gate.as_dict() | {"action": config.gate.action},
+        "epochs": work.epochs,
+        "steps": work.total_steps,
+        "batches_per_epoch": work.micro_batches_per_epoch,
+        "tokens": round(work.epochs * work.tokens_per_epoch),
+        "warmup_steps": work.learning_rate.warmup_steps,
         "longest_batch_tokens": trial.num_tokens,
         "pieces_of_the_longest_batch": trial.num_pieces,
         "tokens_per_second": trial.num_tokens / trial.seconds,

@@ -6,12 +6,13 @@ Reads files and a tokenizer; loads no weights.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.batches import BatchPlan
@@ -25,17 +26,20 @@ from model_foundry.evals.generation import Question, read_questions
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.recipes.gatekeeping import subject_of
+from model_foundry.recipes.optimisation import adam_params, count_steps, learning_rate
 from model_foundry.recipes.schedule import LearningRate
+from model_foundry.recipes.work import HeldOutText
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import AdamParams, Datum, LoraConfig
 
 logger = logging.getLogger(__name__)
+VALIDATION_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run is made of.
+    """What fine-tuning on rows is made of; a `Work`.
 
     `now` is the day its template may print, the same on every resume; `gate` is what the gate found in the rows.
     """
@@ -89,15 +93,55 @@ class Prepared:
         return [weighted(datum, 1.0 / self.train.num_trained_tokens) for datum in batch]
 
     def adam_params(self, step: int) -> AdamParams:
-        training = self.config.training
-        return AdamParams(
-            learning_rate=self.learning_rate.at(step),
-            beta1=training.adam_beta1,
-            beta2=training.adam_beta2,
-            eps=training.adam_epsilon,
-            weight_decay=training.weight_decay,
-            grad_clip_norm=training.max_grad_norm,
-        )
+        return adam_params(self.config.training, self.learning_rate.at(step))
+
+    @property
+    def epochs(self) -> float:
+        return self.num_micro_batches / self.batches.num_batches_per_epoch
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        return self.batches.num_batches_per_epoch
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return self.train.num_tokens
+
+    def epoch_at(self, step: int) -> float:
+        return self.positions(step).stop / self.batches.num_batches_per_epoch
+
+    @property
+    def held_out(self) -> HeldOutText | None:
+        return None if self.validation is None else HeldOutText(self.validation.num_tokens)
+
+    def validation_batches(self) -> Iterator[list[Datum]]:
+        """The validation rows in order, in batches of at most VALIDATION_BATCH_TOKENS tokens."""
+        if self.validation is None:
+            return
+        share, batch = 1.0 / self.validation.num_trained_tokens, []
+        for datum in self.validation.datums:
+            if batch and sum(d.num_tokens for d in batch) + datum.num_tokens > VALIDATION_BATCH_TOKENS:
+                yield batch
+                batch = []
+            batch.append(weighted(datum, share))
+        yield batch
+
+    def probe(self) -> np.ndarray:
+        tokens = self.train.datums[0].tokens
+        return tokens[: max(1, len(tokens) // 2)]
+
+    def engine_options(self) -> Mapping[str, Any]:
+        model, training = self.config.model, self.config.training
+        return {
+            "device": model.device,
+            "dtype": model.dtype,
+            "implementation": model.implementation,
+            "attention": model.attention,
+            "quantization": model.quantization,
+            "num_threads": training.num_threads,
+            "micro_batch_tokens": training.micro_batch_tokens,
+            "gradient_checkpointing": training.gradient_checkpointing,
+        }
 
     def data_files(self) -> dict[str, Path]:
         """Every file that decides the outcome, by its field; the files of a folder by field and name."""
@@ -183,8 +227,7 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         shuffle=config.data.shuffle,
         seed=config.seed,
     )
-    num_micro_batches, total_steps = count_steps(config, batches.num_batches_per_epoch)
-    learning_rate = _learning_rate(config, total_steps)
+    num_micro_batches, total_steps = count_steps(config.training, batches.num_batches_per_epoch)
     gate = judge(subject_of(config, reading, renderer, validation=validation_reading, questions=questions, data=train))
     return Prepared(
         config=config,
@@ -198,21 +241,11 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         batches=batches,
         num_micro_batches=num_micro_batches,
         total_steps=total_steps,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate(config.training, total_steps),
         gate=gate,
         data_formats=formats,
         data_paths=paths,
     )
-
-
-def count_steps(config: TrainConfig, batches_per_epoch: int) -> tuple[int, int]:
-    """(micro-batches, optimizer steps) of the whole run."""
-    training = config.training
-    per_step = training.gradient_accumulation_steps
-    if training.max_steps is not None:
-        return training.max_steps * per_step, training.max_steps
-    num_micro_batches = max(1, round(training.epochs * batches_per_epoch))
-    return num_micro_batches, math.ceil(num_micro_batches / per_step)
 
 
 def _tokenised(
@@ -287,32 +320,6 @@ def _context(model: Mapping[str, Any]) -> int | None:
     """The longest row that a model reads, by its config.json, where that says so."""
     context = model.get("max_position_embeddings") or model.get("n_positions")
     return context if isinstance(context, int) else None
-
-
-def _learning_rate(config: TrainConfig, total_steps: int) -> LearningRate:
-    training = config.training
-    warmup = training.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(training.warmup_ratio * total_steps)
-    if warmup >= total_steps and total_steps > 1:
-        raise ConfigError(
-            f"{warmup} warm-up steps leave nothing of {total_steps} steps", where="training.warmup_steps",
-            hint="Lower it, or train longer.",
-        )  # fmt: skip
-    decay = math.ceil(training.decay_ratio * total_steps)
-    if training.lr_scheduler == "wsd" and warmup + decay > total_steps + 1:
-        raise ConfigError(
-            f"{warmup} steps of warm-up and {decay} of decay are more than all {total_steps} steps",
-            where="training.decay_ratio", hint="Lower it or training.warmup_steps, or train longer.",
-        )  # fmt: skip
-    return LearningRate(
-        peak=training.learning_rate,
-        shape=training.lr_scheduler,
-        warmup_steps=min(warmup, total_steps - 1),
-        total_steps=total_steps,
-        decay_steps=min(decay, total_steps - min(warmup, total_steps - 1)),
-        min_ratio=training.min_lr_ratio,
-    )
 
 
 def require_same_data(receipt: Mapping[str, Any], current: Mapping[str, Any], *, where: str) -> None:

@@ -19,10 +19,10 @@ from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import FoundryError
 from model_foundry.evals import criteria
 from model_foundry.evals.before_after import Comparison
-from model_foundry.recipes import sft
+from model_foundry.recipes import supervised
 from model_foundry.recipes.measure_memory import measure, task_of
-from model_foundry.recipes.preparation import Prepared
 from model_foundry.recipes.saving import load_checkpoint
+from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.metrics import CLOCK, read_metrics
 from model_foundry.run.progress import open_progress
@@ -31,48 +31,46 @@ from model_foundry.types import Check, SamplingParams
 logger = logging.getLogger(__name__)
 
 
-def loss_check(prepared: Prepared, records: list[dict[str, Any]]) -> Check | None:
-    bound = prepared.config.criteria.loss_fall
+def loss_check(work: Work, records: list[dict[str, Any]]) -> Check | None:
+    bound = work.config.criteria.loss_fall
     losses = [record["loss"] for record in records if record["kind"] == "step"]
     return None if bound is None else criteria.loss_fall(losses, bound=bound)
 
 
-def answers_check(prepared: Prepared, comparison: Comparison | None) -> Check | None:
-    bound = prepared.config.criteria.answers_improved
+def answers_check(work: Work, comparison: Comparison | None) -> Check | None:
+    bound = work.config.criteria.answers_improved
     if bound is None or comparison is None:
         return None
     return criteria.answers_improved(comparison, bound=bound)
 
 
-def parameters_check(
-    prepared: Prepared, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-) -> Check | None:
-    bound = prepared.config.criteria.parameters_changed
-    if bound is None or prepared.lora is None:
+def parameters_check(work: Work, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Check | None:
+    bound = work.config.criteria.parameters_changed
+    if bound is None or work.lora is None:
         return None
     first, last = ({name: t.cpu().numpy() for name, t in tensors.items()} for tensors in (before, after))
-    return criteria.parameters_changed(first, last, bound=bound, weight_decay=prepared.config.training.weight_decay)
+    return criteria.parameters_changed(first, last, bound=bound, weight_decay=work.config.training.weight_decay)
 
 
-def memory_check(prepared: Prepared, engine: TorchEngine) -> tuple[Check | None, dict[str, Any]]:
+def memory_check(work: Work, engine: TorchEngine) -> tuple[Check | None, dict[str, Any]]:
     """LoRA and full fine-tuning on the same longest batch, each in a fresh process; the peaks go into the report."""
-    bound = prepared.config.criteria.memory_saving
-    if bound is None or prepared.lora is None:
+    bound = work.config.criteria.memory_saving
+    if bound is None or work.lora is None:
         return None, {}
     peaks: dict[str, int | None] = {}
-    training = prepared.config.training
-    for name, lora in (("lora", prepared.lora), ("full", None)):
+    training = work.config.training
+    for name, lora in (("lora", work.lora), ("full", None)):
         logger.info("measuring the memory of %s in a process of its own", "LoRA" if lora else "full fine-tuning")
         task = task_of(
-            prepared.longest_batch(),
-            folder=str(prepared.source.folder.resolve()),
+            work.longest_batch(),
+            folder=str(work.source.folder.resolve()),
             lora=lora,
             device=engine.device.type,
             dtype=str(engine.dtype).removeprefix("torch."),
             num_threads=engine.num_threads,
-            implementation=prepared.config.model.implementation,
-            attention=prepared.config.model.attention,
-            quantization="none" if lora is None else prepared.config.model.quantization,
+            implementation=work.config.model.implementation,
+            attention=work.config.model.attention,
+            quantization="none" if lora is None else work.config.model.quantization,
             gradient_checkpointing=training.gradient_checkpointing,
             micro_batch_tokens=training.micro_batch_tokens,
         )
@@ -86,19 +84,19 @@ def memory_check(prepared: Prepared, engine: TorchEngine) -> tuple[Check | None,
     return check, {"lora_bytes": peaks["lora"], "full_bytes": peaks["full"]}
 
 
-def artefacts_check(prepared: Prepared, engine: TorchEngine, model_id: str, final: Path, sample: np.ndarray) -> Check:
+def artefacts_check(work: Work, engine: TorchEngine, model_id: str, final: Path, sample: np.ndarray) -> Check:
     """Load the final weights from the disk into a second model; it must say what the trained one says."""
     problems: dict[str, str | None] = {}
-    part = "adapter" if prepared.lora is not None else "model"
-    params = SamplingParams(max_tokens=16, stop_token_ids=prepared.renderer.stop_token_ids)
+    part = "adapter" if work.lora is not None else "model"
+    params = SamplingParams(max_tokens=16, stop_token_ids=work.renderer.stop_token_ids)
     try:
-        if prepared.lora is not None:
-            loaded = engine.create_model(prepared.source.folder, lora=None, adapter=final / part, trainable=False)
+        if work.lora is not None:
+            loaded = engine.create_model(work.source.folder, lora=None, adapter=final / part, trainable=False)
         else:
             loaded = engine.create_model(final / part, lora=None, trainable=False)
         mine, theirs = (engine.sample(each, [sample], params)[0].tokens for each in (model_id, loaded))
         engine.delete_model(loaded)
-        same = np.array_equal(mine, theirs) or prepared.lora is None
+        same = np.array_equal(mine, theirs) or work.lora is None
         problems[f"{final.name}/{part}"] = None if same else "answers differently from the trained model"
     except FoundryError as error:
         problems[f"{final.name}/{part}"] = str(error)
@@ -121,37 +119,35 @@ class _Kept:
     def before_update(self) -> None: ...
 
 
-def replay_check(
-    prepared: Prepared, engine: TorchEngine, run: RunDirectory, final: Mapping[str, torch.Tensor]
-) -> Check | None:
+def replay_check(work: Work, engine: TorchEngine, run: RunDirectory, final: Mapping[str, torch.Tensor]) -> Check | None:
     """Repeat the last steps in a second model, from the first checkpoint within `replay_steps` of the end, or from the
     start when the run is no longer than that, and compare every bit.
 
     Args:
         final: weights and moments of the trained model by name.
     """
-    limit = prepared.config.criteria.replay_steps
+    limit = work.config.criteria.replay_steps
     if limit == 0:
         return None
-    total = prepared.total_steps
+    total = work.total_steps
     near = [each.name for each in run.checkpoints.list() if total - limit <= each.step < total]
     if not near and limit < total:
         return criteria.replay_identical(from_step=0, num_steps=0, compared=(), differences=())
     logger.info("repeating the last steps from %s", near[0] if near else "the start")
     model_id = engine.create_model(
-        prepared.source.folder, lora=prepared.lora, seed=prepared.config.seed, adapter=prepared.source.adapter
+        work.source.folder, lora=work.lora, seed=work.config.seed, adapter=work.source.adapter
     )
     try:
         step = -1
         if near:
-            step = load_checkpoint(run.checkpoints.open(near[0]), engine, model_id, prepared, logger.warning)
+            step = load_checkpoint(run.checkpoints.open(near[0]), engine, model_id, work, logger.warning)
         records = read_metrics(run.metrics_path)
         kept = _Kept()
         with open_progress() as progress:
             progress.start(total, "replay", done_steps=max(0, step))
-            sft.train(
-                TrainingClient(engine, model_id), prepared, kept, progress, first_step=max(0, step) + 1,
-                skipped_in_a_row=sft.trailing_skips([each for each in records if each["step"] <= step]),
+            supervised.train(
+                TrainingClient(engine, model_id), work, kept, progress, first_step=max(0, step) + 1,
+                skipped_in_a_row=supervised.trailing_skips([each for each in records if each["step"] <= step]),
             )  # fmt: skip
         again = everything(engine, model_id)
         differences = [name for name, tensor in final.items() if not _same_bits(tensor, again[name])]

@@ -14,8 +14,8 @@ from model_foundry.errors import FoundryError
 from model_foundry.evals.before_after import Comparison, compare
 from model_foundry.evals.generation import answer_questions
 from model_foundry.recipes import proof
-from model_foundry.recipes.preparation import Prepared
 from model_foundry.recipes.session import Session
+from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.report import Report
 from model_foundry.types import Check
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: bool) -> list[str]:
     """Greedy answers to the held-out questions, kept in the run's folder."""
-    prepared = session.prepared
-    if not prepared.questions:
+    work = session.work
+    if not work.questions:
         return []
     path = run.path / "evaluation" / f"{when}.json"
     if reuse and path.is_file():
         return list(json.loads(path.read_text()))
-    evaluation = prepared.config.evaluation
-    logger.info("asking %s held-out questions %s training", len(prepared.questions), when)
+    evaluation = work.config.evaluation
+    logger.info("asking %s held-out questions %s training", len(work.questions), when)
     answers = answer_questions(
-        prepared.questions,
+        work.questions,
         lambda prompts, params: session.client.sample(prompts, params).result(),
-        prepared.renderer,
+        work.renderer,
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
     )
@@ -50,16 +50,16 @@ def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: b
     return texts
 
 
-def compared(prepared: Prepared, before: list[str], after: list[str]) -> Comparison | None:
-    if not prepared.questions:
+def compared(work: Work, before: list[str], after: list[str]) -> Comparison | None:
+    if not work.questions:
         return None
     return compare(
-        [question.prompt for question in prepared.questions],
-        expected=[question.answer for question in prepared.questions],
+        [question.prompt for question in work.questions],
+        expected=[question.answer for question in work.questions],
         before=before,
         after=after,
-        sources=[question.source for question in prepared.questions],
-        seed=prepared.config.seed,
+        sources=[question.source for question in work.questions],
+        seed=work.config.seed,
     )
 
 
@@ -71,18 +71,17 @@ def prove(
     records: list[dict[str, Any]],
 ) -> tuple[tuple[Check, ...], dict[str, Any]]:
     """Every check that the criteria ask for."""
-    prepared, engine, model_id = session.prepared, session.engine, session.model_id
+    work, engine, model_id = session.work, session.engine, session.model_id
     end = engine.trained_tensors(model_id)
-    memory, peaks = proof.memory_check(prepared, engine)
-    probe = prepared.train.datums[0].tokens
+    memory, peaks = proof.memory_check(work, engine)
     final = run.checkpoints.open("final")
     checks = (
-        proof.loss_check(prepared, records),
-        proof.answers_check(prepared, comparison),
+        proof.loss_check(work, records),
+        proof.answers_check(work, comparison),
         memory,
-        proof.parameters_check(prepared, start, end) if start else None,
-        proof.artefacts_check(prepared, engine, model_id, final.path, probe[: max(1, len(probe) // 2)]),
-        proof.replay_check(prepared, engine, run, proof.everything(engine, model_id)),
+        proof.parameters_check(work, start, end) if start else None,
+        proof.artefacts_check(work, engine, model_id, final.path, work.probe()),
+        proof.replay_check(work, engine, run, proof.everything(engine, model_id)),
     )
     return tuple(check for check in checks if check is not None), peaks
 
@@ -95,7 +94,7 @@ def make_report(
     memory: dict[str, Any],
     records: list[dict[str, Any]],
 ) -> Report:
-    prepared, facts = session.prepared, run.facts
+    work, facts = session.work, run.facts
     steps = [record for record in records if record["kind"] == "step"]
     seconds = sum(record["clock"]["seconds"] for record in steps)
     predicted = None if session.memory is None else session.memory.as_dict()
@@ -103,9 +102,9 @@ def make_report(
         run_id=run.run_id,
         checks=checks,
         training={
-            "model": prepared.source.name,
-            "method": prepared.config.method,
-            "steps": prepared.total_steps,
+            "model": work.source.name,
+            "method": work.config.method,
+            "steps": work.total_steps,
             "first_loss": steps[0]["loss"],
             "last_loss": steps[-1]["loss"],
             "seconds": seconds,
@@ -116,16 +115,16 @@ def make_report(
             "base_parameters": session.plan["base_parameters"],
         },
         evaluation={} if comparison is None else comparison.as_dict(),
-        data=prepared.data_summary(),
-        gate=prepared.gate.as_dict() | {"action": prepared.config.gate.action},
+        data=work.data_summary(),
+        gate={} if work.gate is None else work.gate.as_dict() | {"action": work.config.gate.action},
         memory=memory | ({} if predicted is None else {"predicted_bytes": predicted.pop("total"), "parts": predicted}),
         reproduce={
             "commands": [f"foundry verify run {run.path}", f"foundry chat {run.path}"],
             "config_digest": facts["config_digest"],
-            "seed": prepared.config.seed,
+            "seed": work.config.seed,
             "code_sha256": facts["receipt"]["code"]["sha256"],
-            "model_fingerprint": prepared.model_fingerprint,
-            "renderer": prepared.renderer.name,
+            "model_fingerprint": work.model_fingerprint,
+            "renderer": work.renderer.name,
         },
         machine=facts["receipt"]["machine"],
         notes=_notes(facts, session, num_skipped=sum(record["skipped"] for record in steps)),
@@ -134,8 +133,10 @@ def make_report(
 
 def _notes(facts: Mapping[str, Any], session: Session, *, num_skipped: int) -> tuple[str, ...]:
     notes = [f"Resumed from step {each['from_step']}." for each in facts.get("resumed", [])]
-    if failed := [check.name for check in session.prepared.gate.failed]:
-        notes.append(f"The gate would refuse the training rows ({', '.join(failed)}); gate.action=warn let them in.")
+    gate = session.work.gate
+    if gate is not None and gate.failed:
+        failed = ", ".join(check.name for check in gate.failed)
+        notes.append(f"The gate would refuse the training rows ({failed}); gate.action=warn let them in.")
     if num_skipped:
         notes.append(f"{num_skipped} steps were skipped: their gradients were not finite.")
     if session.trial.num_pieces > 1:

@@ -13,16 +13,16 @@ from model_foundry.checkpoint.background import BackgroundSaver
 from model_foundry.checkpoint.store import FINAL, Checkpoint, step_name
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import RunError
-from model_foundry.recipes.preparation import Prepared
+from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
 
 
 class RunSaver:
     """Saves a model's weights and optimizer under the step's name, in the background, keeping few."""
 
-    def __init__(self, run: RunDirectory, engine: TorchEngine, model_id: str, prepared: Prepared) -> None:
-        self._engine, self._model_id, self._prepared = engine, model_id, prepared
-        self.saver = BackgroundSaver(run.checkpoints, keep=prepared.config.training.save_total_limit)
+    def __init__(self, run: RunDirectory, engine: TorchEngine, model_id: str, work: Work) -> None:
+        self._engine, self._model_id, self._prepared = engine, model_id, work
+        self.saver = BackgroundSaver(run.checkpoints, keep=work.config.training.save_total_limit)
 
     def save(self, step: int, *, final: bool = False) -> None:
         """Begin a save; what an earlier one failed with is raised here. See `before_update`."""
@@ -43,26 +43,26 @@ class RunSaver:
         self.saver.wait_until_read()
 
 
-def checkpoint_metadata(prepared: Prepared, step: int) -> dict[str, Any]:
+def checkpoint_metadata(work: Work, step: int) -> dict[str, Any]:
     """What a checkpoint must fit to be loaded here."""
     return {
-        "method": prepared.config.method,
+        "method": work.config.method,
         "step": step,
-        "renderer": prepared.renderer.fingerprint,
-        "model": prepared.model_fingerprint,
-        "seed": prepared.config.seed,
+        "renderer": work.renderer.fingerprint,
+        "model": work.model_fingerprint,
+        "seed": work.config.seed,
     }
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, engine: TorchEngine, model_id: str, prepared: Prepared, say: Callable[[str], None]
+    checkpoint: Checkpoint, engine: TorchEngine, model_id: str, work: Work, say: Callable[[str], None]
 ) -> int:
     """Load weights and optimizer; the step it was saved at.
 
     Raises:
         RunError: it was made with another model, template or seed.
     """
-    expected = checkpoint_metadata(prepared, checkpoint.step)
+    expected = checkpoint_metadata(work, checkpoint.step)
     for key in ("method", "renderer", "model", "seed"):
         if checkpoint.metadata.get(key) != expected[key]:
             raise RunError(f"the checkpoint was made with another {key}", where=str(checkpoint.path))

@@ -12,7 +12,7 @@ from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.memory import MemoryEstimate
 from model_foundry.recipes.gatekeeping import enforce
 from model_foundry.recipes.plan import Trial, plan_facts, predict_memory, try_longest_batch
-from model_foundry.recipes.preparation import Prepared
+from model_foundry.recipes.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Session:
     """The engine that holds the model, and what was found out about both."""
 
-    prepared: Prepared
+    work: Work
     engine: TorchEngine
     model_id: str
     process_bytes: int
@@ -34,36 +34,27 @@ class Session:
         return TrainingClient(self.engine, self.model_id)
 
 
-def open_session(prepared: Prepared) -> Session:
+def open_session(work: Work) -> Session:
     """Load the model and try the longest batch on it.
 
     Raises:
         CheckFailedError: the gate refuses the rows.
     """
-    config = prepared.config
-    enforce(prepared.gate, config)
-    engine = TorchEngine(
-        device=config.model.device,
-        dtype=config.model.dtype,
-        num_threads=config.training.num_threads,
-        micro_batch_tokens=config.training.micro_batch_tokens,
-        implementation=config.model.implementation,
-        attention=config.model.attention,
-        quantization=config.model.quantization,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-    )
+    if work.gate is not None:
+        enforce(work.gate, work.config)
+    engine = TorchEngine(**work.engine_options())
     process_bytes = resident_memory_bytes()
-    base_name = config.model.name if prepared.source.adapter is None else str(prepared.source.folder)
+    base_name = work.config.model.name if work.source.adapter is None else str(work.source.folder)
     model_id = engine.create_model(
-        prepared.source.folder,
-        lora=prepared.lora,
-        seed=config.seed,
-        adapter=prepared.source.adapter,
+        work.source.folder,
+        lora=work.lora,
+        seed=work.config.seed,
+        adapter=work.source.adapter,
         base_name=base_name,
     )
-    memory = predict_memory(prepared, engine, model_id, process_bytes=process_bytes)
-    trial = try_longest_batch(engine, model_id, prepared)
+    memory = predict_memory(work, engine, model_id, process_bytes=process_bytes)
+    trial = try_longest_batch(engine, model_id, work)
     if trial.num_pieces > 1:
         logger.warning("the longest batch is computed in %s pieces to fit the memory", trial.num_pieces)
-    plan = plan_facts(prepared, engine.describe(model_id), trial, memory)
-    return Session(prepared, engine, model_id, process_bytes, memory, trial, plan)
+    plan = plan_facts(work, engine.describe(model_id), trial, memory)
+    return Session(work, engine, model_id, process_bytes, memory, trial, plan)

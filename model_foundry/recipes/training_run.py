@@ -17,14 +17,15 @@ from model_foundry.config.load import config_digest, dump_yaml
 from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.errors import FoundryError, InterruptedRunError, RunError
-from model_foundry.recipes import sft
+from model_foundry.recipes import supervised
 from model_foundry.recipes.interruption import leave_on_signals, stop_on_signals
 from model_foundry.recipes.plan import plan_text
-from model_foundry.recipes.preparation import Prepared, prepare, require_same_data
+from model_foundry.recipes.preparation import prepare, require_same_data
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
 from model_foundry.recipes.saving import RunSaver, load_checkpoint
 from model_foundry.recipes.session import Session, open_session
 from model_foundry.recipes.shape_plan import plan_of_config
+from model_foundry.recipes.work import Work
 from model_foundry.run.directory import Outcome, RunDirectory, is_run, require_free, utc_now
 from model_foundry.run.logs import run_logging
 from model_foundry.run.metrics import MetricsLog
@@ -102,7 +103,7 @@ def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime
             with run_logging(level=config.logging.level):
                 # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
                 session = open_session(prepare(config, now=now or utc_now()))
-                start = _receipt(session.prepared, digest)
+                start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
                 return _in_run(run, config, digest, session=session)
     except KeyboardInterrupt:
@@ -121,14 +122,14 @@ def _in_run(run: RunDirectory, config: TrainConfig, digest: str, *, session: Ses
                 if (report := _finished_report(run)) is not None:
                     logger.info("%s has finished already; foundry verify run %s runs it again", run.path, run.path)
                     return report
-                prepared = prepare(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
-                require_same_data(run.facts["receipt"], _receipt(prepared, digest), where=str(run.path))
-                session = open_session(prepared)
+                work = prepare(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
+                require_same_data(run.facts["receipt"], _receipt(work, digest), where=str(run.path))
+                session = open_session(work)
             run.record(
                 config=config.model_dump(mode="json"),
-                now=session.prepared.now.isoformat(),
-                renderer=session.prepared.renderer.name,
-                total_steps=session.prepared.total_steps,
+                now=session.work.now.isoformat(),
+                renderer=session.work.renderer.name,
+                total_steps=session.work.total_steps,
             )
             report = _train_and_prove(run, session, digest, resumed=resumed)
         except (KeyboardInterrupt, InterruptedRunError) as error:
@@ -158,8 +159,8 @@ def _finished_report(run: RunDirectory) -> Report | None:
 
 
 def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resumed: bool) -> Report:
-    prepared, engine, model_id = session.prepared, session.engine, session.model_id
-    config = prepared.config
+    work, engine, model_id = session.work, session.engine, session.model_id
+    config = work.config
     checkpoint = _newest_checkpoint(run) if resumed else None
     step = 0 if checkpoint is None else checkpoint.step
     trackers = open_trackers(
@@ -168,20 +169,20 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
     )  # fmt: skip
     with trackers, run.open_metrics() as metrics:
         logger.info("the plan:\n%s", plan_text(session.plan))
-        start_tensors = _copied(engine.trained_tensors(model_id)) if prepared.lora is not None else {}
+        start_tensors = _copied(engine.trained_tensors(model_id)) if work.lora is not None else {}
         before = held_out_answers(run, session, "before", reuse=True)
         if resumed:
             _restore(run, session, metrics, checkpoint, digest)
-        done = step if step == prepared.total_steps else _train(run, session, metrics, trackers, first_step=step + 1)
-        if done < prepared.total_steps:
+        done = step if step == work.total_steps else _train(run, session, metrics, trackers, first_step=step + 1)
+        if done < work.total_steps:
             trackers.close("interrupted")
             raise InterruptedRunError(
-                f"interrupted; saved at step {done} of {prepared.total_steps}",
+                f"interrupted; saved at step {done} of {work.total_steps}",
                 hint=f"Go on with: foundry resume {run.path}",
             )
         peak_bytes = engine.peak_memory_bytes()
         after = held_out_answers(run, session, "after", reuse=False)
-        comparison = compared(prepared, before, after)
+        comparison = compared(work, before, after)
         checks, memory = prove(run, session, start_tensors, comparison, metrics.read())
         report = make_report(run, session, comparison, checks, memory | {"measured_bytes": peak_bytes}, metrics.read())
         page = write_report(run.path, report)
@@ -191,21 +192,21 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
 
 def _train(run: RunDirectory, session: Session, metrics: MetricsLog, trackers: Trackers, *, first_step: int) -> int:
     """The loop with its saves, until the last of them is on the disk; the last step done."""
-    prepared = session.prepared
-    saver = RunSaver(run, session.engine, session.model_id, prepared)
+    work = session.work
+    saver = RunSaver(run, session.engine, session.model_id, work)
     recorder = _Recorder(metrics, trackers, saver)
-    log_steps = prepared.config.logging.log_steps
+    log_steps = work.config.logging.log_steps
     with stop_on_signals() as stop, saver.saver, open_progress(log_steps=log_steps) as progress:
-        progress.start(prepared.total_steps, "train", done_steps=first_step - 1)
-        done = sft.train(
-            session.client, prepared, recorder, progress,
-            first_step=first_step, skipped_in_a_row=sft.trailing_skips(metrics.read()),
+        progress.start(work.total_steps, "train", done_steps=first_step - 1)
+        done = supervised.train(
+            session.client, work, recorder, progress,
+            first_step=first_step, skipped_in_a_row=supervised.trailing_skips(metrics.read()),
             stop=stop, memory_bytes=resident_memory_bytes,
         )  # fmt: skip
         metrics.sync()
-        if done == prepared.total_steps:
+        if done == work.total_steps:
             saver.save(done, final=True)
-    if stop() and done == prepared.total_steps:
+    if stop() and done == work.total_steps:
         raise KeyboardInterrupt
     return done
 
@@ -219,23 +220,23 @@ def _restore(
     run: RunDirectory, session: Session, metrics: MetricsLog, checkpoint: Checkpoint | None, digest: str
 ) -> None:
     """Load the checkpoint, and take back what was recorded after it."""
-    prepared, step = session.prepared, 0
+    work, step = session.work, 0
     if checkpoint is not None:
-        step = load_checkpoint(checkpoint, session.engine, session.model_id, prepared, logger.warning)
-        logger.info("resuming from %s, step %s of %s", checkpoint.name, step, prepared.total_steps)
+        step = load_checkpoint(checkpoint, session.engine, session.model_id, work, logger.warning)
+        logger.info("resuming from %s, step %s of %s", checkpoint.name, step, work.total_steps)
     else:
         logger.info("no checkpoint yet: starting from step 1")
     metrics.truncate_after(step if checkpoint is not None else -1)
-    run.record_resume(_receipt(prepared, digest), from_step=step)
+    run.record_resume(_receipt(work, digest), from_step=step)
 
 
-def _receipt(prepared: Prepared, digest: str) -> dict[str, Any]:
-    num_threads = prepared.config.training.num_threads or torch.get_num_threads()
+def _receipt(work: Work, digest: str) -> dict[str, Any]:
+    num_threads = work.config.training.num_threads or torch.get_num_threads()
     return receipt(
         argv=sys.argv,
         config_digest=digest,
-        data_files=prepared.data_files(),
-        model_fingerprint=prepared.model_fingerprint,
+        data_files=work.data_files(),
+        model_fingerprint=work.model_fingerprint,
         torch_facts={"version": torch.__version__, "num_threads": num_threads},
     )
 

@@ -1,24 +1,24 @@
-"""Supervised fine-tuning. Reads top to bottom: batches, forward and backward, a step, a record, evaluate, save."""
+"""The loop of fine-tuning and of pretraining. Reads top to bottom: batches, forward and backward, a step, a record,
+evaluate, save.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from model_foundry.checkpoint.schedule import should_save
 from model_foundry.client.local import TrainingClient
-from model_foundry.data.tokenise import TokenisedSet
 from model_foundry.errors import EngineError
-from model_foundry.recipes.preparation import Prepared, weighted
+from model_foundry.recipes.work import Work
 from model_foundry.run.progress import Progress
 from model_foundry.types import Datum
 
 logger = logging.getLogger(__name__)
-VALIDATION_BATCH_TOKENS = 8192
 
 
 class Recorder(Protocol):
@@ -35,7 +35,7 @@ class Recorder(Protocol):
 
 def train(
     client: TrainingClient,
-    prepared: Prepared,
+    work: Work,
     recorder: Recorder,
     progress: Progress,
     *,
@@ -55,14 +55,14 @@ def train(
     Raises:
         EngineError: too many steps in a row without finite gradients.
     """
-    config = prepared.config.training
+    config = work.config.training
     if first_step == 1:
-        validate(client, prepared, recorder, step=0)
-    for step in range(first_step, prepared.total_steps + 1):
+        validate(client, work, recorder, step=0)
+    for step in range(first_step, work.total_steps + 1):
         started = time.perf_counter()
-        batches = prepared.micro_batches(step)
+        batches = work.micro_batches(step)
         loss = math.fsum(client.forward_backward(batch).result().loss_sum for batch in batches)
-        params = prepared.adam_params(step)
+        params = work.adam_params(step)
         recorder.before_update()
         update = client.optim_step(params).result()
         seconds = time.perf_counter() - started
@@ -71,7 +71,7 @@ def train(
             {
                 "kind": "step",
                 "step": step,
-                "epoch": round(prepared.positions(step).stop / prepared.batches.num_batches_per_epoch, 6),
+                "epoch": round(work.epoch_at(step), 6),
                 "loss": loss,
                 "learning_rate": params.learning_rate,
                 "grad_norm": update.grad_norm,
@@ -84,59 +84,49 @@ def train(
         progress.advance(step, loss=loss, tokens_per_second=num_tokens / seconds)
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
         _judge_skips(skipped_in_a_row, step, update.grad_norm, config.max_skipped_steps)
-        if step == prepared.total_steps or (config.eval_steps and step % config.eval_steps == 0):
-            validate(client, prepared, recorder, step=step)
-        interrupted = stop() and step < prepared.total_steps
-        if interrupted or is_save_due(prepared, step):
+        if step == work.total_steps or (config.eval_steps and step % config.eval_steps == 0):
+            validate(client, work, recorder, step=step)
+        interrupted = stop() and step < work.total_steps
+        if interrupted or is_save_due(work, step):
             recorder.save(step)
         if interrupted:
-            logger.warning("interrupted: saving at step %s of %s", step, prepared.total_steps)
+            logger.warning("interrupted: saving at step %s of %s", step, work.total_steps)
             return step
-    return prepared.total_steps
+    return work.total_steps
 
 
-def is_save_due(prepared: Prepared, step: int) -> bool:
+def is_save_due(work: Work, step: int) -> bool:
     """On schedule, and where the replay of the last steps is to start; the end is saved as `final` by the caller."""
-    config = prepared.config.training
-    if step == prepared.total_steps:
+    config = work.config.training
+    if step == work.total_steps:
         return False
-    replay = prepared.config.criteria.replay_steps
-    if replay and step == max(1, prepared.total_steps - replay):
+    replay = work.config.criteria.replay_steps
+    if replay and step == max(1, work.total_steps - replay):
         return True
     return should_save(
         step,
-        total_steps=prepared.total_steps,
+        total_steps=work.total_steps,
         schedule=config.save_schedule,
         every=config.save_steps,
         at=config.save_at,
     )
 
 
-def validate(client: TrainingClient, prepared: Prepared, recorder: Recorder, *, step: int) -> None:
-    """Mean loss over the validation rows' trained tokens, in nats."""
-    if prepared.validation is None:
+def validate(client: TrainingClient, work: Work, recorder: Recorder, *, step: int) -> None:
+    """Mean loss over the held-out tokens that count, in nats; of text also in bits per byte."""
+    held_out = work.held_out
+    if held_out is None:
         return
     started = time.perf_counter()
-    data = prepared.validation
-    total = 1.0 / data.num_trained_tokens
-    loss = math.fsum(
-        client.forward([weighted(datum, total) for datum in batch]).result().loss_sum for batch in by_tokens(data)
-    )
-    seconds = time.perf_counter() - started
-    clock = _clock(seconds, data.num_tokens)
-    recorder.append({"kind": "validation", "step": step, "loss": loss, "tokens": data.num_tokens, "clock": clock})
-    logger.info("step %s: validation loss %.4f", step, loss)
-
-
-def by_tokens(data: TokenisedSet) -> Iterator[list[Datum]]:
-    """Rows in order, in batches of at most VALIDATION_BATCH_TOKENS tokens."""
-    batch: list[Datum] = []
-    for datum in data.datums:
-        if batch and sum(d.num_tokens for d in batch) + datum.num_tokens > VALIDATION_BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(datum)
-    yield batch
+    loss = math.fsum(client.forward(batch).result().loss_sum for batch in work.validation_batches())
+    clock = _clock(time.perf_counter() - started, held_out.num_tokens)
+    record: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss, "tokens": held_out.num_tokens}
+    said = f"validation loss {loss:.4f}"
+    if held_out.num_bytes:
+        record["bits_per_byte"] = loss * held_out.num_tokens / (held_out.num_bytes * math.log(2))
+        said += f", {record['bits_per_byte']:.4f} bits per byte"
+    recorder.append(record | {"clock": clock})
+    logger.info("step %s: %s", step, said)
 
 
 def _judge_skips(in_a_row: int, step: int, grad_norm: float, limit: int) -> None:

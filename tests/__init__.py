@@ -1,0 +1,1 @@
+"""The tests, a package: another distribution (textstat) installs a package of the same name."""
