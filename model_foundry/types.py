@@ -31,8 +31,8 @@ class Datum:
 
     Attributes:
         tokens: int32 [T], the model's input.
-        loss_inputs: arrays of length T; `target_tokens` int32 and `weights` float32 for cross-entropy,
-            plus what other losses need (`logprobs`, `advantages`).
+        loss_inputs: arrays of length T; `target_tokens` int32 and `weights` float32 for cross-entropy (both [T, K]
+            where a token has K targets), plus what other losses need (`logprobs`, `advantages`).
     """
 
     tokens: np.ndarray
@@ -88,7 +88,7 @@ class ForwardBackwardOutput:
 
     Attributes:
         loss_sum: sum over tokens of weight × token loss (never a mean).
-        logprobs: one float32 [T] array a datum, the log-probability of each target in nats;
+        logprobs: one float32 array a datum in the shape of its targets, the log-probability of each target in nats;
             NaN where it was not asked for (see `Engine.forward_backward`).
         num_micro_batches: pieces the batch was computed in; more than planned means out-of-memory was survived.
         router_loss: the load-balancing loss of a mixture of experts, where it is trained: times the sum of the weights,

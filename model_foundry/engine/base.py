@@ -46,7 +46,13 @@ class Engine(Protocol):
         ...
 
     def forward(
-        self, model_id: str, data: Sequence[Datum], *, loss_fn: str = "cross_entropy", logprobs: LogprobScope = "due"
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        *,
+        loss_fn: str = "cross_entropy",
+        loss_config: Mapping[str, float] | None = None,
+        logprobs: LogprobScope = "due",
     ) -> ForwardBackwardOutput:
         """The loss without gradients."""
         ...

@@ -3,36 +3,106 @@
 The head is computed in pieces of tokens, only where a loss is due, and its gradient in the same pass: the logits of the
 whole batch never exist at once (as in Wijmans et al. 2024 and Liger). It does not know models.
 
-Shapes: N packed tokens, M tokens with a loss due, D width, V vocabulary.
+Importance sampling: Kahn and Marshall 1953. PPO: Schulman et al. 2017. CISPO: MiniMax 2025 (M1). DRO: Richemond et al.
+2024. Their inputs, their sums and the defaults of their settings are those of the Tinker protocol.
+
+Shapes: N packed tokens, M tokens with a loss due, K targets of a token, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional
 
+from model_foundry.errors import EngineError
+
 Inputs = Mapping[str, torch.Tensor]
+Settings = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`terms(logprobs [M], inputs) -> [M]`; due where `due` (an input) is not zero."""
+    """`terms(logprobs [M] or [M, K], inputs, settings)` is elementwise.
 
-    terms: Callable[[torch.Tensor, Inputs], torch.Tensor]
+    Attributes:
+        due: the input that is zero where no loss is due; None: it is due everywhere.
+        settings: what a call may set, with the defaults.
+        many_targets: a token may have K targets; every input is [T, K] then.
+    """
+
+    terms: Callable[[torch.Tensor, Inputs, Settings], torch.Tensor]
     inputs: tuple[str, ...]
-    due: str
+    due: str | None
+    settings: Settings = field(default_factory=dict)
+    many_targets: bool = False
 
+
+def _ratio(logprobs: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """How much likelier the token is now than where it was sampled."""
+    return (logprobs - inputs["logprobs"]).exp()
+
+
+def _clipped(ratio: torch.Tensor, settings: Settings) -> torch.Tensor:
+    return ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
+
+
+def _importance_sampling(logprobs: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Tensor:
+    return -_ratio(logprobs, inputs) * inputs["advantages"]
+
+
+def _ppo(logprobs: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Tensor:
+    ratio, advantages = _ratio(logprobs, inputs), inputs["advantages"]
+    return -torch.minimum(ratio * advantages, _clipped(ratio, settings) * advantages)
+
+
+def _cispo(logprobs: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Tensor:
+    return -_clipped(_ratio(logprobs, inputs), settings).detach() * logprobs * inputs["advantages"]
+
+
+def _dro(logprobs: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Tensor:
+    distance = (logprobs - inputs["logprobs"]).square()
+    return -(logprobs * inputs["advantages"] - 0.5 * settings["beta"] * distance)
+
+
+_SAMPLED = ("target_tokens", "logprobs", "advantages")
 
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(
-        terms=lambda logprobs, inputs: -inputs["weights"] * logprobs,
+        terms=lambda logprobs, inputs, settings: -inputs["weights"] * logprobs,
         inputs=("target_tokens", "weights"),
         due="weights",
+        many_targets=True,
     ),
+    "importance_sampling": Loss(_importance_sampling, _SAMPLED, due="advantages"),
+    "ppo": Loss(_ppo, _SAMPLED, due="advantages", settings={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
+    "cispo": Loss(_cispo, _SAMPLED, due="advantages", settings={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}),
+    "dro": Loss(_dro, _SAMPLED, due=None, settings={"beta": 0.05}),
 }
+
+
+def choose_loss(name: str, settings: Settings | None = None) -> Loss:
+    """A loss by its name, with these settings.
+
+    Raises:
+        EngineError: there is no such loss, it does not have the setting, or the value means nothing.
+    """
+    if name not in LOSSES:
+        raise EngineError(f"no loss {name!r}", hint=f"There is: {', '.join(LOSSES)}.")
+    loss, given = LOSSES[name], dict(settings or {})
+    if unknown := sorted(given.keys() - loss.settings.keys()):
+        takes = f"takes {', '.join(sorted(loss.settings))}" if loss.settings else "takes no settings"
+        raise EngineError(f"the loss {name} {takes}, and got {', '.join(unknown)}")
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise EngineError(f"{key} is {value!r}", where=f"loss {name}")
+    if given.get("clip_low_threshold", 0) > given.get("clip_high_threshold", math.inf):
+        raise EngineError("clip_low_threshold is above clip_high_threshold", where=f"loss {name}")
+    return replace(loss, settings={**loss.settings, **given}) if given else loss
+
 
 CHUNK_LOGITS = 12_500_000
 """Logits computed at once: 256 tokens of a vocabulary of 49,152."""
@@ -40,7 +110,7 @@ CHUNK_LOGITS = 12_500_000
 
 @dataclass(slots=True)
 class HeadResult:
-    """loss: float64 sum. logprobs: float32 [M]. d_hidden: gradient for the hidden states given, [M, D] or [M, V]."""
+    """loss: float64 sum. logprobs: float32, shaped as the targets. d_hidden: gradient for `hidden`, of its shape."""
 
     loss: float
     logprobs: torch.Tensor
@@ -62,7 +132,7 @@ def head_pass(
     Args:
         hidden: [M, D] before the head; without a head, logits [M, V].
         head: [V, D]. When it is trained, its gradient is added to `head.grad` (float32).
-        inputs: the loss's inputs, each [M].
+        inputs: the loss's inputs, each [M], or each [M, K].
         chunk_logits: how many logits exist at once.
     """
     num_tokens = hidden.shape[0]
@@ -71,7 +141,7 @@ def head_pass(
     step = max(1, chunk_logits // vocab_size)
     result = HeadResult(
         loss=0.0,
-        logprobs=torch.empty(num_tokens, dtype=torch.float32, device=hidden.device),
+        logprobs=torch.empty(inputs["target_tokens"].shape, dtype=torch.float32, device=hidden.device),
         d_hidden=torch.empty_like(hidden) if backward else None,
     )
     for first in range(0, num_tokens, step):
@@ -92,18 +162,19 @@ def _head_piece(
     """One piece of tokens; its share of the result is written into `result`."""
     chunk = {name: value[part] for name, value in inputs.items()}
     logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
-    targets = chunk["target_tokens"][:, None]
+    shape = chunk["target_tokens"].shape
+    targets = chunk["target_tokens"].view(shape[0], -1)
     # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
     probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    logp = _log(probabilities.gather(1, targets), logits, targets)[:, 0]
+    logp = _log(probabilities.gather(1, targets), logits, targets).view(shape)
     result.logprobs[part] = logp
     slope, value = _slope(loss, logp, chunk)
     result.loss += float(value.cpu().double().sum())
     if result.d_hidden is None:
         return
     del logits
-    slope = slope.to(probabilities.dtype)[:, None]
-    d_logits = probabilities.mul_(-slope).scatter_add_(1, targets, slope).to(hidden.dtype)
+    slope = slope.to(probabilities.dtype).view(shape[0], -1)
+    d_logits = probabilities.mul_(-slope.sum(1, keepdim=True)).scatter_add_(1, targets, slope).to(hidden.dtype)
     if weight is None or head is None:
         result.d_hidden[part] = d_logits
         return
@@ -114,7 +185,7 @@ def _head_piece(
 
 
 def _log(chosen: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log of the targets' probabilities [M, 1]; from the normaliser where they are too small for a float."""
+    """log of the targets' probabilities [M, K]; from the normaliser where they are too small for a float."""
     tiny = chosen < 1e-30
     if not bool(tiny.any()):
         return chosen.log()
@@ -123,9 +194,9 @@ def _log(chosen: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> t
 
 
 def _slope(loss: Loss, logprobs: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """d loss / d logprob of each token [M], and the loss of each token [M]."""
+    """d loss / d logprob of each target, and the loss of each target, in the shape of `logprobs`."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
-        value = loss.terms(leaf, inputs)
+        value = loss.terms(leaf, inputs, loss.settings)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
     return slope, value.detach()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from model_foundry.engine.base import LogprobScope
-from model_foundry.engine.losses import Loss, head_pass
+from model_foundry.engine.losses import Inputs, Loss, head_pass
 from model_foundry.engine.optimizer import FlatAdamW
 from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.errors import EngineError, OutOfMemoryError
@@ -173,8 +173,11 @@ class Passes:
         self, balance: RouterBalance, data: Sequence[Datum], loss: Loss, pieces: Sequence[Sequence[int]], first_row: int
     ) -> None:
         """The load-balancing loss is about the whole batch: in several pieces, the choices are counted first."""
-        weight = sum(float(np.abs(datum.loss_inputs[loss.due]).sum()) for datum in data)
-        balance.open(weight=weight, num_tokens=sum(datum.num_tokens for datum in data))
+        num_tokens = sum(datum.num_tokens for datum in data)
+        weight = float(num_tokens)
+        if loss.due is not None:
+            weight = sum(float(np.abs(datum.loss_inputs[loss.due]).sum()) for datum in data)
+        balance.open(weight=weight, num_tokens=num_tokens)
         if len(pieces) < 2:
             return
         for piece in pieces:
@@ -197,8 +200,7 @@ class Passes:
             for name in loss.inputs
         }
         inputs["target_tokens"] = inputs["target_tokens"].long()
-        due = inputs[loss.due] != 0
-        wanted = torch.ones_like(due) if scope == "all" else due
+        wanted = _wanted(inputs, loss, scope)
         if balance is not None:
             balance.listen(sum(self._piece_lengths))
         hidden = self.model.hidden(rows)
@@ -214,10 +216,19 @@ class Passes:
                 gradient = torch.zeros_like(flat)
                 gradient[chosen] = result.d_hidden
             hidden.backward(gradient)
-        logprobs = np.full(flat.shape[0], np.nan, dtype=np.float32)
+        logprobs = np.full(inputs["target_tokens"].shape, np.nan, dtype=np.float32)
         logprobs[wanted.cpu().numpy()] = result.logprobs.cpu().numpy()
         ends = np.cumsum([datum.num_tokens for datum in data])[:-1]
         return result.loss, np.split(logprobs, ends), router_loss
+
+
+def _wanted(inputs: Inputs, loss: Loss, scope: LogprobScope) -> torch.Tensor:
+    """Which tokens go through the head, bool [N]."""
+    targets = inputs["target_tokens"]
+    if scope == "all" or loss.due is None:
+        return torch.ones(targets.shape[0], dtype=torch.bool, device=targets.device)
+    due = inputs[loss.due] != 0
+    return due if due.ndim == 1 else due.any(dim=1)
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
@@ -241,8 +252,9 @@ def check_batch(data: Sequence[Datum], model: LanguageModel, loss: Loss) -> None
     """
     if not data:
         raise EngineError("a batch without rows")
+    many = np.shape(data[0].loss_inputs.get("target_tokens", ()))[1:]
     for number, datum in enumerate(data):
-        what = _wrong_shapes(datum, loss) or _wrong_tokens(datum, model.vocab_size)
+        what = _wrong_shapes(datum, loss, many) or _wrong_tokens(datum, model.vocab_size)
         if what is not None:
             raise EngineError(what, where=f"row {number}")
         limit = model.max_position_embeddings
@@ -254,14 +266,17 @@ def check_batch(data: Sequence[Datum], model: LanguageModel, loss: Loss) -> None
             )
 
 
-def _wrong_shapes(datum: Datum, loss: Loss) -> str | None:
+def _wrong_shapes(datum: Datum, loss: Loss, many: tuple[int, ...]) -> str | None:
+    """`many`: () for one target a token, (K,) for K of them."""
     missing = [name for name in loss.inputs if name not in datum.loss_inputs]
     if missing:
         return f"it lacks {missing[0]}"
     if datum.tokens.ndim != 1 or datum.num_tokens == 0:
         return f"its tokens have shape {datum.tokens.shape}"
+    if len(many) > 1 or 0 in many or (many and not loss.many_targets):
+        return f"its target_tokens have shape {np.shape(datum.loss_inputs['target_tokens'])}"
     for name in loss.inputs:
-        if (shape := np.shape(datum.loss_inputs[name])) != datum.tokens.shape:
+        if (shape := np.shape(datum.loss_inputs[name])) != (datum.num_tokens, *many):
             return f"it has {datum.num_tokens} tokens and {name} of shape {shape}"
     return None
 

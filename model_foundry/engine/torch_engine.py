@@ -14,7 +14,7 @@ import torch
 
 from model_foundry.checkpoint.tensors import write_tensors
 from model_foundry.engine.base import LogprobScope
-from model_foundry.engine.losses import LOSSES, Loss
+from model_foundry.engine.losses import choose_loss
 from model_foundry.engine.optimizer import FlatAdamW
 from model_foundry.engine.pieces import Passes, check_batch
 from model_foundry.engine.pieces import split_by_tokens as split_by_tokens
@@ -38,7 +38,7 @@ from model_foundry.models.adapter import (
     write_adapter,
 )
 from model_foundry.models.attention import Attention
-from model_foundry.models.language_model import Implementation, LanguageModel, load_language_model
+from model_foundry.models.language_model import Implementation, LanguageModel, load_language_model, share_weights
 from model_foundry.models.packing import Quantization
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.models.targets import adapt
@@ -122,15 +122,7 @@ class TorchEngine:
             what = f"{self.quantization} weights cannot be trained, only adapters on top of them"
             hint = "Set lora.enabled=true, or model.quantization=none."
             raise ModelError(what, where="model.quantization", hint=hint)
-        model = load_language_model(
-            base,
-            dtype=torch.float32 if whole else self.dtype,
-            device=self.device,
-            implementation=self.implementation,
-            attention=self.attention,
-            quantization=self.quantization,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
+        model = self._load(base, whole=whole)
         counter = DropoutCounter(seed=seed)
         model.draw_dropout_by(counter)
         linears = model.linears()
@@ -150,10 +142,32 @@ class TorchEngine:
         self._models[model_id] = _Model(model, base, base_name or str(base), lora, optimizer, passes)
         return model_id
 
+    def _load(self, base: Path, *, whole: bool) -> LanguageModel:
+        """The base. Where this engine holds it as it is, without an adapter, its weights are shared, not read again."""
+        if not whole:
+            for other in self._models.values():
+                if other.base == base and other.lora is None and other.optimizer is None:
+                    return share_weights(other.language_model)
+        return load_language_model(
+            base,
+            dtype=torch.float32 if whole else self.dtype,
+            device=self.device,
+            implementation=self.implementation,
+            attention=self.attention,
+            quantization=self.quantization,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
     def forward(
-        self, model_id: str, data: Sequence[Datum], *, loss_fn: str = "cross_entropy", logprobs: LogprobScope = "due"
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        *,
+        loss_fn: str = "cross_entropy",
+        loss_config: Mapping[str, float] | None = None,
+        logprobs: LogprobScope = "due",
     ) -> ForwardBackwardOutput:
-        model, loss = self._get(model_id), _loss(loss_fn)
+        model, loss = self._get(model_id), choose_loss(loss_fn, loss_config)
         check_batch(data, model.language_model, loss)
         return model.passes.forward(data, loss, scope=logprobs)
 
@@ -166,10 +180,8 @@ class TorchEngine:
         loss_config: Mapping[str, float] | None = None,
         logprobs: LogprobScope = "due",
     ) -> ForwardBackwardOutput:
-        model, loss = self._get(model_id), _loss(loss_fn)
+        model, loss = self._get(model_id), choose_loss(loss_fn, loss_config)
         _optimizer(model)
-        if loss_config:
-            raise EngineError(f"the loss {loss_fn} takes no settings, and got {', '.join(sorted(loss_config))}")
         check_batch(data, model.language_model, loss)
         return model.passes.forward_backward(data, loss, scope=logprobs)
 
@@ -355,9 +367,3 @@ def _optimizer(model: _Model) -> FlatAdamW:
     if model.optimizer is None:
         raise EngineError("this model was loaded to be read, not trained", hint="Create it with trainable=True.")
     return model.optimizer
-
-
-def _loss(name: str) -> Loss:
-    if name not in LOSSES:
-        raise EngineError(f"no loss {name!r}", hint=f"There is: {', '.join(LOSSES)}.")
-    return LOSSES[name]

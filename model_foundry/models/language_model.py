@@ -7,6 +7,7 @@ Shapes: N packed tokens, D width, V vocabulary, B sequences being decoded.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -261,6 +262,11 @@ def _pairs(
     if wrong:
         raise ArchitectureMismatchError(f"the weights do not fit this model, {wrong[0]} first", where=str(folder))
     return [(value, stored[name]) for name, value in mine.items()]
+
+
+def share_weights(model: LanguageModel) -> LanguageModel:
+    """A second model on the same frozen weights, for an adapter of its own: modules are copied, weights are not."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def load_language_model(

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model_foundry.engine.losses import LOSSES, head_pass
+from model_foundry.engine.losses import LOSSES, choose_loss, head_pass
+from model_foundry.errors import EngineError
 
 CROSS_ENTROPY = LOSSES["cross_entropy"]
 
@@ -91,3 +92,70 @@ def test_a_logit_that_is_no_number_is_a_loss_that_is_none() -> None:
     inputs = {"target_tokens": torch.tensor([0]), "weights": torch.ones(1)}
     result = head_pass(logits, None, CROSS_ENTROPY, inputs, backward=True)
     assert result.loss != result.loss
+
+
+def sampled(num_tokens: int, width: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Ratios on both sides of every clip, advantages of both signs and zero."""
+    hidden, head, inputs = batch(num_tokens, width, vocab_size)
+    now = functional.log_softmax(hidden @ head.detach().t(), dim=1).gather(1, inputs["target_tokens"][:, None])[:, 0]
+    advantages = torch.linspace(-1.5, 1.5, num_tokens).mul(torch.arange(num_tokens) % 4 != 0)
+    q = now + torch.linspace(-2.0, 2.0, num_tokens)[torch.randperm(num_tokens)]
+    return hidden, head.detach(), {"target_tokens": inputs["target_tokens"], "logprobs": q, "advantages": advantages}
+
+
+def by_the_book(name: str, lp: torch.Tensor, q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    r = torch.exp(lp - q)
+    return {
+        "importance_sampling": lambda: -(r * a).sum(),
+        "ppo": lambda: -torch.minimum(r * a, r.clamp(0.8, 1.2) * a).sum(),
+        "cispo": lambda: -(r.clamp(0.0, 4.0).detach() * lp * a).sum(),
+        "dro": lambda: -(lp * a - 0.5 * 0.05 * (lp - q) ** 2).sum(),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dro"])
+def test_losses_on_samples_equal_their_formulas(name: str) -> None:
+    """A clip on the wrong side, or a gradient through CISPO's weight, trains and looks well."""
+    hidden, head, inputs = sampled(41, 8, 97)
+    leaf = hidden.clone().requires_grad_()
+    lp = functional.log_softmax(leaf @ head.t(), dim=1).gather(1, inputs["target_tokens"][:, None])[:, 0]
+    want = by_the_book(name, lp, inputs["logprobs"], inputs["advantages"])
+    (d_hidden,) = torch.autograd.grad(want, leaf)
+    result = head_pass(hidden, nn.Parameter(head, False), LOSSES[name], inputs, backward=True)
+    assert result.loss == pytest.approx(want.item(), rel=1e-5)
+    assert result.d_hidden is not None
+    assert torch.allclose(result.d_hidden, d_hidden, atol=1e-5)
+
+
+def test_settings_of_a_loss_are_used_and_unknown_ones_refused() -> None:
+    """A threshold that is taken and ignored trains another objective than was asked for."""
+    hidden, head, inputs = sampled(41, 8, 97)
+    narrow = choose_loss("ppo", {"clip_high_threshold": 1.01, "clip_low_threshold": 0.99})
+    losses = [head_pass(hidden, nn.Parameter(head, False), loss, inputs, backward=False).loss
+              for loss in (LOSSES["ppo"], narrow)]  # fmt: skip
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    wrong = (("ppo", {"clip": 1.0}), ("cross_entropy", {"beta": 1.0}), ("dro", {"beta": float("nan")}), ("gspo", {}),
+             ("ppo", {"clip_low_threshold": 2.0, "clip_high_threshold": 1.0}))  # fmt: skip
+    for name, settings in wrong:
+        with pytest.raises(EngineError):
+            choose_loss(name, settings)
+
+
+def test_many_targets_of_a_token_are_a_distribution_over_them() -> None:
+    """Top-k distillation: the gradient of a token is that of all its targets, a repeated target counted twice."""
+    hidden, head, _ = batch(13, 8, 97)
+    targets = torch.randint(0, 97, (13, 5))
+    targets[:, 4] = targets[:, 0]
+    weights = torch.rand(13, 5)
+    leaf = hidden.clone().requires_grad_()
+    lp = functional.log_softmax(leaf @ head.detach().t(), dim=1).gather(1, targets)
+    want = -(weights * lp).sum()
+    (d_hidden,) = torch.autograd.grad(want, leaf)
+    inputs = {"target_tokens": targets, "weights": weights}
+    result = head_pass(
+        hidden, nn.Parameter(head.detach(), False), CROSS_ENTROPY, inputs, backward=True, chunk_logits=300
+    )
+    assert result.loss == pytest.approx(want.item(), rel=1e-5)
+    assert torch.allclose(result.logprobs, lp.detach(), atol=1e-5)
+    assert result.d_hidden is not None
+    assert torch.allclose(result.d_hidden, d_hidden, atol=1e-5)

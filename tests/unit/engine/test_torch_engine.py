@@ -328,3 +328,35 @@ def test_facts_of_a_model(tiny_folder: TinyFolder) -> None:
     assert (one["base_parameters"], other["base_parameters"], other["trained_parameters"]) == (base, base, base)
     assert one["trained_parameters"] == sum(t.numel() for t in own.trained_tensors(adapted).values())
     assert (one["implementation"], one["context"], one["dtype"]) == ("native", 2048, "float32")
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen3-moe", "gpt2"])
+def test_adapters_over_a_base_that_is_held_share_its_weights(kind: str, tiny_folder: TinyFolder) -> None:
+    """One copy of the base however many models; and what a model on shared weights does, it does alone."""
+    own, alone = engine(), engine()
+    base = own.create_model(tiny_folder(kind), lora=None, trainable=False)
+    prompt = np.arange(4, 9, dtype=np.int32)
+    before = own.sample(base, [prompt], SamplingParams(max_tokens=4))[0].logprobs
+    wide = LoraConfig(r=7, lora_alpha=32.0)
+    small = LoraConfig(r=3, lora_alpha=8.0)
+    models = [own.create_model(tiny_folder(kind), lora=lora, seed=3) for lora in (small, wide)]
+    frozen = {p.data_ptr() for p in own._get(base).language_model.parameters()}
+    for model_id in models:
+        mine = own._get(model_id).language_model.base_parameters().values()
+        assert {p.data_ptr() for p in mine} == frozen
+    single = alone.create_model(tiny_folder(kind), lora=wide, seed=3)
+    losses = []
+    for step in range(2):
+        train(own, models[0], steps=1, first=step)
+        losses += train(own, models[1], steps=1, first=step)
+    assert losses == train(alone, single, steps=2)
+    assert_equal(everything(own, models[1]), everything(alone, single))
+    assert np.array_equal(own.sample(base, [prompt], SamplingParams(max_tokens=4))[0].logprobs, before)
+
+
+def test_a_base_that_is_trained_whole_is_not_shared(tiny_folder: TinyFolder) -> None:
+    own = engine()
+    whole = own.create_model(tiny_folder("llama"), lora=None)
+    other = own.create_model(tiny_folder("llama"), lora=LORA)
+    taken = {p.data_ptr() for p in own._get(whole).language_model.parameters()}
+    assert not taken & {p.data_ptr() for p in own._get(other).language_model.parameters()}
