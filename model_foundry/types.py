@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -80,6 +80,27 @@ class AdamParams:
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MuonParams:
+    """Hyper-parameters of one Muon step (Jordan et al. 2024), for a model that was created with `optimizer="muon"`.
+
+    `momentum` is for hidden matrices; betas and `eps` for the parameters that take AdamW's steps. Learning rate and
+    decay are for both, in AdamW's measure. `grad_clip_norm` 0 means no clipping.
+    """
+
+    learning_rate: float = 1e-4
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+OptimizerKind = Literal["adamw", "muon"]
+OptimParams = AdamParams | MuonParams
 
 
 @dataclass(frozen=True, slots=True)

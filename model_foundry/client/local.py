@@ -14,9 +14,9 @@ import numpy as np
 
 from model_foundry.engine.base import Engine
 from model_foundry.types import (
-    AdamParams,
     Datum,
     ForwardBackwardOutput,
+    OptimParams,
     OptimStepOutput,
     SampledSequence,
     SamplingParams,
@@ -48,7 +48,7 @@ class TrainingClient:
     def forward_backward(self, data: Sequence[Datum], loss_fn: str = "cross_entropy") -> Done[ForwardBackwardOutput]:
         return Done(self.engine.forward_backward(self.model_id, data, loss_fn=loss_fn))
 
-    def optim_step(self, adam_params: AdamParams) -> Done[OptimStepOutput]:
+    def optim_step(self, adam_params: OptimParams) -> Done[OptimStepOutput]:
         return Done(self.engine.optim_step(self.model_id, adam_params))
 
     def sample(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Done[tuple[SampledSequence, ...]]:

@@ -100,8 +100,12 @@ class TrainingSection(Section):
     """Share of the steps that decay under wsd."""
     min_lr_ratio: Fraction = 0.0
     """The schedule ends at this share of learning_rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices take orthogonal momentum steps, the rest AdamW's, at AdamW's rates. Not for adapters."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon's momentum; read with optimizer muon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of matrices, embeddings included; norms and biases have none."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -207,6 +211,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        if self.training.optimizer == "muon" and self.lora.enabled:
+            raise broken_rule("training.optimizer", "muon trains whole matrices, and lora.enabled is true")
         if self.training.eval_steps and self.data.validation_file is None:
             raise broken_rule("training.eval_steps", "training.eval_steps needs data.validation_file")
         return self

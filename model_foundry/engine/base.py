@@ -22,10 +22,11 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from model_foundry.types import (
-    AdamParams,
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
+    OptimizerKind,
+    OptimParams,
     OptimStepOutput,
     SampledSequence,
     SamplingParams,
@@ -40,7 +41,14 @@ class Engine(Protocol):
     """Models held in memory, and what can be done with them. Every verb names a model by its id."""
 
     def create_model(
-        self, base: Path, *, lora: LoraConfig | None, seed: int = 0, adapter: Path | None = None, trainable: bool = True
+        self,
+        base: Path,
+        *,
+        lora: LoraConfig | None,
+        seed: int = 0,
+        adapter: Path | None = None,
+        trainable: bool = True,
+        optimizer: OptimizerKind = "adamw",
     ) -> str:
         """Load a Hugging Face folder; `lora`: a fresh adapter, `adapter`: a stored one. Returns the model's id."""
         ...
@@ -69,8 +77,9 @@ class Engine(Protocol):
         """Add the gradients of the summed loss to what is pending."""
         ...
 
-    def optim_step(self, model_id: str, params: AdamParams) -> OptimStepOutput:
-        """One AdamW step on the pending gradients, which are cleared; skipped when they are not finite."""
+    def optim_step(self, model_id: str, params: OptimParams) -> OptimStepOutput:
+        """One step of the optimizer that the model was created with; the gradients are cleared. Skipped when they are
+        not finite."""
         ...
 
     def stream(

@@ -1,83 +1,95 @@
-"""AdamW over parameters laid end to end, so that a step, a norm and a snapshot are one operation each.
+"""Optimizers over parameters laid end to end, so that a step, a norm and a snapshot are one operation each.
 
-AdamW: Loshchilov and Hutter 2019, torch's semantics. Weight decay acts on matrices, not on vectors. It knows nothing of
-models; hyper-parameters come with every step.
+AdamW: Loshchilov and Hutter 2019, torch's semantics; Muon is in `muon`. Weight decay acts on every matrix, embeddings
+and experts included, and not on vectors. It knows nothing of models; hyper-parameters come with every step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from model_foundry.errors import ArchitectureMismatchError, EngineError
-from model_foundry.types import AdamParams, OptimStepOutput
+from model_foundry.types import AdamParams, MuonParams, OptimizerKind, OptimParams, OptimStepOutput
 
 
-class FlatAdamW:
-    """Owns the storage of `parameters` (float32 leaves), their gradients and both moments.
+class FlatOptimizer:
+    """Owns the storage of `parameters` (float32 leaves) and of their gradients, laid out in the order given.
 
-    After construction each parameter's `.data` and `.grad` are views into flat buffers.
+    After construction each parameter's `.data` and `.grad` are views into flat buffers. The last ones, from
+    `num_decayed` on, are vectors.
     """
 
+    kind: ClassVar[OptimizerKind]
+    takes: ClassVar[type]
+
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2))
+        self.parameters = dict(parameters)
         self.num_decayed = sum(p.numel() for p in self.parameters.values() if p.ndim >= 2)
         first = next(iter(self.parameters.values()))
         self.flat = torch.empty(sum(p.numel() for p in self.parameters.values()), device=first.device)
         self.grad = torch.zeros_like(self.flat)
         self.step = 0
+        self.places: dict[str, slice] = {}
         place = 0
         with torch.no_grad():
-            for parameter in self.parameters.values():
-                end = place + parameter.numel()
-                view = self.flat[place:end].view(parameter.shape)
+            for name, parameter in self.parameters.items():
+                part = slice(place, place + parameter.numel())
+                view = self.flat[part].view(parameter.shape)
                 view.copy_(parameter)
                 parameter.data = view
-                parameter.grad = self.grad[place:end].view(parameter.shape)
+                parameter.grad = self.grad[part].view(parameter.shape)
                 parameter.requires_grad_(True)
-                place = end
-        groups = (slice(0, self.num_decayed), slice(self.num_decayed, place))
-        self._groups = [part for part in groups if part.stop > part.start]
-        self.exp_avg = torch.zeros_like(self.flat)
-        self.exp_avg_sq = torch.zeros_like(self.flat)
+                self.places[name], place = part, part.stop
 
     def zero_grad(self) -> None:
         self.grad.zero_()
 
     @torch.no_grad()
-    def apply(self, params: AdamParams) -> OptimStepOutput:
+    def apply(self, params: OptimParams, *, gradient_scale: float = 1.0) -> OptimStepOutput:
         """One step; the gradients are cleared. Not finite: nothing changes but that, and it says so.
 
+        Args:
+            gradient_scale: the gradients are so many times too large; they are divided by it first.
+
         Raises:
-            EngineError: a hyper-parameter that would ruin the weights; nothing was changed.
+            EngineError: hyper-parameters of another optimizer, or one that would ruin the weights; nothing was changed.
         """
+        if not isinstance(params, self.takes):
+            raise EngineError(
+                f"the model was made to be trained by {self.kind}, and the step brings {type(params).__name__}",
+                where="optim_step", hint=f"Bring {self.takes.__name__}, or create the model with another optimizer.",
+            )  # fmt: skip
         _check(params)
-        norm = _norm(self.grad)
+        norm = _norm(self.grad) / gradient_scale
         if not math.isfinite(norm):
             self.zero_grad()
             return OptimStepOutput(grad_norm=norm, skipped=True, step=self.step)
+        factor = 1.0 / gradient_scale
         if params.grad_clip_norm > 0 and norm > params.grad_clip_norm:
-            self.grad.mul_(params.grad_clip_norm / (norm + 1e-6))
+            factor *= params.grad_clip_norm / (norm + 1e-6)
+        if factor != 1.0:
+            self.grad.mul_(factor)
         self.step += 1
-        for part in self._groups:
-            decay = params.weight_decay if part.start < self.num_decayed else 0.0
-            _adamw(self, part, params, decay)
+        self.update(params)
         self.zero_grad()
         return OptimStepOutput(grad_norm=norm, skipped=False, step=self.step)
 
+    def update(self, params: Any) -> None:
+        """Change the weights by the gradients, which are finite and clipped."""
+        raise NotImplementedError
+
+    def moments(self) -> tuple[torch.Tensor, ...]:
+        """The flat buffers of what is remembered from step to step."""
+        raise NotImplementedError
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Both moments of every parameter, by `exp_avg.NAME` and `exp_avg_sq.NAME`; views, not copies."""
-        out: dict[str, torch.Tensor] = {}
-        place = 0
-        for name, parameter in self.parameters.items():
-            end = place + parameter.numel()
-            out[f"exp_avg.{name}"] = self.exp_avg[place:end].view(parameter.shape)
-            out[f"exp_avg_sq.{name}"] = self.exp_avg_sq[place:end].view(parameter.shape)
-            place = end
-        return out
+        """What is remembered of every parameter, by `exp_avg.NAME` and the like; views, not copies."""
+        raise NotImplementedError
 
     def fitting_state(
         self, tensors: Mapping[str, torch.Tensor], *, where: str
@@ -107,12 +119,57 @@ class FlatAdamW:
 
     def reset(self) -> None:
         """Start afresh: moments zero, step zero."""
-        self.exp_avg.zero_()
-        self.exp_avg_sq.zero_()
+        for buffer in self.moments():
+            buffer.zero_()
         self.step = 0
 
 
-def _check(params: AdamParams) -> None:
+class FlatAdamW(FlatOptimizer):
+    """AdamW on every parameter."""
+
+    kind = "adamw"
+    takes = AdamParams
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2)))
+        self.exp_avg = torch.zeros_like(self.flat)
+        self.exp_avg_sq = torch.zeros_like(self.flat)
+
+    def update(self, params: AdamParams) -> None:
+        adamw_update(self, 0, (self.exp_avg, self.exp_avg_sq), params)
+
+    def moments(self) -> tuple[torch.Tensor, ...]:
+        return self.exp_avg, self.exp_avg_sq
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, part in self.places.items():
+            out[f"exp_avg.{name}"] = self.exp_avg[part].view(self.parameters[name].shape)
+            out[f"exp_avg_sq.{name}"] = self.exp_avg_sq[part].view(self.parameters[name].shape)
+        return out
+
+
+def adamw_update(
+    state: FlatOptimizer, first: int, moments: tuple[torch.Tensor, torch.Tensor], params: AdamParams | MuonParams
+) -> None:
+    """torch's fused AdamW kernel on the buffers from `first` on; moments begin there. Matrices decay, vectors don't."""
+    total = state.flat.numel()
+    for start, stop, decay in (
+        (first, max(first, state.num_decayed), params.weight_decay),
+        (max(first, state.num_decayed), total, 0.0),
+    ):
+        if start == stop:
+            continue
+        part, own = slice(start, stop), slice(start - first, stop - first)
+        torch._fused_adamw_(
+            [state.flat[part]], [state.grad[part]], [moments[0][own]], [moments[1][own]], [],
+            [torch.tensor(float(state.step), device=state.flat.device)],
+            lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, weight_decay=decay, eps=params.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+def _check(params: OptimParams) -> None:
     ranges = {
         "learning_rate": params.learning_rate >= 0,
         "beta1": 0 <= params.beta1 < 1,
@@ -121,6 +178,8 @@ def _check(params: AdamParams) -> None:
         "weight_decay": params.weight_decay >= 0,
         "grad_clip_norm": params.grad_clip_norm >= 0,
     }
+    if isinstance(params, MuonParams):
+        ranges["momentum"] = 0 <= params.momentum < 1
     for name, is_possible in ranges.items():
         value = getattr(params, name)
         if not (is_possible and math.isfinite(value)):
@@ -133,13 +192,3 @@ def _norm(values: torch.Tensor) -> float:
         return float(torch.linalg.vector_norm(values))
     parts = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in values.split(2**20))
     return math.sqrt(sum(float(part) ** 2 for part in parts))
-
-
-def _adamw(state: FlatAdamW, part: slice, params: AdamParams, weight_decay: float) -> None:
-    """torch's fused AdamW kernel on one stretch of the buffers."""
-    torch._fused_adamw_(
-        [state.flat[part]], [state.grad[part]], [state.exp_avg[part]], [state.exp_avg_sq[part]], [],
-        [torch.tensor(float(state.step), device=state.flat.device)],
-        lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, weight_decay=weight_decay, eps=params.eps,
-        amsgrad=False, maximize=False,
-    )  # fmt: skip

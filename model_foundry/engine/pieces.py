@@ -16,7 +16,7 @@ import torch
 
 from model_foundry.engine.base import LogprobScope
 from model_foundry.engine.losses import Inputs, Loss, head_pass
-from model_foundry.engine.optimizer import FlatAdamW
+from model_foundry.engine.optimizer import FlatOptimizer
 from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.errors import EngineError, OutOfMemoryError
 from model_foundry.models.balance import RouterBalance
@@ -41,7 +41,7 @@ class Passes:
     model: LanguageModel
     counter: DropoutCounter
     device: torch.device
-    optimizer: FlatAdamW | None
+    optimizer: FlatOptimizer | None
     planned_piece_tokens: int | None = None
     max_piece_tokens: int | None = None
     pending: list[tuple[tuple[Datum, ...], Loss]] = field(default_factory=list)

@@ -20,7 +20,7 @@ from model_foundry.models.adapter import read_adapter_config
 from model_foundry.models.folder import fill_model_folder, read_config
 from model_foundry.models.lora import Adaptable
 from model_foundry.models.targets import select_targets
-from model_foundry.types import LoraConfig
+from model_foundry.types import LoraConfig, OptimizerKind
 
 STATE_FORMAT = 1
 _FACTS = {"optimizer_step": int, "counter_step": int, "seed": int}
@@ -49,6 +49,19 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if not isinstance(facts.get(key), kind):
             raise CheckpointError(f"{key} is {facts.get(key)!r}", where=str(path))
     return read_tensors(folder / "state" / "optimizer.safetensors"), facts
+
+
+def require_optimizer(facts: Mapping[str, Any], kind: OptimizerKind, *, where: str) -> None:
+    """Refuse the state of another optimizer.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if (stored := facts.get("optimizer", "adamw")) != kind:
+        raise CheckpointError(
+            f"the optimizer state is {stored}'s, and the model was created to be trained by {kind}", where=where,
+            hint=f"Load the weights alone, or train on with {stored} (training.optimizer={stored}).",
+        )  # fmt: skip
 
 
 def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, Adaptable]) -> LoraConfig:

@@ -15,7 +15,8 @@ import torch
 from model_foundry.checkpoint.tensors import write_tensors
 from model_foundry.engine.base import LogprobScope
 from model_foundry.engine.losses import choose_loss
-from model_foundry.engine.optimizer import FlatAdamW
+from model_foundry.engine.muon import FlatMuon
+from model_foundry.engine.optimizer import FlatAdamW, FlatOptimizer
 from model_foundry.engine.pieces import Passes, check_batch
 from model_foundry.engine.pieces import split_by_tokens as split_by_tokens
 from model_foundry.engine.platform import (
@@ -23,11 +24,18 @@ from model_foundry.engine.platform import (
     choose_dtype,
     is_out_of_memory,
     keep_freed_memory,
+    multiplies_bfloat16,
     peak_memory_bytes,
     set_threads,
 )
 from model_foundry.engine.sampling import collect, stream_tokens
-from model_foundry.engine.state import STATE_FORMAT, agreed_lora, read_state, write_full_weights
+from model_foundry.engine.state import (
+    STATE_FORMAT,
+    agreed_lora,
+    read_state,
+    require_optimizer,
+    write_full_weights,
+)
 from model_foundry.errors import EngineError, ModelError, OutOfMemoryError
 from model_foundry.models.adapter import (
     adapter_tensors,
@@ -43,10 +51,11 @@ from model_foundry.models.packing import Quantization
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.models.targets import adapt
 from model_foundry.types import (
-    AdamParams,
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
+    OptimizerKind,
+    OptimParams,
     OptimStepOutput,
     SampledSequence,
     SamplingParams,
@@ -61,7 +70,7 @@ class _Model:
     base: Path
     base_name: str
     lora: LoraConfig | None
-    optimizer: FlatAdamW | None
+    optimizer: FlatOptimizer | None
     passes: Passes
 
 
@@ -110,10 +119,12 @@ class TorchEngine:
         adapter: Path | None = None,
         trainable: bool = True,
         base_name: str | None = None,
+        optimizer: OptimizerKind = "adamw",
     ) -> str:
         """Load a model. `base_name` is what adapters name as their base; default the folder.
 
         Raises:
+            EngineError: Muon for an adapter.
             ModelError: the folder or the adapter cannot be read or does not fit, or every weight of a packed model was
                 to be trained.
         """
@@ -122,6 +133,10 @@ class TorchEngine:
             what = f"{self.quantization} weights cannot be trained, only adapters on top of them"
             hint = "Set lora.enabled=true, or model.quantization=none."
             raise ModelError(what, where="model.quantization", hint=hint)
+        if optimizer == "muon" and not whole:
+            # What is applied is the product of the two factors, and that is not orthogonal when they are.
+            what = "muon makes the updates of whole matrices orthogonal, and an adapter holds factors of them"
+            raise EngineError(what, where="optimizer", hint="Train the adapter with adamw, or every weight with muon.")
         model = self._load(base, whole=whole)
         counter = DropoutCounter(seed=seed)
         model.draw_dropout_by(counter)
@@ -132,14 +147,14 @@ class TorchEngine:
             adapt(linears, lora, seed=seed, counter=counter, every_target=adapter is None)
         if adapter is not None:
             load_adapter_tensors(linears, read_adapter_tensors(adapter), where=str(adapter))
-        optimizer = None
+        state = None
         if trainable:
-            optimizer = FlatAdamW(_trained(model, lora))
+            state = self._new_optimizer(model, lora, optimizer)
             model.compute_in(self.dtype)
         model.train(trainable)
-        passes = Passes(model, counter, self.device, optimizer, planned_piece_tokens=self.micro_batch_tokens)
+        passes = Passes(model, counter, self.device, state, planned_piece_tokens=self.micro_batch_tokens)
         model_id = f"model-{next(self._ids)}"
-        self._models[model_id] = _Model(model, base, base_name or str(base), lora, optimizer, passes)
+        self._models[model_id] = _Model(model, base, base_name or str(base), lora, state, passes)
         return model_id
 
     def _load(self, base: Path, *, whole: bool) -> LanguageModel:
@@ -157,6 +172,12 @@ class TorchEngine:
             quantization=self.quantization,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+
+    def _new_optimizer(self, model: LanguageModel, lora: LoraConfig | None, kind: OptimizerKind) -> FlatOptimizer:
+        if kind == "adamw":
+            return FlatAdamW(_trained(model, lora))
+        dtype = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
+        return FlatMuon(model.base_parameters(), hidden=model.hidden_matrices(), dtype=dtype)
 
     def forward(
         self,
@@ -185,7 +206,7 @@ class TorchEngine:
         check_batch(data, model.language_model, loss)
         return model.passes.forward_backward(data, loss, scope=logprobs)
 
-    def optim_step(self, model_id: str, params: AdamParams) -> OptimStepOutput:
+    def optim_step(self, model_id: str, params: OptimParams) -> OptimStepOutput:
         model = self._get(model_id)
         optimizer = _optimizer(model)
         model.passes.mend()
@@ -263,6 +284,7 @@ class TorchEngine:
         return {
             "format": STATE_FORMAT,
             "engine": "torch",
+            "optimizer": _optimizer(model).kind,
             "optimizer_step": _optimizer(model).step,
             "counter_step": model.passes.counter.step,
             "seed": model.passes.counter.seed,
@@ -297,6 +319,7 @@ class TorchEngine:
         moments, facts = read_state(folder) if optimizer else ({}, {})
         pairs = self._fitting_weights(model, folder)
         if optimizer:
+            require_optimizer(facts, state.kind, where=str(folder))
             pairs += state.fitting_state(moments, where=str(folder / "state"))
         model.passes.clear()
         _copy(pairs)
@@ -330,11 +353,13 @@ class TorchEngine:
         """Facts for plans and reports: implementation, counts of parameters, device, dtype."""
         model = self._get(model_id)
         base = model.language_model.num_parameters
-        trained = 0 if model.optimizer is None else model.optimizer.flat.numel()
+        state = model.optimizer
+        trained, remembered = (0, 0) if state is None else (state.flat.numel(), sum(m.numel() for m in state.moments()))
         return {
             "implementation": model.language_model.implementation,
             "base_parameters": base,
             "trained_parameters": trained,
+            "checkpoint_bytes": 4 * (trained + remembered),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "num_threads": self.num_threads,
@@ -363,7 +388,7 @@ def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         mine.copy_(stored)
 
 
-def _optimizer(model: _Model) -> FlatAdamW:
+def _optimizer(model: _Model) -> FlatOptimizer:
     if model.optimizer is None:
         raise EngineError("this model was loaded to be read, not trained", hint="Create it with trainable=True.")
     return model.optimizer

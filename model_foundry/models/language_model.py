@@ -21,6 +21,7 @@ from model_foundry.models.attention import Attention, PackedRows, choose_attenti
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.config import ModelConfig, native_obstacle
 from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, fill_up, prefill
+from model_foundry.models.experts import ExpertStack
 from model_foundry.models.fallback import TransformersModel, load_transformers_model
 from model_foundry.models.folder import read_config, read_tensors
 from model_foundry.models.lora import Adaptable, Linear
@@ -106,6 +107,18 @@ class LanguageModel(nn.Module):
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Every base weight, for full fine-tuning; tied ones once."""
         return {name: p for name, p in self.named_parameters() if ".lora_" not in name}
+
+    def hidden_matrices(self) -> set[str]:
+        """Names, among `base_parameters`, of the linear layers' weights and the stacks of experts.
+
+        Embeddings, head, routers, norms and biases are left out, and experts that transformers fuses into other things.
+        """
+        inner = {
+            id(layer.group.weight if isinstance(layer.group, ExpertStack) else getattr(layer, "weight", None))
+            for layer in self.linears().values()
+            if not layer.is_router
+        }
+        return {name for name, parameter in self.base_parameters().items() if id(parameter) in inner}
 
     def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
         raise NotImplementedError

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from model_foundry.models.config import ModelConfig
-from model_foundry.types import LoraConfig
+from model_foundry.types import LoraConfig, OptimizerKind
 
 QUERY_BLOCK_TOKENS = 256
 KEEP_PROBABILITIES_TOKENS = 512
@@ -44,7 +44,7 @@ class MemoryEstimate:
     Attributes:
         weights: base weights and adapters.
         gradients: of everything trained, float32.
-        optimizer: AdamW's two moments, float32.
+        optimizer: AdamW's two moments, float32; with Muon one for the hidden matrices.
         activations: what the forward pass keeps for the backward pass, and the holes between its tensors.
         logits: the head's pieces, and the gradient it hands back.
         other: the interpreter, torch and its libraries; memory that loading needed and nothing else fills.
@@ -77,6 +77,7 @@ def estimate_memory(
     process_bytes: int = PROCESS_BYTES,
     packed: bool = False,
     machine: Machine = "cpu",
+    optimizer: OptimizerKind = "adamw",
 ) -> MemoryEstimate:
     """Peak memory of one forward, backward and optimizer step.
 
@@ -108,7 +109,8 @@ def estimate_memory(
     activations += HOLES_LAYERS * max(holes) if machine == "cpu" else max(kept)
     activations += 2 * _largest_matrix(config) * dtype_bytes if packed else 0
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes)
-    moments = 2 * num_trained * FLOAT32_BYTES
+    num_moments = 2 * num_trained - (num_hidden_weights(config) if optimizer == "muon" else 0)
+    moments = num_moments * FLOAT32_BYTES
     fixed = weights + num_trained * FLOAT32_BYTES + moments
     # Training every weight copies them into one stretch; the first copy's place is left to what comes.
     loading = fixed + (base if lora is None else 0)
@@ -129,8 +131,13 @@ def base_bytes(config: ModelConfig, *, dtype_bytes: int, packed: bool = False) -
     """Bytes of the base weights; packed ones are the linear layers but head and routers."""
     if not packed:
         return config.num_parameters * dtype_bytes
-    in_four_bits = sum(kind.num_weights for name, kind in config.linear_kinds.items() if name != ROUTER)
+    in_four_bits = num_hidden_weights(config)
     return (config.num_parameters - in_four_bits) * dtype_bytes + round(in_four_bits * NF4_BITS / 8)
+
+
+def num_hidden_weights(config: ModelConfig) -> int:
+    """Weights of the linear layers but head and routers: what may be packed, and what Muon updates."""
+    return sum(kind.num_weights for name, kind in config.linear_kinds.items() if name != ROUTER)
 
 
 def default_targets(config: ModelConfig) -> set[str]:

@@ -7,10 +7,21 @@ import math
 from model_foundry.config.schema import TrainingSection
 from model_foundry.errors import ConfigError
 from model_foundry.recipes.schedule import LearningRate
-from model_foundry.types import AdamParams
+from model_foundry.types import AdamParams, MuonParams, OptimParams
 
 
-def adam_params(training: TrainingSection, rate: float) -> AdamParams:
+def adam_params(training: TrainingSection, rate: float) -> OptimParams:
+    """One update at this learning rate, by the optimizer that the section names."""
+    if training.optimizer == "muon":
+        return MuonParams(
+            learning_rate=rate,
+            momentum=training.muon_momentum,
+            beta1=training.adam_beta1,
+            beta2=training.adam_beta2,
+            eps=training.adam_epsilon,
+            weight_decay=training.weight_decay,
+            grad_clip_norm=training.max_grad_norm,
+        )
     return AdamParams(
         learning_rate=rate,
         beta1=training.adam_beta1,

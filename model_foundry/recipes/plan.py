@@ -79,6 +79,7 @@ def predict_memory(work: Work, engine: TorchEngine, model_id: str, *, process_by
         gradient_checkpointing=config.training.gradient_checkpointing,
         process_bytes=process_bytes,
         packed=engine.quantization != "none",
+        optimizer=config.training.optimizer,
     )
 
 
@@ -88,7 +89,7 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
     saves = [step for step in range(1, work.total_steps) if is_save_due(work, step)]
     limit = config.training.save_total_limit
     kept = len(saves) if limit is None else min(len(saves), limit)
-    checkpoint_bytes = 12 * facts["trained_parameters"]
+    checkpoint_bytes = facts["checkpoint_bytes"]
     seconds = work.epochs * work.tokens_per_epoch / trial.num_tokens * trial.seconds / PASS_SHARE_OF_STEP
     return {
         "model": work.source.name,

@@ -31,7 +31,7 @@ from model_foundry.recipes.schedule import LearningRate
 from model_foundry.recipes.work import HeldOutText
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
-from model_foundry.types import AdamParams, Datum, LoraConfig
+from model_foundry.types import Datum, LoraConfig, OptimParams
 
 logger = logging.getLogger(__name__)
 VALIDATION_BATCH_TOKENS = 8192
@@ -92,7 +92,7 @@ class Prepared:
         batch = [self.train.datums[row] for row in self.batches.rows(position)]
         return [weighted(datum, 1.0 / self.train.num_trained_tokens) for datum in batch]
 
-    def adam_params(self, step: int) -> AdamParams:
+    def adam_params(self, step: int) -> OptimParams:
         return adam_params(self.config.training, self.learning_rate.at(step))
 
     @property

@@ -135,8 +135,9 @@ def replay_check(work: Work, engine: TorchEngine, run: RunDirectory, final: Mapp
         return criteria.replay_identical(from_step=0, num_steps=0, compared=(), differences=())
     logger.info("repeating the last steps from %s", near[0] if near else "the start")
     model_id = engine.create_model(
-        work.source.folder, lora=work.lora, seed=work.config.seed, adapter=work.source.adapter
-    )
+        work.source.folder, lora=work.lora, seed=work.config.seed, adapter=work.source.adapter,
+        optimizer=work.config.training.optimizer,
+    )  # fmt: skip
     try:
         step = -1
         if near:

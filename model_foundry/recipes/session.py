@@ -51,6 +51,7 @@ def open_session(work: Work) -> Session:
         seed=work.config.seed,
         adapter=work.source.adapter,
         base_name=base_name,
+        optimizer=work.config.training.optimizer,
     )
     memory = predict_memory(work, engine, model_id, process_bytes=process_bytes)
     trial = try_longest_batch(engine, model_id, work)

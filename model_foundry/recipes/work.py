@@ -19,7 +19,7 @@ from model_foundry.evals.generation import Question
 from model_foundry.models.finder import ModelSource
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.rendering import Renderer
-from model_foundry.types import AdamParams, Datum, LoraConfig
+from model_foundry.types import Datum, LoraConfig, OptimParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Work(Protocol):
         """The micro-batch with the most tokens in the whole run."""
         ...
 
-    def adam_params(self, step: int) -> AdamParams: ...
+    def adam_params(self, step: int) -> OptimParams: ...
 
     def validation_batches(self) -> Iterator[list[Datum]]:
         """The held-out tokens, weighted so that the summed losses are the mean over all that count."""

@@ -22,6 +22,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "full in bfloat16": {
         "lora__enabled": False, "training__max_steps": 40, "training__learning_rate": 0.01, "model__dtype": "bfloat16"
     },
+    "full with muon": {
+        "lora__enabled": False, "training__max_steps": 40, "training__learning_rate": 0.02,
+        "training__optimizer": "muon",
+    },
 }  # fmt: skip
 
 

@@ -132,6 +132,7 @@ def test_a_problem_in_a_profile_or_parent_names_that_file(tmp_path: Path) -> Non
         (["training.save_at=[3]"], "training.save_at=[3]", "is read only with"),
         (["training.max_steps=5", "training.warmup_steps=6"], "training.warmup_steps=6", "is more than max_steps 5"),
         (["training.eval_steps=5"], "training.eval_steps=5", "needs data.validation_file"),
+        (["training.optimizer=muon"], "training.optimizer=muon", "lora.enabled is true"),
         (
             ["training.lr_scheduler=wsd", "training.warmup_ratio=0.9", "training.decay_ratio=0.2"],
             "training.decay_ratio=0.2",

@@ -63,6 +63,9 @@ def test_lora_full_bfloat16_and_checkpointing_differ_the_way_they_should() -> No
     assert full.total > 1.5 * lora.total
     assert half.activations * 2 == lora.activations
     assert redone.activations < lora.activations / 3
+    muon = estimate_memory(SMOLLM2, lora=None, rows=rows, optimizer="muon")
+    saved = 4 * (SMOLLM2.num_parameters - SMOLLM2.vocab_size * SMOLLM2.hidden_size - 61 * SMOLLM2.hidden_size)
+    assert full.optimizer - muon.optimizer == saved
 
 
 def test_long_rows_do_not_keep_their_probabilities() -> None:
