@@ -48,10 +48,20 @@ def load_command_config(
             raise UsageError(f"{' and '.join(subjects)}: one at a time")
         names = [name for name in names if name not in subjects]
         overrides = [*(f"{subject}={name}" for name in subjects), *overrides]
+    path, overrides = config_arguments([*names, *overrides])
+    return load_config(schema, path=path, overrides=overrides, environ=environ)
+
+
+def config_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """At most one CONFIG, and `key=value` overrides.
+
+    Raises:
+        UsageError: two files, or an argument that is neither a file nor `key=value`.
+    """
+    names, overrides = split_arguments(arguments)
     if len(names) > 1:
         raise UsageError(f"{' and '.join(names)}: one CONFIG at a time", hint="Overrides are written key=value")
-    path = Path(names[0]).expanduser() if names else None
-    return load_config(schema, path=path, overrides=overrides, environ=environ)
+    return (Path(names[0]).expanduser() if names else None), overrides
 
 
 def takes_config(

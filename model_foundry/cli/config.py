@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from model_foundry.cli.arguments import load_command_config, warn
+from model_foundry.cli.arguments import config_arguments, load_command_config, warn
 from model_foundry.config.fields import names_file, names_hub, schema_fields
 from model_foundry.config.load import Resolved, config_digest, json_schema
 from model_foundry.config.problems import Problem, raise_problems
+from model_foundry.config.recognise import Recognised, recognise_command
 from model_foundry.config.schema import COMMAND_SCHEMAS
+from model_foundry.errors import ConfigError
 
-_FOR = click.option(
-    "--command", "verb", type=click.Choice(list(COMMAND_SCHEMAS)), default="train", help="Whose configuration it is."
-)
+_COMMANDS = click.Choice(list(COMMAND_SCHEMAS))
 
 
 @click.group()
@@ -27,18 +29,23 @@ def command() -> None:
 
 @command.command()
 @click.argument("arguments", nargs=-1, metavar="CONFIG [KEY=VALUE]...")
-@_FOR
+@click.option("--command", "verb", type=_COMMANDS, help="Whose configuration it is; told by its keys if not given.")
 @click.option("--explain", is_flag=True, help="Print every field with where its value came from.")
 @click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
-def check(arguments: tuple[str, ...], verb: str, explain: bool, as_json: bool) -> None:
+def check(arguments: tuple[str, ...], verb: str | None, explain: bool, as_json: bool) -> None:
     """Check keys, values, rules between fields and that the files exist; loads no model.
 
-    Prints the digest, which is equal for configurations that compute the same thing.
+    Says which command's configuration it was taken for. Prints the digest, which is equal for configurations that
+    compute the same thing.
     """
-    resolved = load_command_config(COMMAND_SCHEMAS[verb], arguments, os.environ)
-    files = _existing_files(resolved)
-    if verb == "train" and "data.train_file" not in files:
-        raise_problems([Problem("data.train_file is not given", str(resolved.path or "configuration"), _WRITE_ONE)])
+    if verb is None:
+        path, overrides = config_arguments(arguments)
+        found = recognise_command(path, overrides, COMMAND_SCHEMAS)
+        with _taken_for(found):
+            resolved, files = _checked(found.command, arguments)
+        verb = found.command
+    else:
+        resolved, files = _checked(verb, arguments)
     digest = config_digest(resolved.config)
     if as_json:
         values = {"valid": True, "command": verb, "digest": digest, "files": files}
@@ -53,6 +60,26 @@ def check(arguments: tuple[str, ...], verb: str, explain: bool, as_json: bool) -
     click.echo(f"digest: {digest}")
 
 
+@contextmanager
+def _taken_for(found: Recognised) -> Iterator[None]:
+    """Says with a problem which command the configuration was taken for, and how to have it judged otherwise."""
+    try:
+        yield
+    except ConfigError as error:
+        others = f" (its keys would also do for {', '.join(found.others)})" if found.others else ""
+        said = f"It was taken for a configuration of foundry {found.command}{others}; --command NAME chooses another"
+        hint = f"{error.hint}. {said}" if error.hint else said
+        raise ConfigError(error.what, where=error.where, hint=hint) from error
+
+
+def _checked(verb: str, arguments: Sequence[str]) -> tuple[Resolved[Any], dict[str, str]]:
+    resolved = load_command_config(COMMAND_SCHEMAS[verb], arguments, os.environ)
+    files = _existing_files(resolved)
+    if verb == "train" and "data.train_file" not in files:
+        raise_problems([Problem("data.train_file is not given", str(resolved.path or "configuration"), _WRITE_ONE)])
+    return resolved, files
+
+
 _WRITE_ONE = "Write data: {train_file: rows.jsonl}, or data.train_file=rows.jsonl on the command line"
 
 
@@ -61,21 +88,23 @@ def _existing_files(resolved: Resolved[Any]) -> dict[str, str]:
     files, problems = {}, []
     for dotted, spec in schema_fields(type(resolved.config)).items():
         value = resolved.value(dotted)
-        if names_hub(value) and spec.input_folder:
-            files[dotted] = str(value)  # whether the hub has it is asked when it is fetched
-        if not names_file(spec, value):
-            continue
-        files[dotted] = str(value)
-        path = Path(str(value))
-        if not (path.is_file() or (spec.input_folder and path.is_dir())):
-            kind = "is a folder" if path.is_dir() else "does not exist"
-            problems.append(Problem(f"{dotted} names {value}, which {kind}", resolved.places[dotted]))
+        named = {f"{dotted}[{index}]": item for index, item in enumerate(value)} if isinstance(value, tuple) else None
+        for shown, item in ({dotted: value} if named is None else named).items():
+            if names_hub(item) and spec.input_folder:
+                files[shown] = str(item)  # whether the hub has it is asked when it is fetched
+            if not names_file(spec, item):
+                continue
+            files[shown] = str(item)
+            path = Path(str(item)).expanduser()
+            if not (path.is_file() or (spec.input_folder and path.is_dir())):
+                kind = "is a folder" if path.is_dir() else "does not exist"
+                problems.append(Problem(f"{shown} names {item}, which {kind}", resolved.places[dotted]))
     raise_problems(problems)
     return files
 
 
 @command.command()
-@_FOR
+@click.option("--command", "verb", type=_COMMANDS, default="train", help="Whose schema to print.")
 @click.option("--json", "as_json", is_flag=True, help="Accepted for evenness: a schema is JSON anyway.")
 def schema(verb: str, as_json: bool) -> None:
     """Print the JSON Schema of a command's configuration, for editors and programs."""

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from model_foundry.config.section import InputPath, PositiveInt, Section, broken_rule
+from model_foundry.config.section import CodePath, PositiveInt, Section, broken_rule
 
 BUILT_IN_LANGUAGES = ("lua", "gdscript")
 
@@ -56,7 +56,7 @@ class CorpusSection(Section):
     """One line on what this code is for; prompts quote it."""
     concepts: Mapping[str, str] = Field(default_factory=dict)
     """The domain's words -> one line on each; prompts explain the code with them."""
-    roots: tuple[InputPath, ...] = ()
+    roots: tuple[CodePath, ...] = ()
     """Folders or files to read."""
     include: tuple[str, ...] = ()
     """Read only files whose path below their root matches one of these globs; none: every file of the language."""

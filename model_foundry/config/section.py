@@ -18,7 +18,7 @@ class InputFile:
 
 
 class InputRows(InputFile):
-    """Marks rows: a file or a folder of files."""
+    """Marks rows, or code: a file or a folder of files."""
 
 
 class HubName:
@@ -26,6 +26,7 @@ class HubName:
 
 
 InputPath = Annotated[Path, InputFile]
+CodePath = Annotated[Path, InputRows]
 RowsPath = Annotated[Path, InputRows] | Annotated[str, Field(pattern="^hf://datasets/"), HubName]
 TemplateName = Annotated[str, InputFile]
 

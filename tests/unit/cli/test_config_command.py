@@ -91,3 +91,50 @@ def test_checking_loads_no_model_and_no_torch(config: Path) -> None:
         "assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
+
+
+def test_a_domain_is_judged_as_what_generate_reads_and_not_as_a_training_run(tmp_path: Path) -> None:
+    """Prevents every configuration from being judged as a training run, and a list of folders from being no file."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "base.yaml").write_text("corpus: {min_lines: 2}\nprompt: {voices: {a: who}}\n", encoding="utf-8")
+    domain = tmp_path / "domain.yaml"
+    domain.write_text("inherits: base.yaml\ncorpus:\n  roots: [code]\n  concepts: {Door: opens}\n", encoding="utf-8")
+    result = invoke("check", str(domain))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[:2] == [
+        f"valid for foundry generate: {domain}",
+        f"corpus.roots[0]: {tmp_path / 'code'}",
+    ]
+    assert json.loads(invoke("check", str(domain), "--json").stdout)["command"] == "generate"
+
+
+@pytest.mark.parametrize(
+    "text, command",
+    [
+        ("model: x\ntraining: {epochs: 1}\n", "train"),
+        ("model: x\nprompt: who are you?\n", "chat"),
+        ("source: rows.jsonl\nseed: 1\n", "data pack"),
+        ("evaluation: {file: q.jsonl}\ntrainig: {epochs: 1}\ndata: {train_file: r.jsonl}\n", "train"),
+    ],
+)
+def test_a_problem_says_what_the_configuration_was_taken_for(tmp_path: Path, text: str, command: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"{text}no_such_key: 1\n", encoding="utf-8")
+    error = invoke("check", str(path)).exception
+    assert isinstance(error, ConfigError)
+    assert f"taken for a configuration of foundry {command}; --command NAME chooses another" in (error.hint or "")
+
+
+def test_keys_that_several_commands_have_leave_it_open_and_the_option_decides(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: x\nseed: 1\n", encoding="utf-8")
+    error = invoke("check", str(path)).exception
+    assert isinstance(error, ConfigError)
+    assert "its keys would also do for evaluate, chat" in (error.hint or "")
+    assert invoke("check", str(path), "--command", "evaluate").stdout.startswith("valid for foundry evaluate")
+
+
+def test_a_folder_of_code_that_is_not_there_is_named(tmp_path: Path) -> None:
+    error = invoke("check", "--command", "generate", f"corpus.roots=[{tmp_path}, {tmp_path / 'gone'}]").exception
+    assert isinstance(error, ConfigError)
+    assert error.what == f"corpus.roots[1] names {tmp_path / 'gone'}, which does not exist"
