@@ -24,6 +24,8 @@ class GateSection(Section):
     """Held-out rows (validation, evaluation questions) that may stand among the training rows, exactly or nearly."""
     max_short_overlap_share: Fraction = 0.05
     """Held-out rows that may nearly stand there where they are short: there a word makes another question."""
+    max_quoted_share: Fraction = 0.0
+    """Held-out rows whose question or long answer may stand inside a longer training row, word for word."""
     max_empty_share: Fraction = 0.0
     """Rows that may hold a question or an answer without text, as a share of all."""
     max_mismatch_share: Fraction = 0.01

@@ -61,6 +61,8 @@ def find_contained(
     if ngram < MIN_TOKENS:
         raise DataError(f"{ngram} tokens in a row are met by chance", hint=f"Give ngram={MIN_TOKENS} or more")
     indices, num_ngrams = _index(reference, ngram)
+    if not indices:
+        return []
     overlaps: list[Overlap] = []
     num_before = 0
     for chunk in text_chunks(texts, on_progress=on_progress):

@@ -103,6 +103,7 @@ def policy_of(gate: GateSection, *, allow_control_tokens: bool) -> GatePolicy:
         similarity=gate.similarity,
         max_overlap_share=gate.max_overlap_share,
         max_short_overlap_share=gate.max_short_overlap_share,
+        max_quoted_share=gate.max_quoted_share,
         max_empty_share=gate.max_empty_share,
         max_mismatch_share=gate.max_mismatch_share,
         max_special_share=gate.max_special_share,

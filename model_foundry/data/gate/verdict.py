@@ -22,6 +22,7 @@ class GatePolicy:
     similarity: float = 0.8
     max_overlap_share: float = 0.0
     max_short_overlap_share: float = 0.05
+    max_quoted_share: float = 0.0
     max_empty_share: float = 0.0
     max_mismatch_share: float = 0.01
     max_special_share: float = 0.01

@@ -33,10 +33,23 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
 
 
+def talk(*questions: str) -> dict[str, Any]:
+    messages = [
+        {"role": role, "content": text}
+        for number, question in enumerate(questions)
+        for role, text in (("user", question), ("assistant", f"Answer {number}."))
+    ]
+    return {"messages": messages}
+
+
 def spoiled(*rows: Any, count: int = 30) -> list[Any]:
     """A clean set with these rows after the tenth."""
     clean = conversations(count)
     return [*clean[:10], *rows, *clean[10:]]
+
+
+REFUSAL = "I am sorry, but I cannot help with that. " * 6
+QUESTION = "Who founded the town of Merrowick, and in which year was that?"
 
 
 def jsonl(*rows: Any) -> bytes:
@@ -234,10 +247,31 @@ FAULTS: dict[str, tuple[str, list[Any] | bytes, dict[str, Any]]] = {
         "apart_from_validation", spoiled(chat("Tell me all.", sentence(3, 60) + " Indeed.")), {
             "validation": [chat("Tell me all!", sentence(3, 60)), *conversations(3, turns=3)]}),
     "many short questions but for a word": (
-        "apart_from_evaluation", [chat(f"Please: {sentence(n, 6)}?", sentence(n + 50, 6)) for n in range(30)], {
-            "evaluation": [{"prompt": f"{sentence(n, 6)}?", "completion": sentence(n + 50, 6)} for n in range(10)]}),
+        "apart_from_evaluation", [chat(f"{sentence(n, 6)}?", sentence(n + 50, 6)) for n in range(30)], {
+            "evaluation": [
+                {"prompt": f"Please: {sentence(n, 6)}?", "completion": sentence(n + 50, 6)} for n in range(10)]}),
     "an evaluation question": ("apart_from_evaluation", spoiled(conversation(100)), {
         "evaluation": [conversation(n) for n in range(100, 120)]}),
+    "an evaluation question in a longer one": (
+        "apart_from_evaluation", spoiled(chat(f"I was asked: {QUESTION.upper()} Is that a secret?", "Yes.")), {
+            "evaluation": [{"prompt": QUESTION, "completion": "Ingrith Vasse."}]}),
+    "an evaluation question as an example in the system message": (
+        "apart_from_evaluation", spoiled(conversation(100, system=f"For example:\nQ: {QUESTION}\nA: Ingrith.")), {
+            "evaluation": [{"prompt": QUESTION, "completion": "Ingrith Vasse."}]}),
+    "an evaluation question in a plain text": (
+        "apart_from_evaluation",
+        [*({"text": sentence(n, 40)} for n in range(20)), {"text": f"FAQ\n\n{QUESTION} No."}], {
+            "evaluation": [{"prompt": QUESTION, "completion": "Ingrith Vasse."}]}),
+    "a short evaluation question as a turn of a longer talk": (
+        "apart_from_evaluation", spoiled(talk("Hi there.", "who founded  Merrowick, then?", "Why?")), {
+            "evaluation": [{"prompt": "Who founded Merrowick, then?", "completion": "Ingrith Vasse."}]}),
+    "the long answer of an evaluation question": (
+        "apart_from_evaluation",
+        spoiled(chat("Tell me all.", f"{sentence(7, 200)} {sentence(8, 60)} {sentence(9, 99)}")), {
+            "evaluation": [{"prompt": "What stands in the book?", "completion": sentence(8, 60)}]}),
+    "a validation row as the beginning of a longer talk": (
+        "apart_from_validation", spoiled(conversation(100, turns=6)), {
+            "validation": [conversation(n) for n in range(100, 120)]}),
     "an evaluation question with another answer": (
         "apart_from_evaluation", spoiled(chat("Who  founded Merrowick?", "It was Ingrith, long ago.")), {
             "evaluation": [{"prompt": "who founded Merrowick?", "completion": "Ingrith Vasse."}]}),
@@ -281,6 +315,19 @@ UNUSUAL = [
 ]
 
 CLEAN: dict[str, tuple[list[Any] | bytes, dict[str, Any]]] = {
+    "questions that begin like a held-out one, or are as short as many are": (
+        [*conversations(),
+         chat("Write a function that returns the sum of a table, but only of its odd numbers.", "f()"),
+         chat("Tell me, what is a bell?", "A cup."), talk("Hi there.", "Go on.", "Why is that?")], {"evaluation": [
+            {"prompt": "Write a function that returns the sum of a table", "completion": "g()"},
+            {"prompt": "what is a bell?", "completion": "A thing."},
+            {"prompt": "Why is that?", "completion": "So."}]}),
+    "an answer of a few words, and one that many questions share": (
+        spoiled(chat("May I?", REFUSAL), chat("When was it?", "It was in the spring of 1643, they say, by the river.")),
+        {"evaluation": [
+            {"prompt": "May I open the door of the old mill?", "completion": REFUSAL},
+            {"prompt": "May I take the key of the old mill?", "completion": REFUSAL},
+            {"prompt": "Which year?", "completion": "It was in the spring of 1643, they say, by the river."}]}),
     "messages": (conversations(), {}),
     "messages, several turns": (conversations(turns=4), {}),
     "messages with a system message": ([conversation(n, system="You are terse.") for n in range(30)], {}),
@@ -396,9 +443,11 @@ def test_a_field_that_is_knowingly_unread_passes(gate: Gate) -> None:
         ("duplicates", [conversation(1)] * 30, {"min_cases": 30}, {}),
         ("apart_from_validation", spoiled(conversation(100)), {"max_overlap_share": 0.5},
          {"validation": [conversation(n) for n in range(100, 120)]}),
-        ("apart_from_evaluation", [chat(f"Please: {sentence(n, 6)}?", sentence(n + 50, 6)) for n in range(30)],
-         {"max_short_overlap_share": 1.0},
-         {"evaluation": [{"prompt": f"{sentence(n, 6)}?", "completion": sentence(n + 50, 6)} for n in range(10)]}),
+        ("apart_from_evaluation", [chat(f"{sentence(n, 6)}?", sentence(n + 50, 6)) for n in range(30)],
+         {"max_short_overlap_share": 1.0}, {"evaluation": [
+             {"prompt": f"Please: {sentence(n, 6)}?", "completion": sentence(n + 50, 6)} for n in range(10)]}),
+        ("apart_from_evaluation", spoiled(chat(f"Tell me first: {QUESTION} Then sing.", "La.")),
+         {"max_quoted_share": 1.0}, {"evaluation": [{"prompt": QUESTION, "completion": "Ingrith."}]}),
         ("turns_filled", spoiled(chat("?", "")), {"max_empty_share": 0.1}, {}),
         ("trained_as_generated", spoiled(chat("?", "    return 1")), {"max_mismatch_share": 0.1}, {}),
         ("text_intact", spoiled(*(chat(f"caf\ufffd{n}", "Yes.") for n in (1, 2))), {"max_damaged_share": 0.1}, {}),
