@@ -27,6 +27,7 @@ LOW_DISK_BYTES = 2 * GIB
 
 CORE = ("click", "jinja2", "numpy", "orjson", "pydantic", "pyyaml", "rich", "safetensors", "tokenizers")
 DISTRIBUTIONS = {
+    "google.protobuf": ("protobuf",),
     "mlflow": ("mlflow-skinny", "mlflow"),
     "tree_sitter": ("tree-sitter",),
     "tree_sitter_gdscript": ("tree-sitter-gdscript",),

@@ -9,6 +9,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "generate": ("anthropic", "httpx"),
     "gguf": ("gguf", "xllamacpp"),
     "quant": ("bitsandbytes",),
+    "service": ("fastapi", "google.protobuf", "sqlalchemy", "uvicorn", "zstandard"),
     "track": ("tensorboard", "wandb", "mlflow"),
 }
 """Extra -> the modules it makes importable."""
@@ -16,5 +17,5 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 def extra_of(module: str | None) -> str | None:
     """The extra that brings a module, None when no extra does."""
-    root = (module or "").partition(".")[0]
-    return next((extra for extra, modules in EXTRAS.items() if root in modules), None)
+    roots = {(module or "").partition(".")[0], ".".join((module or "").split(".")[:2])}
+    return next((extra for extra, modules in EXTRAS.items() if roots & set(modules)), None)

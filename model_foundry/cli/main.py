@@ -22,6 +22,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
     "chat": ("model_foundry.cli.chat:command", "Talk to a model or a run."),
     "export": ("model_foundry.cli.export:command", "Hand a trained model over, measured before it is accepted."),
+    "service": (
+        "model_foundry.cli.service:command",
+        "Train for clients of the Tinker protocol; survives being killed.",
+    ),
     "data": ("model_foundry.cli.data:command", "Check, inspect, convert, deduplicate and pack training data."),
     "generate": (
         "model_foundry.cli.generate:command",

@@ -20,6 +20,7 @@ from model_foundry.config.section import (
     TemplateName,
     broken_rule,
 )
+from model_foundry.config.service import ServiceConfig
 
 
 class ModelSection(Section):
@@ -253,6 +254,7 @@ COMMAND_SCHEMAS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
     "generate": GenerateConfig,
+    "service": ServiceConfig,
     "data pack": PackConfig,
 }
 """The schema of each command that takes a configuration."""

@@ -38,6 +38,8 @@ def resolve(words: list[str]) -> tuple[click.Command, list[str]]:
         if PLACEHOLDER.match(words[0]):
             return command, []
         context = click.Context(command)
+        # A group that is given an override does what its verb `run` does.
+        words = ["run", *words] if "=" in words[0] else words
         child = command.get_command(context, words[0])
         assert child is not None, (
             f"no verb {words[0]!r} under {command.name}; there are {command.list_commands(context)}"

@@ -1,0 +1,51 @@
+"""The schema of `foundry service`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from model_foundry.config.section import PositiveInt, Section
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ServiceConfig(Section):
+    """Everything `foundry service` reads."""
+
+    base_model: str = "smollm2-135m-instruct"
+    """What every model is an adapter over: a known name, a Hugging Face folder, a GGUF file or a hub id."""
+    model_names: tuple[str, ...] = ()
+    """Other names that clients may ask for it by; the first is the one that clients are told."""
+    host: str = "127.0.0.1"
+    """Address to listen on. On a loopback address every tml- key is taken until one was minted; elsewhere none is."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one and says it."""
+    state_dir: Path = Path("runs/service")
+    """Where the journal, snapshots and checkpoints live. It can be copied to another machine and started there."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute. auto: CUDA, then MPS, then the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of the base. auto: bfloat16 where the device multiplies it natively, else float32."""
+    num_threads: PositiveInt | None = None
+    """CPU threads; default every core. Part of what makes a restart go on bit for bit."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Split passes into pieces of at most this many tokens; default no splitting."""
+    max_resident_models: PositiveInt = 16
+    """Models being trained that are in memory at once, and as many samplers; the others wait on the disk."""
+    max_models_per_key: PositiveInt = 64
+    """Models that one key may have; with more, creating one is answered with 429."""
+    max_waiting_per_key: PositiveInt = 4096
+    """Operations of one key that may wait; with more, another is answered with 429."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 64_000_000
+    """Largest request body, unpacked."""
+    snapshot_seconds: Seconds = 10.0
+    """Work on a model after which it is written down; what was done since is done again after a crash."""
+    session_timeout_seconds: Seconds = 600.0
+    """A session that was not heard of for so long gives up its memory; it goes on when it is heard of again."""
+    result_hours: Annotated[float, Field(gt=0)] = 24.0
+    """Hours for which the result of an operation can be asked for again."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is logged on the console."""

@@ -1,0 +1,203 @@
+"""The routes that carry training: start-up, sessions, operations, futures. Listings are `listing`'s."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from model_foundry.service.bodies import Refusal, read_json, reply, text, whole_number
+from model_foundry.service.books import Sampler, finished
+from model_foundry.service.front import Front, new_session
+from model_foundry.service.listing import listing_routes, path_info
+
+Route = Callable[[Front, Request], Awaitable[Response]]
+UNEMBED_NOTE = (
+    "train_unembed is not done by this service: adapters go on the attention and MLP layers, "
+    "and the output head stays as the base has it"
+)
+logger = logging.getLogger(__name__)
+
+
+def make_app(front: Front) -> FastAPI:
+    """The application over a running service."""
+    app = FastAPI(title="Model Foundry training service", openapi_url=None, docs_url=None, redoc_url=None)
+    for (method, path), route in {**_ROUTES, **listing_routes()}.items():
+        app.add_route(f"/api/v1/{path}", _handler(front, route), methods=[method])
+    return app
+
+
+def _handler(front: Front, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        try:
+            return await route(front, request)
+        except Refusal as refusal:
+            return refusal.response()
+        except Exception as error:
+            # A client tries again after a 500, and it would be the same again.
+            logger.exception("%s failed", request.url.path)
+            return Refusal(
+                500, f"the service failed on this ({type(error).__name__})", {"x-should-retry": "false"}
+            ).response()
+
+    return handle
+
+
+def _operation(kind: str) -> Route:
+    async def submit(front: Front, request: Request) -> Response:
+        return await front.submit(request, kind)
+
+    return submit
+
+
+async def _body(front: Front, request: Request) -> dict[str, Any]:
+    return await read_json(request, limit=front.limits.body_bytes)
+
+
+async def health(front: Front, request: Request) -> Response:
+    return reply({"status": "ok"})
+
+
+async def capabilities(front: Front, request: Request) -> Response:
+    front.tenant(request)
+    facts = {"max_context_length": front.executor.host.facts["context"], "trainable": True, "sampleable": True}
+    return reply({"supported_models": [{"model_name": name, **facts} for name in front.executor.base_models]})
+
+
+async def client_config(front: Front, request: Request) -> Response:
+    front.tenant(request)
+    # Bodies are not worth packing on one machine; what is left out has the client's own default.
+    return reply({"pjwt_auth_enabled": False, "proto_compress_fwdbwd": False, "custom_loss_server_side": False})
+
+
+async def dynamic_config(front: Front, request: Request) -> Response:
+    front.tenant(request)
+    return reply({})
+
+
+async def who_am_i(front: Front, request: Request) -> Response:
+    tenant = front.tenant(request)
+    key = next((key for key in front.keys.list() if key.key_id == tenant.owner), None)
+    name = "open" if key is None else key.name
+    details = {"org_details": {"name": "model-foundry"}, "user_details": {"email": ""}}
+    return reply({"key_id": 0, "name": name, "note": tenant.role, "details": details})
+
+
+async def create_session(front: Front, request: Request) -> Response:
+    tenant = front.tenant(request)
+    session = new_session(tenant, await _body(front, request), front.books.clock())
+    await front.put(session)
+    front.seen[session.session_id] = session.created
+    return reply({"type": "create_session", "session_id": session.session_id, "warning_message": UNEMBED_NOTE})
+
+
+async def heartbeat(front: Front, request: Request) -> Response:
+    tenant = front.tenant(request)
+    front.open_session(text(await _body(front, request), "session_id"), tenant)
+    return reply({"type": "session_heartbeat"})
+
+
+async def finish_session(front: Front, request: Request) -> Response:
+    session = front.session(request.path_params["session_id"], front.tenant(request))
+    reason = (await _body(front, request)).get("reason")
+    await front.put(finished(session, front.books.clock(), reason if isinstance(reason, dict) else {}))
+    return Response(status_code=204)
+
+
+async def telemetry(front: Front, request: Request) -> Response:
+    """Taken, so that clients do not complain, and kept nowhere."""
+    front.tenant(request)
+    await _body(front, request)
+    return reply({"status": "accepted"})
+
+
+async def get_info(front: Front, request: Request) -> Response:
+    model = front.model(text(await _body(front, request), "model_id"), front.tenant(request))
+    if "rank" not in model.facts:
+        raise Refusal(404, f"the model {model.model_id} is not there yet, or could not be created")
+    name, folder = front.executor.base_models[0], str(front.executor.host.source.folder.resolve())
+    data = {
+        "arch": front.executor.host.architecture,
+        "model_name": name,
+        # Clients cut at a colon.
+        "tokenizer_id": None if ":" in folder else folder,
+    }
+    return reply({
+        "type": "get_info", "model_id": model.model_id, "model_data": data, "is_lora": True, "model_name": name,
+        "lora_rank": model.facts["rank"], "optimizer_config": {"type": "adamw"},
+    })  # fmt: skip
+
+
+async def weights_info(front: Front, request: Request) -> Response:
+    tenant = front.tenant(request)
+    path = text(await _body(front, request), "tinker_path")
+    return reply(path_info(front, path, tenant))
+
+
+async def create_sampling_session(front: Front, request: Request) -> Response:
+    tenant, values = front.tenant(request), await _body(front, request)
+    session = front.open_session(text(values, "session_id"), tenant)
+    number = whole_number(values, "sampling_session_seq_id")
+    sampler_id = f"{session.session_id}:sample:{number}"
+    answer = reply({"type": "create_sampling_session", "sampling_session_id": sampler_id})
+    if number is None:
+        raise Refusal(422, "sampling_session_seq_id is missing")
+    if sampler_id in front.books.samplers:
+        return answer
+    path, base = values.get("model_path"), values.get("base_model")
+    if path is not None and front.books.checkpoint_at(str(path), tenant.sees) is None:
+        raise Refusal(404, f"there is no checkpoint {path}")
+    if path is None and base not in front.executor.base_models:
+        raise Refusal(400, f"this service has {front.executor.base_models[0]}, not {base}")
+    await front.put(Sampler(sampler_id, session.session_id, session.owner, front.books.clock(), path))
+    return answer
+
+
+async def get_sampler(front: Front, request: Request) -> Response:
+    sampler = front.sampler(request.path_params["sampler_id"], front.tenant(request))
+    folder = str(front.executor.host.source.folder.resolve())
+    # The client's only way to a tokenizer is this name: a folder serves it where the name is not one of the hub's.
+    is_hub_name = front.executor.base_models[0].count("/") == 1 and not front.executor.base_models[0].startswith(
+        (".", "/")
+    )
+    base = front.executor.base_models[0] if is_hub_name else folder
+    return reply({"sampler_id": sampler.sampler_id, "base_model": base, "model_path": sampler.path})
+
+
+async def submit_sample(front: Front, request: Request) -> Response:
+    return await front.submit_sample(request)
+
+
+async def retrieve(front: Front, request: Request) -> Response:
+    return await front.retrieve(request)
+
+
+_ROUTES: dict[tuple[str, str], Route] = {
+    ("GET", "healthz"): health,
+    ("GET", "get_server_capabilities"): capabilities,
+    ("POST", "client/config"): client_config,
+    ("POST", "client/dynamic_config"): dynamic_config,
+    ("GET", "auth/apikey/me"): who_am_i,
+    ("POST", "create_session"): create_session,
+    ("POST", "session_heartbeat"): heartbeat,
+    ("POST", "sessions/{session_id}/finish"): finish_session,
+    ("POST", "telemetry"): telemetry,
+    ("POST", "create_model"): _operation("create_model"),
+    ("POST", "load_weights"): _operation("load_weights"),
+    ("POST", "forward_backward"): _operation("forward_backward"),
+    ("POST", "forward"): _operation("forward"),
+    ("POST", "optim_step"): _operation("optim_step"),
+    ("POST", "save_weights"): _operation("save_weights"),
+    ("POST", "save_weights_for_sampler"): _operation("save_weights_for_sampler"),
+    ("POST", "unload_model"): _operation("unload_model"),
+    ("POST", "get_info"): get_info,
+    ("POST", "weights_info"): weights_info,
+    ("POST", "create_sampling_session"): create_sampling_session,
+    ("GET", "samplers/{sampler_id}"): get_sampler,
+    ("POST", "asample"): submit_sample,
+    ("POST", "retrieve_future"): retrieve,
+}
+"""(method, path below /api/v1) -> route."""

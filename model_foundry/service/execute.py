@@ -1,0 +1,245 @@
+"""Every operation, done: on the host's models, with a reply and the changes that are written together with it.
+
+An operation that was cut off by the death of the process is done again from its beginning, so each can be: what it left
+on the disk names the request that it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from model_foundry.checkpoint.store import CheckpointStore
+from model_foundry.errors import CheckpointError, DataError
+from model_foundry.service import passes, sampling
+from model_foundry.service.books import Books, Checkpoint, Effect, Model, Operation, Sampler
+from model_foundry.service.host import Host, Resident
+from model_foundry.service.journal import Work
+from model_foundry.service.replies import sample_reply
+from model_foundry.service.requests import CreateModel, LoadWeights, Sample, SaveForSampler, SaveWeights, read_request
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A reply with what it changes: in the journal in the same transaction, in memory after that.
+
+    `model` is the operation's own model where it is another now.
+    """
+
+    reply_kind: str
+    reply: bytes
+    model: Model | None = None
+    changes: list[Work[Any]] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+
+    def add(self, change: tuple[Work[None], Effect]) -> None:
+        self.changes.append(change[0])
+        self.effects.append(change[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """Does operations one after the other.
+
+    `base_models` are the names by which clients may ask for the base; the first is the one it is told by.
+    """
+
+    books: Books
+    host: Host
+    texts: sampling.Texts
+    base_models: tuple[str, ...]
+
+    def execute(self, operation: Operation) -> Outcome:
+        """Do an operation.
+
+        Raises:
+            FoundryError: it is refused or failed; the model is as it was before.
+        """
+        return _KINDS[operation.kind](self, operation)
+
+    def model(self, operation: Operation) -> Model:
+        model = self.books.models.get(operation.lane)
+        if model is None or model.state == "unloaded":
+            raise DataError("there is no such model any more", where=operation.lane)
+        if model.state == "failed":
+            raise DataError("this model could not be created", where=operation.lane)
+        return model
+
+    def create_model(self, operation: Operation) -> Outcome:
+        request: CreateModel = read_request("create_model", orjson.loads(operation.body))
+        self.check_base(request.base_model)
+        if request.lora_config is None:
+            raise DataError("lora_config is missing; the service trains adapters", where="create_model")
+        lora = request.lora_config
+        seed = operation.seed if lora.seed is None else lora.seed
+        # The head stays as it is, and a session is told so; what is said of a model is what is true of it.
+        facts = {**lora.model_dump(), "train_unembed": False, "seed": seed % 2**63}
+        facts["user_metadata"] = request.user_metadata
+        model = self.named(operation, facts)
+        self.host.create(model)
+        return self.created(model, {"model_id": model.model_id, "type": "create_model"})
+
+    def load_weights(self, operation: Operation) -> Outcome:
+        request: LoadWeights = read_request("load_weights", orjson.loads(operation.body))
+        checkpoint = self.checkpoint(request.path, operation.owner)
+        reply = {"path": request.path, "model_id": operation.lane, "type": "load_weights"}
+        if request.model_id is not None:
+            resident = self.host.resident(self.model(operation))
+            self.host.load(resident, checkpoint, optimizer=request.optimizer)
+            # Before it is answered: the checkpoint may be gone by the time that this would be done again.
+            resident.seq = int(operation.seq or 0)
+            self.host.snapshot(operation.lane)
+            return _json(reply)
+        if request.base_model is not None:
+            self.check_base(request.base_model)
+        facts = {**checkpoint.facts["lora"], "user_metadata": request.user_metadata}
+        model = self.named(operation, facts)
+        self.host.create(model, checkpoint=checkpoint, optimizer=request.optimizer)
+        self.host.snapshot(model.model_id)
+        return self.created(model, reply)
+
+    def check_base(self, name: str) -> None:
+        if name not in self.base_models:
+            raise DataError(f"this service has {self.base_models[0]}, not {name}", where="base_model")
+
+    def named(self, operation: Operation, facts: dict[str, Any]) -> Model:
+        return replace(self.books.models[operation.lane], facts=facts)
+
+    def created(self, model: Model, reply: dict[str, Any]) -> Outcome:
+        outcome = _json(reply)
+        outcome.model = model
+        return outcome
+
+    def checkpoint(self, path: str, owner: str) -> Checkpoint:
+        found = self.books.checkpoint_at(path, owner)
+        if found is None:
+            raise DataError("there is no such checkpoint", where=path)
+        return found
+
+    def run_pass(self, operation: Operation) -> Outcome:
+        resident = self.host.resident(self.model(operation))
+        reply, has_gradients = passes.do_pass(self.host.engine, resident.engine_id, operation)
+        if has_gradients:
+            resident.has_gradients = resident.is_dirty = True
+        return Outcome("pass", reply)
+
+    def optim_step(self, operation: Operation) -> Outcome:
+        resident = self.host.resident(self.model(operation))
+        reply = passes.do_step(self.host.engine, resident.engine_id, operation)
+        resident.has_gradients, resident.is_dirty = False, True
+        return _json(reply)
+
+    def save_weights(self, operation: Operation) -> Outcome:
+        request: SaveWeights = read_request("save_weights", orjson.loads(operation.body))
+        name = request.path or f"step-{operation.seq:08d}"
+        saved = self.save(operation, "training", name, request, overwrite=request.overwrite)
+        outcome = _json({"path": saved.path, "type": "save_weights"})
+        outcome.add(self.books.put(saved))
+        return outcome
+
+    def save_for_sampler(self, operation: Operation) -> Outcome:
+        request: SaveForSampler = read_request("save_weights_for_sampler", orjson.loads(operation.body))
+        model = self.model(operation)
+        if request.path is None and request.sampling_session_seq_id is None:
+            raise DataError("neither path nor sampling_session_seq_id", where="save_weights_for_sampler")
+        # An in-flight sampler may go on with newer weights when they come; it need not, so it is a snapshot as well.
+        name = request.path or f"session-{request.sampling_session_seq_id:08d}"
+        saved = self.save(operation, "sampler", name, request, is_ephemeral=request.path is None)
+        reply = {"path": saved.path, "type": "save_weights_for_sampler"}
+        if request.path is None:
+            sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
+            sampler = Sampler(sampler_id, model.session_id, model.owner, operation.created, saved.path)
+            reply = {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+        outcome = _json(reply)
+        outcome.add(self.books.put(saved))
+        if request.path is None:
+            outcome.add(self.books.put(sampler))
+        return outcome
+
+    def save(
+        self,
+        operation: Operation,
+        kind: str,
+        name: str,
+        request: SaveWeights | SaveForSampler,
+        *,
+        overwrite: bool = False,
+        is_ephemeral: bool = False,
+    ) -> Checkpoint:
+        """Write a checkpoint, or find that this very request has written it before it was cut off."""
+        model = self.model(operation)
+        store = self.host.store(model.model_id, kind)
+        resident = self.host.resident(model)
+        known = self.books.checkpoints.get((model.model_id, kind, name))
+        if known is not None and not overwrite:
+            raise DataError(
+                "a checkpoint of this name exists", where=known.path, hint="Use overwrite, or another name."
+            )
+        lora = {key: model.facts[key] for key in ("rank", "seed", "train_unembed", "train_mlp", "train_attn")}
+        metadata = {
+            "request_id": operation.request_id, "model": self.host.fingerprint,
+            "base_model": self.base_models[0], "lora": lora,
+        }  # fmt: skip
+        if not _is_written(store, name, operation.request_id):
+            write = self._writer(resident, kind)
+            store.save(name, int(operation.seq or 0), write, metadata)
+        now = self.books.clock()
+        return Checkpoint(
+            run_id=model.model_id, kind=kind, name=name, owner=model.owner, created=now,
+            size_bytes=store.open(name).total_bytes,
+            expires=None if request.ttl_seconds is None else now + request.ttl_seconds,
+            facts={"lora": lora, "user_metadata": request.user_metadata, "is_ephemeral": is_ephemeral},
+        )  # fmt: skip
+
+    def _writer(self, resident: Resident, kind: str) -> Callable[[Any], None]:
+        engine = self.host.engine
+        if kind == "training":
+            return lambda folder: engine.save_state(resident.engine_id, folder)
+        return lambda folder: engine.save_weights(resident.engine_id, folder)
+
+    def unload_model(self, operation: Operation) -> Outcome:
+        model = self.model(operation)
+        self.host.forget(model.model_id)
+        return self.created(replace(model, state="unloaded"), {"model_id": model.model_id, "type": "unload_model"})
+
+    def asample(self, operation: Operation) -> Outcome:
+        request: Sample = read_request("asample", orjson.loads(operation.body))
+        path = request.model_path
+        if request.sampling_session_id is not None:
+            path = self.books.samplers[request.sampling_session_id].path
+        elif request.base_model is not None:
+            self.check_base(request.base_model)
+        checkpoint = None if path is None else self.checkpoint(path, operation.owner)
+        sequences, prompt_logprobs = sampling.sample(
+            self.host.engine, self.host.sampler(checkpoint), request, self.texts,
+            seed=operation.seed, context=self.host.facts["context"],
+        )  # fmt: skip
+        return Outcome("sample", sample_reply(sequences, prompt_logprobs))
+
+
+def _is_written(store: CheckpointStore, name: str, request_id: str) -> bool:
+    try:
+        return store.open(name).metadata.get("request_id") == request_id
+    except CheckpointError:
+        return False
+
+
+def _json(reply: dict[str, Any]) -> Outcome:
+    return Outcome("json", orjson.dumps(reply))
+
+
+_KINDS: dict[str, Callable[[Executor, Operation], Outcome]] = {
+    "create_model": Executor.create_model,
+    "load_weights": Executor.load_weights,
+    "forward_backward": Executor.run_pass,
+    "forward": Executor.run_pass,
+    "optim_step": Executor.optim_step,
+    "save_weights": Executor.save_weights,
+    "save_weights_for_sampler": Executor.save_for_sampler,
+    "unload_model": Executor.unload_model,
+    "asample": Executor.asample,
+}
+KINDS = tuple(_KINDS)

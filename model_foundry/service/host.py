@@ -1,0 +1,286 @@
+"""Models in memory over one base, and how each comes back: its newest whole snapshot, and what was done since.
+
+Used by one thread. A snapshot is a checkpoint with optimizer, named by the operation that it was taken after; the two
+newest are kept, and the journal keeps what was done since the older one, so that a damaged snapshot costs time alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from model_foundry.checkpoint import atomic
+from model_foundry.checkpoint.store import Checkpoint as StoredCheckpoint
+from model_foundry.checkpoint.store import CheckpointStore
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.errors import CheckpointCorruptError, CheckpointError, DataError, ModelError
+from model_foundry.models.finder import ModelSource
+from model_foundry.models.folder import fingerprint, read_config
+from model_foundry.service import passes
+from model_foundry.service.books import SEGMENTS, Books, Checkpoint, Model, Operation
+from model_foundry.service.requests import LoadWeights, read_request
+from model_foundry.types import LoraConfig
+
+LORA_ALPHA = 32.0
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_BODY_BYTES = 64_000_000
+"""Bodies kept for doing a model's operations again; with more, a snapshot is taken sooner."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Resident:
+    """A model in the engine. `seconds` and `body_bytes` are what was done since its last snapshot."""
+
+    engine_id: str
+    seq: int
+    has_gradients: bool = False
+    seconds: float = 0.0
+    body_bytes: int = 0
+    is_dirty: bool = False
+
+
+class Host:
+    """The engine's models by the service's ids.
+
+    Args:
+        folder: the state folder.
+        max_models: models of clients in memory at once, beside as many samplers; the rest is on the disk.
+        snapshot_seconds: work after which a model is written down.
+
+    Raises:
+        ModelError: the base cannot be loaded, or is an adapter.
+    """
+
+    def __init__(
+        self,
+        books: Books,
+        engine: TorchEngine,
+        source: ModelSource,
+        *,
+        folder: Path,
+        max_models: int,
+        snapshot_seconds: float,
+    ) -> None:
+        if source.adapter is not None:
+            hint = "Merge it first: foundry export RUN; then serve the merged folder."
+            raise ModelError(
+                "the service trains adapters over a base, and this is an adapter", where=source.name, hint=hint
+            )
+        self.books, self.engine, self.source, self.folder = books, engine, source, folder
+        self.max_models, self.snapshot_seconds = max_models, snapshot_seconds
+        self.fingerprint = fingerprint(source.folder)
+        self.base_id = engine.create_model(source.folder, lora=None, trainable=False)
+        self.facts = engine.describe(self.base_id)
+        self.architecture = str(read_config(source.folder).get("model_type"))
+        self._residents: OrderedDict[str, Resident] = OrderedDict()
+        self._samplers: OrderedDict[tuple[str, float], str] = OrderedDict()
+
+    def lora(self, model: Model) -> LoraConfig:
+        """An adapter's shape from what was asked for.
+
+        Raises:
+            DataError: nothing would be trained, or the parts have names that only `all-linear` reaches.
+        """
+        attention, mlp = bool(model.facts["train_attn"]), bool(model.facts["train_mlp"])
+        if not attention and not mlp:
+            raise DataError("train_attn and train_mlp are false, so no layer would be trained", where="lora_config")
+        if attention and mlp:
+            targets: str | tuple[str, ...] = "all-linear"
+        elif self.facts["implementation"] == "native":
+            targets = _ATTENTION if attention else _MLP
+        else:
+            what = "which layers are attention and which are not is not known for this architecture"
+            raise DataError(what, where="lora_config", hint="Leave train_attn and train_mlp true.")
+        return LoraConfig(r=int(model.facts["rank"]), lora_alpha=LORA_ALPHA, target_modules=targets)
+
+    def create(self, model: Model, *, checkpoint: Checkpoint | None = None, optimizer: bool = False) -> Resident:
+        """A new model, fresh or from a checkpoint; nothing is left behind where that fails."""
+        self._make_room()
+        resident = Resident(self._fresh(model), seq=0, is_dirty=True)
+        if checkpoint is not None:
+            try:
+                self.load(resident, checkpoint, optimizer=optimizer)
+            except BaseException:
+                self.engine.delete_model(resident.engine_id)
+                raise
+        self._residents[model.model_id] = resident
+        return resident
+
+    def load(self, resident: Resident, checkpoint: Checkpoint, *, optimizer: bool) -> None:
+        """Put a checkpoint into a model. Every byte is verified first; where it fails, nothing was changed."""
+        stored = self.open(checkpoint)
+        if stored.metadata.get("model") != self.fingerprint:
+            base = stored.metadata.get("base_model")
+            raise DataError(f"it was trained on another base ({base})", where=checkpoint.path)
+        for note in self.engine.load_state(resident.engine_id, stored.path, optimizer=optimizer):
+            logger.warning("%s: %s", checkpoint.path, note)
+        resident.has_gradients, resident.is_dirty = False, True
+
+    def resident(self, model: Model) -> Resident:
+        """The model, brought back where it is not in memory.
+
+        Raises:
+            CheckpointError: it cannot be: its snapshots are damaged, and what they stood for is not kept.
+        """
+        found = self._residents.get(model.model_id)
+        if found is not None:
+            self._residents.move_to_end(model.model_id)
+            return found
+        self._make_room()
+        resident = self._bring_back(model)
+        self._residents[model.model_id] = resident
+        return resident
+
+    def _fresh(self, model: Model) -> str:
+        return self.engine.create_model(
+            self.source.folder, lora=self.lora(model), seed=int(model.facts["seed"]), base_name=self.base_name
+        )
+
+    @property
+    def base_name(self) -> str:
+        """What adapters name as their base."""
+        is_here = Path(self.source.name).exists()
+        return str(self.source.folder.resolve()) if is_here else self.source.name
+
+    def _bring_back(self, model: Model) -> Resident:
+        store = self.snapshots(model.model_id)
+        for later in store.list():
+            # Taken by an operation that was cut off before it was answered, and will be done again.
+            if later.step > model.done_seq:
+                atomic.remove_directory(later.path)
+        snapshot = store.newest_valid(logger.warning)
+        resident = Resident(self._fresh(model), seq=-1 if snapshot is None else snapshot.step)
+        try:
+            if snapshot is not None:
+                self.engine.load_state(resident.engine_id, snapshot.path, optimizer=True)
+            self._do_again(model, resident)
+        except BaseException:
+            self.engine.delete_model(resident.engine_id)
+            raise
+        return resident
+
+    def _do_again(self, model: Model, resident: Resident) -> None:
+        for operation in self.books.done_after(model.model_id, resident.seq):
+            if operation.kind in ("forward_backward", "optim_step", "load_weights") and not operation.body:
+                what = f"its snapshots are damaged, and its operation {operation.seq} is not kept any more"
+                raise CheckpointError(what, where=model.model_id, hint="Go on from its last checkpoint.")
+            if operation.kind == "forward_backward":
+                resident.has_gradients |= passes.do_pass(self.engine, resident.engine_id, operation)[1]
+            elif operation.kind == "optim_step":
+                passes.do_step(self.engine, resident.engine_id, operation)
+                resident.has_gradients = False
+            elif operation.kind == "load_weights":
+                self._load_again(model, resident, operation)
+            resident.seq, resident.is_dirty = int(operation.seq or 0), True
+
+    def _load_again(self, model: Model, resident: Resident, operation: Operation) -> None:
+        request: LoadWeights = read_request("load_weights", orjson.loads(operation.body))
+        checkpoint = self.books.checkpoint_at(request.path, model.owner)
+        if checkpoint is None or checkpoint.created > operation.created:
+            what = f"the snapshot after its load of {request.path} is damaged, and that checkpoint is gone"
+            raise CheckpointError(what, where=model.model_id)
+        self.load(resident, checkpoint, optimizer=request.optimizer)
+
+    def snapshot(self, model_id: str) -> None:
+        """Write a model down, and forget the bodies that no snapshot needs any more."""
+        resident = self._residents[model_id]
+        store = self.snapshots(model_id)
+        store.save(
+            f"seq-{resident.seq:010d}", resident.seq, lambda part: self.engine.save_state(resident.engine_id, part)
+        )
+        store.prune(keep=2)
+        kept = store.list()
+        if len(kept) > 1:
+            self.books.journal.run(self.books.drop_bodies(model_id, kept[0].step), durable=False)
+        resident.seconds, resident.body_bytes, resident.is_dirty = 0.0, 0, False
+
+    def note(self, model_id: str, *, seq: int | None, seconds: float, body_bytes: int) -> None:
+        """An operation of a model was done, and is in the journal."""
+        resident = self._residents.get(model_id)
+        if resident is None or seq is None:
+            return
+        resident.seq = seq
+        resident.seconds += seconds
+        resident.body_bytes += body_bytes
+
+    def snapshot_if_due(self, model_id: str) -> None:
+        resident = self._residents.get(model_id)
+        if resident is None or resident.has_gradients or not resident.is_dirty:
+            return
+        if resident.seconds >= self.snapshot_seconds or resident.body_bytes >= _BODY_BYTES:
+            self.snapshot(model_id)
+
+    def snapshot_all(self) -> None:
+        """Before the end: a start afterwards has nothing to do again."""
+        for model_id, resident in self._residents.items():
+            if resident.is_dirty and not resident.has_gradients:
+                self.snapshot(model_id)
+
+    def evict(self, model_id: str) -> None:
+        """Out of memory, on to the disk."""
+        resident = self._residents.get(model_id)
+        if resident is None:
+            return
+        if resident.is_dirty and not resident.has_gradients:
+            self.snapshot(model_id)
+        self.engine.delete_model(self._residents.pop(model_id).engine_id)
+
+    def forget(self, model_id: str) -> None:
+        """A model that nobody will ask for again, with its snapshots."""
+        resident = self._residents.pop(model_id, None)
+        if resident is not None:
+            self.engine.delete_model(resident.engine_id)
+        if self.snapshots(model_id).root.is_dir():
+            atomic.remove_directory(self.snapshots(model_id).root)
+
+    def _make_room(self) -> None:
+        while len(self._residents) >= self.max_models:
+            self.evict(next(iter(self._residents)))
+
+    def sampler(self, checkpoint: Checkpoint | None) -> str:
+        """The engine's model to sample from; the base for None."""
+        if checkpoint is None:
+            return self.base_id
+        key = (checkpoint.path, checkpoint.created)
+        if key not in self._samplers:
+            stored = self.open(checkpoint)
+            if stored.metadata.get("model") != self.fingerprint:
+                raise DataError("it was trained on another base", where=checkpoint.path)
+            while len(self._samplers) >= self.max_models:
+                self.engine.delete_model(self._samplers.popitem(last=False)[1])
+            adapter = stored.path / "adapter"
+            self._samplers[key] = self.engine.create_model(
+                self.source.folder, lora=None, adapter=adapter, trainable=False
+            )
+        self._samplers.move_to_end(key)
+        return self._samplers[key]
+
+    def snapshots(self, model_id: str) -> CheckpointStore:
+        return CheckpointStore(self.folder / "snapshots" / folder_name(model_id) / "kept")
+
+    def store(self, run_id: str, kind: str) -> CheckpointStore:
+        return CheckpointStore(self.folder / "runs" / folder_name(run_id) / SEGMENTS[kind])
+
+    def open(self, checkpoint: Checkpoint) -> StoredCheckpoint:
+        """Every byte verified.
+
+        Raises:
+            CheckpointCorruptError: it is damaged, or gone.
+        """
+        try:
+            return self.store(checkpoint.run_id, checkpoint.kind).open(checkpoint.name)
+        except CheckpointCorruptError:
+            raise
+        except CheckpointError as error:
+            raise CheckpointCorruptError("its folder is gone", where=checkpoint.path) from error
+
+
+def folder_name(run_id: str) -> str:
+    """`SESSION:train:0` as a folder's name; ids are the service's own, so nothing else is in them."""
+    return run_id.replace(":", "-")

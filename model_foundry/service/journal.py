@@ -1,0 +1,190 @@
+"""What the service has accepted, on the disk before it is answered: one SQLite file, written by one thread.
+
+Works that wait for the disk together share one transaction and one sync. A work that only records what could be
+computed again (`durable=False`) is written without waiting for the disk: it survives the death of the process, and
+after a power cut it is computed again. It knows tables and transactions; what they mean is `books`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+)
+from sqlalchemy.exc import DatabaseError
+
+from model_foundry.errors import RunError
+
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+SCHEMA_VERSION = 1
+FILE_NAME = "journal.sqlite"
+logger = logging.getLogger(__name__)
+
+metadata = MetaData()
+meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", String, nullable=False))
+keys = Table(
+    "keys", metadata,
+    Column("key_id", String, primary_key=True), Column("digest", String, nullable=False, unique=True),
+    Column("name", String, nullable=False), Column("role", String, nullable=False),
+    Column("created", Float, nullable=False), Column("revoked", Float),
+)  # fmt: skip
+sessions = Table(
+    "sessions", metadata,
+    Column("session_id", String, primary_key=True), Column("owner", String, nullable=False),
+    Column("created", Float, nullable=False), Column("finished", Float), Column("facts", Text, nullable=False),
+)  # fmt: skip
+models = Table(
+    "models", metadata,
+    Column("model_id", String, primary_key=True), Column("session_id", String, nullable=False),
+    Column("owner", String, nullable=False), Column("created", Float, nullable=False),
+    Column("state", String, nullable=False), Column("done_seq", Integer, nullable=False),
+    Column("last_request", Float, nullable=False), Column("facts", Text, nullable=False),
+)  # fmt: skip
+samplers = Table(
+    "samplers", metadata,
+    Column("sampler_id", String, primary_key=True), Column("session_id", String, nullable=False),
+    Column("owner", String, nullable=False), Column("created", Float, nullable=False), Column("path", String),
+)  # fmt: skip
+checkpoints = Table(
+    "checkpoints", metadata,
+    Column("run_id", String, primary_key=True), Column("kind", String, primary_key=True),
+    Column("name", String, primary_key=True), Column("owner", String, nullable=False),
+    Column("created", Float, nullable=False), Column("expires", Float), Column("public", Boolean, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False), Column("facts", Text, nullable=False),
+)  # fmt: skip
+operations = Table(
+    "operations", metadata,
+    Column("request_id", String, primary_key=True), Column("lane", String, nullable=False),
+    Column("seq", Integer), Column("owner", String, nullable=False), Column("kind", String, nullable=False),
+    Column("encoding", String, nullable=False), Column("body", LargeBinary), Column("seed", BigInteger, nullable=False),
+    Column("created", Float, nullable=False), Column("finished", Float),
+    Column("failed", Boolean, nullable=False), Column("reply_kind", String), Column("reply", LargeBinary),
+    Index("by_lane", "lane", "seq"), Index("by_finished", "finished"),
+)  # fmt: skip
+
+
+class Journal:
+    """The file, and the thread that writes it.
+
+    Raises:
+        RunError: it was written by another version, or cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._engine = create_engine(f"sqlite:///{self.path}", connect_args={"check_same_thread": False})
+        event.listen(self._engine, "connect", _configure)
+        event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        self._queue: queue.SimpleQueue[tuple[Work[Any], bool, Future[Any]] | None] = queue.SimpleQueue()
+        try:
+            self._connection = self._engine.connect()
+            self._check_version()
+        except DatabaseError as error:
+            raise RunError(f"cannot be opened ({error.orig})", where=str(self.path)) from error
+        self._is_durable = True
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Work[T], *, durable: bool = True) -> Future[T]:
+        """Do `work` in a transaction; the future is done when it is committed, and synced where `durable`."""
+        future: Future[T] = Future()
+        self._queue.put((work, durable, future))
+        return future
+
+    def close(self) -> None:
+        """Write what was handed over, and stop."""
+        self._queue.put(None)
+        self._thread.join()
+        self._connection.close()
+        self._engine.dispose()
+
+    def _check_version(self) -> None:
+        with self._connection.begin():
+            metadata.create_all(self._connection)
+            row = self._connection.execute(select(meta.c.value).where(meta.c.key == "schema")).first()
+            if row is None:
+                self._connection.execute(insert(meta).values(key="schema", value=str(SCHEMA_VERSION)))
+            elif row.value != str(SCHEMA_VERSION):
+                what = f"the journal has schema {row.value}, and this version reads {SCHEMA_VERSION}"
+                raise RunError(what, where=str(self.path), hint="Start it with the version that wrote it.")
+
+    def claim(self, key: str, value: str, *, what: str) -> None:
+        """Note a fact on first use.
+
+        Raises:
+            RunError: another value was noted before; `what` says what that means.
+        """
+
+        def write(connection: Connection) -> str:
+            row = connection.execute(select(meta.c.value).where(meta.c.key == key)).first()
+            if row is None:
+                connection.execute(insert(meta).values(key=key, value=value))
+            return value if row is None else row.value
+
+        if self.run(write).result() != value:
+            hint = "Start it with the base that it had, or choose another state_dir."
+            raise RunError(f"this state holds {what}", where=str(self.path.parent), hint=hint)
+
+    def _write(self) -> None:
+        is_open = True
+        while is_open:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            is_open = None not in batch
+            works = [item for item in batch if item is not None]
+            if works:
+                self._commit(works)
+
+    def _commit(self, works: list[tuple[Work[Any], bool, Future[Any]]]) -> None:
+        try:
+            self._sync_on_commit(any(durable for _, durable, _ in works))
+            with self._connection.begin():
+                results = [work(self._connection) for work, _, _ in works]
+        except Exception as error:
+            if len(works) == 1:
+                works[0][2].set_exception(error)
+                return
+            # One of them failed, and took the others' transaction with it: each for itself.
+            for work in works:
+                self._commit([work])
+            return
+        for (_, _, future), result in zip(works, results, strict=True):
+            future.set_result(result)
+
+    def _sync_on_commit(self, durable: bool) -> None:
+        if durable != self._is_durable:
+            # Past SQLAlchemy, which would begin a transaction first, and in one it may not be changed.
+            raw: Any = self._connection.connection.driver_connection
+            raw.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._is_durable = durable
+
+
+def _configure(connection: Any, _: Any) -> None:
+    # SQLAlchemy begins transactions itself, so that none is begun behind its back.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}")

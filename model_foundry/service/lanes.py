@@ -1,0 +1,117 @@
+"""Who is next: operations of one model by their sequence ids, models by the time that their owners have used.
+
+Ids may come in any order; an operation waits until everything before it has come. It knows nothing of what the
+operations do. Not for several threads: `worker` holds a lock around it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from model_foundry.service.books import Operation
+
+
+@dataclass(slots=True)
+class Lane:
+    """The operations of one model (`next_seq` is what it waits for), or of one sampler (None: as they come)."""
+
+    name: str
+    owner: str
+    next_seq: int | None
+    used_seconds: float = 0.0
+    held: dict[int, Operation] = field(default_factory=dict)
+    line: deque[Operation] = field(default_factory=deque)
+
+    def add(self, operation: Operation) -> None:
+        if self.next_seq is None:
+            self.line.append(operation)
+        else:
+            assert operation.seq is not None
+            self.held[operation.seq] = operation
+
+    @property
+    def head(self) -> Operation | None:
+        """What could be done now."""
+        if self.next_seq is None:
+            return self.line[0] if self.line else None
+        return self.held.get(self.next_seq)
+
+    def take(self) -> Operation:
+        if self.next_seq is None:
+            return self.line.popleft()
+        self.next_seq += 1
+        return self.held.pop(self.next_seq - 1)
+
+    def __len__(self) -> int:
+        return len(self.held) + len(self.line)
+
+
+class Lanes:
+    """All lanes, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, Lane] = {}
+        self._used: dict[str, float] = {}
+
+    def add(self, operation: Operation, *, next_seq: int | None) -> None:
+        """Put an operation in its lane; `next_seq` is where a lane begins that is not there yet."""
+        lane = self._lanes.get(operation.lane)
+        if lane is None:
+            lane = self._lanes[operation.lane] = Lane(operation.lane, operation.owner, next_seq)
+        was_idle = not any(other.owner == lane.owner and other.head is not None for other in self._lanes.values())
+        lane_was_idle = lane.head is None
+        lane.add(operation)
+        # Time that nobody wanted is not saved up: who comes back starts level with those who are at it.
+        if was_idle:
+            going = [self._used[other.owner] for other in self._ready() if other.owner != lane.owner]
+            self._used[lane.owner] = max(self._used.get(lane.owner, 0.0), min(going, default=0.0))
+        if lane_was_idle:
+            going = [other.used_seconds for other in self._ready() if other.owner == lane.owner and other is not lane]
+            lane.used_seconds = max(lane.used_seconds, min(going, default=0.0))
+
+    def last_seq(self, name: str) -> int | None:
+        """The largest id of a model that has come; None where nothing of it is known here."""
+        lane = self._lanes.get(name)
+        return None if lane is None or lane.next_seq is None else max([lane.next_seq - 1, *lane.held])
+
+    def take(self) -> Operation | None:
+        """The next operation of whoever has used least."""
+        ready = self._ready()
+        if not ready:
+            return None
+        return min(ready, key=lambda lane: (self._used[lane.owner], lane.used_seconds)).take()
+
+    def charge(self, operation: Operation, seconds: float) -> None:
+        """Add the time that an operation took."""
+        self._used[operation.owner] = self._used.get(operation.owner, 0.0) + seconds
+        lane = self._lanes.get(operation.lane)
+        if lane is None:
+            return
+        lane.used_seconds += seconds
+        if lane.next_seq is None and not lane:
+            del self._lanes[operation.lane]
+
+    def close(self, name: str) -> list[Operation]:
+        """Forget a lane; what waited in it."""
+        lane = self._lanes.pop(name, None)
+        return [] if lane is None else [*lane.held.values(), *lane.line]
+
+    def waiting_for(self, operation: Operation) -> str | None:
+        """Why an operation is not being done, for its client to read; None: it is its turn, or being done."""
+        lane = self._lanes.get(operation.lane)
+        if lane is None:
+            return None
+        if operation.seq is not None and lane.next_seq is not None and lane.head is None and operation.seq in lane.held:
+            return f"waiting for the operation with seq_id {lane.next_seq} of this model, which has not come"
+        others = sum(len(other) for other in self._ready() if other.owner != lane.owner)
+        mine = sum(1 for seq in lane.held if operation.seq is not None and seq < operation.seq)
+        if not others and not mine:
+            return None
+        return f"{mine} operations of this model are before it, and {others} of other clients are waiting"
+
+    def num_waiting(self, owner: str) -> int:
+        return sum(len(lane) for lane in self._lanes.values() if lane.owner == owner)
+
+    def _ready(self) -> list[Lane]:
+        return [lane for lane in self._lanes.values() if lane.head is not None]

@@ -1,0 +1,160 @@
+"""The JSON bodies of operations, checked to the last key: what is not known is refused, never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_foundry.errors import DataError
+
+MAX_RANK = 512
+MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 86400
+CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+TtlSeconds = Annotated[int, Field(ge=MIN_TTL_SECONDS, le=MAX_TTL_SECONDS)]
+Metadata = dict[str, Any] | None
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class LoraBody(Body):
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class OptimizerBody(Body):
+    type: Literal["adamw"] = "adamw"
+
+
+class CreateModel(Body):
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    user_metadata: Metadata = None
+    lora_config: LoraBody | None = None
+    optimizer_config: OptimizerBody = OptimizerBody()
+    """Other optimizers of the protocol are not published."""
+    type: Literal["create_model"] = "create_model"
+
+
+class LoadWeights(Body):
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: Metadata = None
+    path: str
+    optimizer: bool
+    optimizer_config: OptimizerBody | None = None
+    weights_access_token: None = None
+    type: Literal["load_weights"] = "load_weights"
+
+
+class AdamBody(Body):
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-12
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip_norm: Annotated[float, Field(ge=0)] = 0.0
+
+
+class OptimStep(Body):
+    adam_params: AdamBody
+    model_id: str
+    seq_id: int | None = None
+    type: Literal["optim_step"] = "optim_step"
+
+
+class SaveWeights(Body):
+    model_id: str
+    path: CheckpointName | None = None
+    seq_id: int | None = None
+    ttl_seconds: TtlSeconds | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
+    type: Literal["save_weights"] = "save_weights"
+
+
+class SaveForSampler(Body):
+    model_id: str
+    path: CheckpointName | None = None
+    sampling_session_seq_id: int | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+    seq_id: int | None = None
+    ttl_seconds: TtlSeconds | None = None
+    user_metadata: dict[str, str] | None = None
+    type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
+
+
+class UnloadModel(Body):
+    model_id: str
+    seq_id: int | None = None
+    type: Literal["unload_model"] = "unload_model"
+
+
+class SamplingBody(Body):
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: int = -1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Sample(Body):
+    num_samples: Annotated[int, Field(ge=1, le=1024)] = 1
+    prompt: dict[str, Any]
+    sampling_params: SamplingBody
+    base_model: str | None = None
+    model_path: str | None = None
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    prompt_logprobs: bool | None = None
+    prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: None = None
+    prompt_alt_tokens_k: int = 0
+    record_stability_info: bool | None = None
+    type: Literal["sample"] = "sample"
+
+
+REQUESTS: dict[str, type[Body]] = {
+    "create_model": CreateModel,
+    "load_weights": LoadWeights,
+    "optim_step": OptimStep,
+    "save_weights": SaveWeights,
+    "save_weights_for_sampler": SaveForSampler,
+    "unload_model": UnloadModel,
+    "asample": Sample,
+}
+"""Operation -> its body in JSON; passes are `tensors`' affair."""
+
+_SENTENCES = {
+    "extra_forbidden": "is not known to this service, and nothing is ignored",
+    "missing": "is missing",
+}
+
+
+def read_request(kind: str, values: dict[str, Any]) -> Any:
+    """The checked body of an operation.
+
+    Raises:
+        DataError: with every problem, by field.
+    """
+    try:
+        return REQUESTS[kind].model_validate(values)
+    except ValidationError as error:
+        told = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            got = "" if isinstance(problem["input"], dict | list) else f" (it is {problem['input']!r})"
+            told.append(f"{where} {_SENTENCES.get(problem['type'], problem['msg'].lower() + got)}")
+        raise DataError("; ".join(dict.fromkeys(told)), where=kind) from error

@@ -1,0 +1,139 @@
+"""A sampling request on the engine: continuations that stop where they were asked to, and the prompt's own logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.errors import DataError
+from model_foundry.models.folder import read_json
+from model_foundry.service.requests import Sample, SamplingBody
+from model_foundry.service.tensors import json_chunks
+from model_foundry.tokenizer import Tokenizer
+from model_foundry.types import Datum, SampledSequence, SamplingParams
+
+_NOT_OFFERED = (
+    "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k",
+    "record_stability_info",
+)  # fmt: skip
+
+
+class Texts:
+    """What sampling needs of the base's tokenizer: which tokens end a text, and how tokens read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.load(folder)
+        self.end_ids = _end_ids(folder, self.tokenizer)
+
+    def holds(self, tokens: Sequence[int], stops: Sequence[str]) -> bool:
+        """Whether the last token completed one of the strings."""
+        # A string of so many bytes ends within as many tokens; a few more for what a decoder trims at the start.
+        window = max(len(stop.encode()) for stop in stops) + 4
+        text = self.tokenizer.decode(list(tokens[-window:]))
+        return any(stop in text for stop in stops)
+
+
+def _end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ends that the model's files and its tokenizer name."""
+    found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        found += [value] if isinstance(value, int) else [item for item in value or () if isinstance(item, int)]
+    return tuple(dict.fromkeys(found))
+
+
+def sample(
+    engine: TorchEngine, model: str, request: Sample, texts: Texts, *, seed: int, context: int | None
+) -> tuple[list[SampledSequence], np.ndarray | None]:
+    """Sequences, and float32 [T] log-probabilities of the prompt where they were asked for (NaN: none).
+
+    Raises:
+        DataError: something that is not offered, or means nothing.
+        EngineError: tokens outside the vocabulary, or too many.
+    """
+    for name in _NOT_OFFERED:
+        if getattr(request, name):
+            raise DataError(f"{name} is not offered by this service", where="asample")
+    tokens = [token for chunk in json_chunks(request.prompt, "prompt") for token in chunk]
+    prompt = np.asarray(tokens, dtype=np.int32)
+    params, stops = sampling_params(request.sampling_params, texts, seed=seed, num_tokens=len(tokens), context=context)
+    sequences = _continue(engine, model, [prompt] * request.num_samples, params, stops, texts)
+    if not request.prompt_logprobs:
+        if request.prompt_logprobs_last_n is not None:
+            raise DataError("prompt_logprobs_last_n needs prompt_logprobs", where="asample")
+        return sequences, None
+    return sequences, _prompt_logprobs(engine, model, prompt, request.prompt_logprobs_last_n)
+
+
+def sampling_params(
+    asked: SamplingBody, texts: Texts, *, seed: int, num_tokens: int, context: int | None
+) -> tuple[SamplingParams, list[str]]:
+    """The engine's parameters, and the strings to stop at; no `stop` means the model's own end, [] no end at all."""
+    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+    stop_ids = texts.end_ids if stop is None else tuple(token for token in stop if isinstance(token, int))
+    strings = [text for text in stop or () if isinstance(text, str)]
+    if "" in strings:
+        raise DataError("an empty string to stop at", where="sampling_params.stop")
+    if strings:
+        stop_ids = texts.end_ids
+    if asked.max_tokens is None and context is None:
+        raise DataError("max_tokens is missing, and this model names no longest text", where="sampling_params")
+    if asked.top_k < -1:
+        raise DataError(f"top_k is {asked.top_k}", where="sampling_params")
+    params = SamplingParams(
+        max_tokens=max(0, (context or 0) - num_tokens) if asked.max_tokens is None else asked.max_tokens,
+        temperature=asked.temperature,
+        top_k=max(asked.top_k, 0),
+        top_p=asked.top_p,
+        seed=seed if asked.seed is None else asked.seed,
+        stop_token_ids=stop_ids,
+    )
+    return params, strings
+
+
+def _continue(
+    engine: TorchEngine,
+    model: str,
+    prompts: list[np.ndarray],
+    params: SamplingParams,
+    stops: list[str],
+    texts: Texts,
+) -> list[SampledSequence]:
+    if not stops:
+        return list(engine.sample(model, prompts, params))
+    rows: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    stopped: set[int] = set()
+    stream = engine.stream(model, prompts, params)
+    for row, token, logprob in stream:
+        if row in stopped:
+            continue
+        rows[row].append((token, logprob))
+        if token in params.stop_token_ids or texts.holds([token for token, _ in rows[row]], stops):
+            stopped.add(row)
+            if len(stopped) == len(rows):
+                break
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue] - a generator
+    return [
+        SampledSequence(
+            tokens=np.array([token for token, _ in pairs], dtype=np.int32),
+            logprobs=np.array([logprob for _, logprob in pairs], dtype=np.float32),
+            stop_reason="stop" if row in stopped else "length",
+        )
+        for row, pairs in enumerate(rows)
+    ]
+
+
+def _prompt_logprobs(engine: TorchEngine, model: str, prompt: np.ndarray, last: int | None) -> np.ndarray:
+    """Nothing comes before the first token, so it has none."""
+    out = np.full(len(prompt), np.nan, dtype=np.float32)
+    if last is not None and last >= len(prompt):
+        raise DataError(f"prompt_logprobs_last_n is {last}, of {len(prompt)} tokens", where="asample")
+    if len(prompt) > 1:
+        inputs = {"target_tokens": prompt[1:], "weights": np.ones(len(prompt) - 1, dtype=np.float32)}
+        out[1:] = engine.forward(model, [Datum(prompt[:-1], inputs)], logprobs="all").logprobs[0]
+    if last is not None:
+        out[: len(out) - last] = np.nan
+    return out

@@ -1,0 +1,91 @@
+"""`kill -9` at any instant changes nothing but the time it takes: the official client goes on, the bits are the same.
+
+The service is killed while two unmodified clients train, and started again; what they end with is compared, byte by
+byte, with what they end with when nobody is killed.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tinker
+from tinker import types
+
+from tests.service_rig import KEY, Service, batch, files_of
+
+STEPS = 8
+
+
+def train(url: str, base: Path, *, seed: int) -> None:
+    """Passes sent ahead of their results, steps whose betas change, a save, a load with optimizer, a last save."""
+    client = tinker.ServiceClient(base_url=url, api_key=KEY)
+    model = client.create_lora_training_client(base_model=str(base), rank=4 + seed, seed=seed).result()
+    for step in range(STEPS):
+        passes = [model.forward_backward(batch(seed * 1000 + step), "cross_entropy") for _ in range(2)]
+        done = model.optim_step(types.AdamParams(learning_rate=1e-2, beta1=0.8 + 0.01 * step, grad_clip_norm=5.0))
+        for future in (*passes, done):
+            future.result()
+        if step == STEPS // 2:
+            path = model.save_state(f"middle-{seed}").result().path
+            model = client.create_training_client_from_state_with_optimizer(path).result()
+    model.save_state(f"end-{seed}").result()
+
+
+def run(base: Path, state: Path, kills: list[float]) -> dict[str, dict[str, bytes]]:
+    """Train two clients at once; kill the service after each of so many seconds, and start it again."""
+    with Service(base, state, "snapshot_seconds=0.05") as service:
+        errors: list[BaseException] = []
+
+        def client(seed: int) -> None:
+            try:
+                train(service.url, base, seed=seed)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for seconds in kills:
+            time.sleep(seconds)
+            service.kill()
+            service.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors
+    return {f"end-{seed}": files_of(next(state.glob(f"runs/*/weights/end-{seed}"))) for seed in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, bytes]]:
+    return run(tiny_folder("llama-tied"), tmp_path_factory.mktemp("straight") / "state", [])
+
+
+def check(seed: int, num_kills: int, base: Path, folder: Path, want: dict[str, dict[str, bytes]]) -> None:
+    draw = random.Random(seed)
+    kills = [draw.uniform(0.0, 1.5) for _ in range(num_kills)]
+    assert run(base, folder / f"state-{seed}", kills) == want, f"killed after {kills}"
+
+
+@pytest.mark.slow
+def test_a_service_killed_three_times_ends_with_the_same_bits(
+    undisturbed: dict[str, dict[str, bytes]], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """An operation that is lost, done twice, or done again from another state changes the last bit at least."""
+    assert {"adapter_model.safetensors", "optimizer.safetensors"} == undisturbed["end-1"].keys()
+    check(0, 3, tiny_folder("llama-tied"), tmp_path, undisturbed)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(7200)
+def test_two_hundred_kills(
+    undisturbed: dict[str, dict[str, bytes]], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for seed in range(1, 51):
+        check(seed, 4, tiny_folder("llama-tied"), tmp_path, undisturbed)

@@ -1,0 +1,107 @@
+"""What was accepted is there after any death of the process, and one failing work does not take others with it."""
+
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import wait
+from pathlib import Path
+
+import pytest
+from sqlalchemy import insert
+
+from model_foundry.errors import RunError, UsageError
+from model_foundry.service import journal as tables
+from model_foundry.service.books import Books, Checkpoint, Model, Operation, Session
+from model_foundry.service.journal import FILE_NAME, Journal
+from model_foundry.service.keys import Keys
+
+
+def operation(number: int) -> Operation:
+    return Operation(f"m:{number}", "m", "me", "optim_step", "json", b"{}", 2**62, seq=number, created=float(number))
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    books = Books(journal)
+    session = Session("s", "me", 1.0, {"tags": ["a"]})
+    model = Model("m", "s", "me", 1.0, 1.0, {"rank": 4})
+    saved = Checkpoint("m", "training", "x", "me", 1.0, 5, {"lora": {"rank": 4}, "is_ephemeral": False}, expires=9.0)
+    for item in (session, saved):
+        journal.run(books.put(item)[0]).result()
+    assert journal.run(books.accept(operation(0), model)).result()
+    assert journal.run(books.accept(operation(1), None)).result()
+    assert not journal.run(books.accept(operation(1), None)).result(), "a repeat"
+    done = operation(0)
+    done.reply_kind, done.reply = "json", b"1"
+    journal.run(books.answer(done)).result()
+    journal.close()
+    again = Books(Journal(tmp_path), clock=lambda: 5.0)
+    assert again.sessions == {"s": session}
+    assert again.models == {"m": model}
+    assert again.checkpoint_at("tinker://m/weights/x", "me") == saved
+    assert again.checkpoint_at("tinker://m/weights/x", "another") is None
+    assert [(found.request_id, found.seed) for found in again.unfinished()] == [("m:1", 2**62)]
+    assert [found.seq for found in again.done_after("m", -1)] == [0]
+    again.clock = lambda: 9.0
+    assert again.checkpoint_at("tinker://m/weights/x", "me") is None, "it has expired"
+
+
+def test_a_work_that_fails_fails_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+
+    def put(name: str):
+        return lambda connection: connection.execute(insert(tables.meta).values(key=name, value=""))
+
+    futures = [journal.run(put(name)) for name in ("a", "b", "a", "c", "a")]
+    wait(futures)
+    failed = [future.exception() is not None for future in futures]
+    assert sum(failed) == 2
+    assert not failed[1]
+    assert not failed[3]
+    journal.close()
+    rows = sqlite3.connect(tmp_path / FILE_NAME).execute("select key from meta where value = '' order by key")
+    assert [row[0] for row in rows] == ["a", "b", "c"]
+
+
+def test_a_journal_that_is_cut_off_or_foreign(tmp_path: Path) -> None:
+    """Half a write at the end is forgotten; another version's file, or none at all, is a typed error."""
+    journal = Journal(tmp_path)
+    books = Books(journal)
+    journal.run(books.accept(operation(0), None)).result()
+    (tmp_path / "copy").mkdir()
+    for name in (FILE_NAME, f"{FILE_NAME}-wal"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    wal = tmp_path / "copy" / f"{FILE_NAME}-wal"
+    wal.write_bytes(wal.read_bytes() + b"\x00torn" * 100)
+    assert len(Books(Journal(tmp_path / "copy")).unfinished()) == 1
+    journal.run(lambda connection: connection.execute(tables.meta.update().values(value="99"))).result()
+    journal.close()
+    with pytest.raises(RunError, match="schema 99"):
+        Journal(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / FILE_NAME).write_text("this is no database, however long it goes on " * 50)
+    with pytest.raises(RunError, match="cannot be opened"):
+        Journal(tmp_path / "text")
+
+
+def test_keys_are_kept_as_hashes_and_can_be_taken_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    keys = Keys(journal, is_open=True)
+    stranger = keys.tenant("tml-anything")
+    assert stranger is not None
+    assert keys.tenant("sk-anything") is None
+    _, secret = keys.mint("ada", "user")
+    assert keys.tenant("tml-anything") is None, "with the first key the door is shut"
+    tenant = Keys(journal, is_open=True).tenant(secret)
+    assert tenant is not None
+    assert tenant.sees == tenant.owner
+    with pytest.raises(UsageError, match="exists"):
+        keys.mint("ada", "user")
+    _, master = keys.mint("root", "admin")
+    everything = keys.tenant(master)
+    assert everything is not None
+    assert everything.sees is None
+    keys.revoke("ada")
+    assert keys.tenant(secret) is None
+    journal.close()
+    assert secret.encode() not in (tmp_path / FILE_NAME).read_bytes()
