@@ -33,18 +33,18 @@ def stream_tokens(
         EngineError: an empty prompt, one longer than the model's context or with a token outside the vocabulary, or
             parameters that mean nothing.
     """
-    _check_params(params)
-    _check_prompts(model, prompts, params)
+    check_params(params)
+    check_prompts(model, prompts, params)
     if not prompts or params.max_tokens == 0:
         return
-    sources = _random_sources(prompts)
+    sources = random_sources(prompts)
     capacity = max(len(prompt) for prompt in prompts) + params.max_tokens
     decoding = model.decoding(len(prompts), capacity)
     logits = decoding.start([torch.from_numpy(prompt.astype(np.int64)).to(device) for prompt in prompts])
     active = list(range(len(prompts)))
     done: set[int] = set()
     for position in range(params.max_tokens):
-        chosen = _choose(logits, params, [sources[row] for row in active], position)
+        chosen = choose(logits, params, [sources[row] for row in active], position)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
         for row, token, logprob in zip(active, chosen.tolist(), logprobs.tolist(), strict=True):
             if row not in done:
@@ -80,7 +80,7 @@ def collect(
     )
 
 
-def _random_sources(prompts: Sequence[np.ndarray]) -> list[str]:
+def random_sources(prompts: Sequence[np.ndarray]) -> list[str]:
     """A name for each prompt's randomness, from its tokens and how many equal ones come before it."""
     seen: Counter[str] = Counter()
     sources = []
@@ -91,7 +91,8 @@ def _random_sources(prompts: Sequence[np.ndarray]) -> list[str]:
     return sources
 
 
-def _check_params(params: SamplingParams) -> None:
+def check_params(params: SamplingParams) -> None:
+    """Raises EngineError for parameters that mean nothing."""
     wrong = {
         "temperature": not (math.isfinite(params.temperature) and params.temperature >= 0),
         "top_p": not 0 < params.top_p <= 1,
@@ -103,7 +104,8 @@ def _check_params(params: SamplingParams) -> None:
             raise EngineError(f"{name} is {getattr(params, name)}", where="sampling")
 
 
-def _check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
+def check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
+    """Raises EngineError for prompts that the model cannot read or continue so far."""
     limit = model.max_position_embeddings
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -120,7 +122,7 @@ def _check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: 
                 raise EngineError(what, where=f"prompt {number}")
 
 
-def _choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str], position: int) -> torch.Tensor:
+def choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str], position: int) -> torch.Tensor:
     """int64 [B] from float32 [B, V]."""
     if params.temperature == 0:
         return logits.argmax(dim=1)

@@ -160,6 +160,10 @@ class ExpertStack(nn.Module):
     def device(self) -> torch.device:
         return self.weight.device
 
+    def matrix(self, expert: int) -> torch.Tensor:
+        """One expert's weight [out, in]."""
+        return self.weight[expert]
+
     def product(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """x [M, in] → [M, out], without the adapters."""
         return grouped_product(x, self.weight, routing)

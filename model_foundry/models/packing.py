@@ -143,8 +143,11 @@ class PackedStack(ExpertStack):
     def device(self) -> torch.device:
         return self._device
 
+    def matrix(self, expert: int) -> torch.Tensor:
+        return self._unpack[expert]()
+
     def product(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return grouped(x, None, lambda expert: self._unpack[expert](), self._shape[1], routing)
+        return grouped(x, None, self.matrix, self._shape[1], routing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,342 @@
+"""One pass of the native decoder over rows of many sequences, with their keys and values in shared segments.
+
+A pass is cut into pieces of rows, and every operation but attention sees one piece: all rows at once in the free mode;
+in the invariant mode as many rows as ever, padded, so that each row meets the same kernels in whatever company. That is
+needed: a BLAS chooses its kernel, and so its order of summation, by the number of rows. Attention is computed sequence
+by sequence and segment by segment, which depends on the sequence's own length alone, and segments are joined in their
+order (Dao et al. 2023, "Flash-Decoding").
+
+Shapes: N rows of a pass, R rows of a piece, D width, H heads, K key/value heads, G = H // K, W head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from model_foundry.engine.continuous_adapters import ServedAdapter
+from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
+from model_foundry.models.attention import rotate
+from model_foundry.models.decoder import Decoder, DecoderLayer
+from model_foundry.models.experts import ExpertMLP
+from model_foundry.models.lora import Linear
+from model_foundry.models.mlp import gated
+from model_foundry.models.packing import PackedLinear
+
+EXPERT_ROWS = 16
+"""Rows of one expert's product in the invariant mode."""
+
+Adapted = Sequence[tuple[ServedAdapter, torch.Tensor | None]]
+"""Adapters of a piece's rows: (adapter, bool [R, 1] of its rows; None: all of them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence in a pass: `num_rows` from `first_row`, their tokens' positions from `position` on."""
+
+    first_row: int
+    num_rows: int
+    position: int
+    segments: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Rows to compute.
+
+    Attributes:
+        tokens: int64 [N], positions: int64 [N].
+        spans: which rows belong together; rows of none are padding. In a pass of prompts each is a whole block, in one
+            of answers each is one row.
+        piece_rows: rows of a piece; it divides N.
+        adapted: for each piece.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    spans: Sequence[Span]
+    piece_rows: int
+    adapted: Sequence[Adapted]
+
+
+class _Projection:
+    """Layers that read the same input, as one product."""
+
+    def __init__(self, layers: Sequence[Linear], names: Sequence[str], dtype: torch.dtype) -> None:
+        self.names = names
+        self.sizes = [layer.shape[0] for layer in layers]
+        self._layers = layers
+        self._weight: torch.Tensor | None = None
+        if not any(isinstance(layer, PackedLinear) for layer in layers):
+            self._weight = torch.cat([layer.matrix.detach().to(dtype) for layer in layers]).contiguous()
+        biases = [torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias.detach() for layer in layers]
+        has_bias = any(layer.bias is not None for layer in layers)
+        self._bias = torch.cat([bias.to(layers[0].device, dtype) for bias in biases]) if has_bias else None
+
+    def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
+        """x [R, in] → [R, sum of out]."""
+        if self._weight is not None:
+            out = functional.linear(x, self._weight, self._bias)
+        else:
+            out = torch.cat([layer.product(x) for layer in self._layers], dim=1)
+            out = out if self._bias is None else out + self._bias
+        for adapter, rows in adapted:
+            first = 0
+            for name, size in zip(self.names, self.sizes, strict=True):
+                if (part := adapter.parts.get(name)) is not None:
+                    base = out[:, first : first + size]
+                    changed = part.apply(x, base)
+                    base.copy_(changed if rows is None else torch.where(rows, changed, base))
+                first += size
+        return out
+
+
+class _Experts:
+    """The router and its experts, expert by expert; in the invariant mode each product has `EXPERT_ROWS` rows."""
+
+    def __init__(self, mlp: ExpertMLP, name: str, *, invariant: bool) -> None:
+        self.mlp, self.name, self.invariant = mlp, name, invariant
+        self.router = _Projection([mlp.gate], [f"{name}.gate"], mlp.gate.matrix.dtype)
+
+    def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
+        """x [R, D] → [R, D]."""
+        mixture = self.mlp.mixture
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights, chosen = torch.softmax(self.router(x, adapted), dim=-1, dtype=wide).topk(mixture.num_experts_per_tok)
+        if mixture.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        slots = x.new_zeros(*chosen.shape, x.shape[1])
+        for expert in chosen.unique().tolist():
+            rows, slot = (chosen == expert).nonzero(as_tuple=True)
+            size = EXPERT_ROWS if self.invariant else len(rows)
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                slots[some, slot[first : first + size]] = self._expert(expert, x, some, size, adapted)
+        return (slots * weights.to(x.dtype)[..., None]).sum(1)
+
+    def _expert(self, expert: int, x: torch.Tensor, rows: torch.Tensor, size: int, adapted: Adapted) -> torch.Tensor:
+        """One expert's answer to some rows of x: [rows, D]."""
+        mine = functional.pad(x[rows], (0, 0, 0, size - len(rows)))
+        masks = [
+            (adapter, None if mask is None else functional.pad(mask[rows], (0, 0, 0, size - len(rows))))
+            for adapter, mask in adapted
+        ]
+        gate, up = (self._product(expert, name, mine, masks) for name in ("gate_proj", "up_proj"))
+        return self._product(expert, "down_proj", gated(gate, up, self.mlp.activation), masks)[: len(rows)]
+
+    def _product(self, expert: int, projection: str, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
+        stack: Any = self.mlp.experts[projection]
+        out = functional.linear(x, stack.matrix(expert))
+        for adapter, rows in adapted:
+            if (part := adapter.parts.get(f"{self.name}.experts.{expert}.{projection}")) is not None:
+                changed = part.apply(x, out)
+                out = changed if rows is None else torch.where(rows, changed, out)
+        return out
+
+
+class _GatedMLP:
+    def __init__(self, mlp: Any, name: str, dtype: torch.dtype) -> None:
+        self.activation = mlp.activation
+        self.inner = _Projection([mlp.gate_proj, mlp.up_proj], [f"{name}.gate_proj", f"{name}.up_proj"], dtype)
+        self.outer = _Projection([mlp.down_proj], [f"{name}.down_proj"], dtype)
+
+    def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
+        gate, up = self.inner(x, adapted).chunk(2, dim=1)
+        return self.outer(gated(gate, up, self.activation), adapted)
+
+
+class _Layer:
+    """A decoder layer's parts as a pass calls them."""
+
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, *, invariant: bool) -> None:
+        name = f"model.layers.{layer.index}"
+        attn: Any = layer.self_attn
+        of_attention = [getattr(attn, part) for part in ("q_proj", "k_proj", "v_proj")]
+        self.qkv = _Projection(of_attention, [f"{name}.self_attn.{part}_proj" for part in "qkv"], dtype)
+        self.out = _Projection([attn.o_proj], [f"{name}.self_attn.o_proj"], dtype)
+        self.norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
+        self.head_norms: Any = (attn.q_norm, attn.k_norm) if layer.config.qk_norm else None
+        is_sparse = isinstance(layer.mlp, ExpertMLP)
+        self.mlp: Any = (
+            _Experts(layer.mlp, f"{name}.mlp", invariant=invariant)  # pyright: ignore[reportArgumentType]
+            if is_sparse
+            else _GatedMLP(layer.mlp, f"{name}.mlp", dtype)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Who must not look where: `added` [Q, T], 0 or -inf; bool [Q] of queries that see nothing, if there are any."""
+
+    added: torch.Tensor
+    blind: torch.Tensor | None
+
+
+_Reach = list[tuple[int, int, int, Mask | None]]
+"""The keys that one span sees under one window: segment, first, end, and the mask."""
+
+
+class BatchedDecoder:
+    """The decoder's weights and the segments of keys and values."""
+
+    def __init__(self, decoder: Decoder, *, num_segments: int, num_positions: int, invariant: bool) -> None:
+        config, self.decoder = decoder.config, decoder
+        self.dtype, self.device = decoder.compute_dtype, decoder.embed_tokens.device
+        self.invariant = invariant
+        self.layers = [
+            _Layer(layer, self.dtype, invariant=invariant)  # pyright: ignore[reportArgumentType]
+            for layer in decoder.layers
+        ]
+        self.num_heads, self.num_kv, self.width = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        shape = (num_segments, self.num_kv, SEGMENT_TOKENS, self.width)
+        # Not filled: pages are taken from the system when they are first written.
+        self.keys = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        self.values = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        self.windows = [config.window(index) for index in range(config.num_hidden_layers)]
+        # From a table, or a position's cosine would depend on its place in a vector of them.
+        _, _, self.cos, self.sin = decoder.rope(torch.arange(num_positions, device=self.device))
+        self.scale = 1.0 / config.head_dim**0.5
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """The first tokens of a segment into another."""
+        for kept in (*self.keys, *self.values):
+            kept[target, :, :num_tokens] = kept[source, :, :num_tokens]
+
+    @torch.inference_mode()
+    def run(self, work: Pass) -> torch.Tensor:
+        """Hidden states [N, D] before the final norm; keys and values of all spans are written."""
+        xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
+        rope = [(self.cos[p], self.sin[p]) for p in work.positions.split(work.piece_rows)]
+        reaches = {window: [self._reach(span, window) for span in work.spans] for window in set(self.windows)}
+        places = self._places(work)
+        for index, layer in enumerate(self.layers):
+            parts = [
+                self._heads(layer, x, *angles, adapted)
+                for x, angles, adapted in zip(xs, rope, work.adapted, strict=True)
+            ]
+            qk, v = (torch.cat([part[i] for part in parts]) if len(parts) > 1 else parts[0][i] for i in range(2))
+            self._write(index, qk[:, self.num_heads :], v, places)
+            attended = self._attend(index, qk[:, : self.num_heads], work.spans, reaches[self.windows[index]])
+            for place, (piece, adapted) in enumerate(zip(attended.split(work.piece_rows), work.adapted, strict=True)):
+                x = xs[place] + layer.out(piece, adapted)
+                xs[place] = x + layer.mlp(layer.norms[1](x), adapted)
+        return torch.cat(xs) if len(xs) > 1 else xs[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [R, V] of hidden states [R, D] before the final norm."""
+        return self.decoder.logits(self.decoder.norm(hidden)).float()  # pyright: ignore[reportArgumentType]
+
+    def _heads(
+        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapted: Adapted
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, rotated, [R, H + K, W], and values [R, K, W]."""
+        heads = layer.qkv(layer.norms[0](x), adapted).view(x.shape[0], -1, self.width)
+        qk, v = heads[:, : self.num_heads + self.num_kv], heads[:, self.num_heads + self.num_kv :]
+        if layer.head_norms is not None:
+            q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+            qk = torch.cat([layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())], dim=1)
+        return rotate(qk, cos, sin), v
+
+    def _places(self, work: Pass) -> tuple[torch.Tensor, ...]:
+        """Of every row of a span: its number, and its key's segment and place there."""
+        rows, segments, offsets = [], [], []
+        for span in work.spans:
+            for place in range(span.num_rows):
+                position = span.position + place
+                rows.append(span.first_row + place)
+                segments.append(span.segments[position // SEGMENT_TOKENS])
+                offsets.append(position % SEGMENT_TOKENS)
+        return tuple(torch.tensor(values, device=self.device) for values in (rows, segments, offsets))
+
+    def _write(self, layer: int, k: torch.Tensor, v: torch.Tensor, places: tuple[torch.Tensor, ...]) -> None:
+        rows, segments, offsets = places
+        self.keys[layer][segments, :, offsets] = k[rows]
+        self.values[layer][segments, :, offsets] = v[rows]
+
+    def _reach(self, span: Span, window: int | None) -> _Reach:
+        end = span.position + span.num_rows
+        first = 0 if window is None else max(0, span.position - window + 1)
+        reach: _Reach = []
+        for number in range(first // SEGMENT_TOKENS, (end - 1) // SEGMENT_TOKENS + 1):
+            start = number * SEGMENT_TOKENS
+            keys = (max(first, start), min(end, start + SEGMENT_TOKENS))
+            mask = self._mask(span, keys, window) if span.num_rows > 1 else None
+            reach.append((span.segments[number], keys[0] - start, keys[1] - start, mask))
+        return reach
+
+    def _mask(self, span: Span, keys: tuple[int, int], window: int | None) -> Mask | None:
+        """For the span's queries, once for every head of a group; None where all may look at all of these keys."""
+        query = torch.arange(span.position, span.position + span.num_rows, device=self.device)[:, None]
+        key = torch.arange(*keys, device=self.device)[None, :]
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        if not bool(hidden.any()):
+            return None
+        hidden = hidden.repeat(self.num_heads // self.num_kv, 1)
+        blind = hidden.all(1)
+        added = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        return Mask(added, blind if bool(blind.any()) else None)
+
+    def _attend(self, layer: int, q: torch.Tensor, spans: Sequence[Span], reaches: Sequence[_Reach]) -> torch.Tensor:
+        """q [N, H, W] → [N, H · W]."""
+        out = q.new_zeros(q.shape)
+        for span, reach in zip(spans, reaches, strict=True):
+            rows = slice(span.first_row, span.first_row + span.num_rows)
+            # The heads that share keys are further queries: [1, K, G · rows, W].
+            mine = q[rows].view(span.num_rows, self.num_kv, -1, self.width).permute(1, 2, 0, 3)
+            mine = mine.reshape(1, self.num_kv, -1, self.width)
+            answers = [
+                attend_segment(
+                    mine, self.keys[layer][segment, None, :, a:b], self.values[layer][segment, None, :, a:b],
+                    mask, self.scale,
+                )
+                for segment, a, b, mask in reach
+            ]  # fmt: skip
+            joined = answers[0][0] if len(answers) == 1 else join(answers)
+            joined = joined.view(self.num_kv, -1, span.num_rows, self.width).permute(2, 0, 1, 3)
+            out[rows].view(joined.shape).copy_(joined)
+        return out.view(out.shape[0], -1)
+
+
+def attend_segment(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [1, K, Q, W] over one segment's keys and values [1, K, T, W]: the answer, and the log of its softmax's sum.
+
+    A query that sees nothing here has -inf, and an answer that means nothing.
+    """
+    added = None if mask is None else mask.added
+    if q.device.type == "cpu":
+        # The kernel behind torch's scaled_dot_product_attention, for which alone it gives the sums.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums = kernel(q, k, v, 0.0, False, attn_mask=added, scale=scale)
+        if mask is not None and mask.blind is not None:
+            sums = sums.masked_fill(mask.blind, float("-inf"))
+        return out, sums
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    if added is not None:
+        scores = scores + added
+    sums = torch.logsumexp(scores, dim=-1)
+    return torch.exp(scores - sums[..., None]).to(v.dtype) @ v, sums
+
+
+def join(answers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Attention over several segments from that over each, one after the other."""
+    largest = answers[0][1]
+    for _, sums in answers[1:]:
+        largest = torch.maximum(largest, sums)
+    total, out = torch.zeros_like(largest), torch.zeros_like(answers[0][0], dtype=torch.float32)
+    for answer, sums in answers:
+        share = torch.exp(sums - largest)
+        total = total + share
+        # A segment in which a query sees nothing has no share; what it answers is nothing then, not 0 × NaN.
+        out = out + torch.where(share[..., None] > 0, answer.float() * share[..., None], 0.0)
+    return (out / total[..., None]).to(answers[0][0].dtype)
