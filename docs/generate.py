@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 
 from model_foundry.cli.main import VERBS, main
+from model_foundry.config.commands import COMMAND_SCHEMAS
 from model_foundry.config.dump import format_value
 from model_foundry.config.fields import FieldSpec, schema_fields, schema_sections
-from model_foundry.config.schema import COMMAND_SCHEMAS, TrainConfig
+from model_foundry.config.schema import TrainConfig
 from model_foundry.config.sources import PROFILE_FOLDER, profile_names
 
 DOCS = Path(__file__).parent

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel
 
-from model_foundry.config.load import Resolved, config_digest, dump_yaml, load_config
+from model_foundry.config.load import Resolved, config_digest, dump_yaml, load_config, schema_by_method
 from model_foundry.config.sources import is_override
 from model_foundry.errors import UsageError
 
@@ -29,11 +29,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_command_config(
-    schema: type[T], arguments: Sequence[str], environ: Mapping[str, str], *, subject: str | None = None
+    schema: type[T] | Mapping[str, type[T]],
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    subject: str | None = None,
 ) -> Resolved[T]:
     """Resolve a verb's configuration from its arguments.
 
     Args:
+        schema: the verb's, or those of its methods by name.
         arguments: at most one CONFIG, and `key=value` overrides, in any order.
         subject: the field that a name without .yaml sets, for verbs that take one (`foundry chat RUN`: `model.name`).
 
@@ -49,6 +54,8 @@ def load_command_config(
         names = [name for name in names if name not in subjects]
         overrides = [*(f"{subject}={name}" for name in subjects), *overrides]
     path, overrides = config_arguments([*names, *overrides])
+    if isinstance(schema, Mapping):
+        schema = schema_by_method(schema, path=path, overrides=overrides, environ=environ)
     return load_config(schema, path=path, overrides=overrides, environ=environ)
 
 
@@ -65,7 +72,10 @@ def config_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def takes_config(
-    schema: type[BaseModel], *, subject: str | None = None, subject_name: str = "MODEL|RUN"
+    schema: type[BaseModel] | Mapping[str, type[BaseModel]],
+    *,
+    subject: str | None = None,
+    subject_name: str = "MODEL|RUN",
 ) -> Callable[[Callable[..., Any]], Any]:
     """Give a click command its CONFIG, its overrides and the flags that go with them.
 

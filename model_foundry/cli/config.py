@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 from model_foundry.cli.arguments import config_arguments, load_command_config, warn
+from model_foundry.config.commands import COMMAND_SCHEMAS, METHOD_SCHEMAS
 from model_foundry.config.fields import names_file, names_hub, schema_fields
 from model_foundry.config.load import Resolved, config_digest, json_schema
 from model_foundry.config.problems import Problem, raise_problems
 from model_foundry.config.recognise import Recognised, recognise_command
-from model_foundry.config.schema import COMMAND_SCHEMAS
 from model_foundry.errors import ConfigError
 
 _COMMANDS = click.Choice(list(COMMAND_SCHEMAS))
@@ -43,7 +43,7 @@ def check(arguments: tuple[str, ...], verb: str | None, explain: bool, as_json: 
         found = recognise_command(path, overrides, COMMAND_SCHEMAS)
         with _taken_for(found):
             resolved, files = _checked(found.command, arguments)
-        verb = found.command
+        verb = found.command.partition(" method=")[0]
     else:
         resolved, files = _checked(verb, arguments)
     digest = config_digest(resolved.config)
@@ -73,9 +73,10 @@ def _taken_for(found: Recognised) -> Iterator[None]:
 
 
 def _checked(verb: str, arguments: Sequence[str]) -> tuple[Resolved[Any], dict[str, str]]:
-    resolved = load_command_config(COMMAND_SCHEMAS[verb], arguments, os.environ)
+    is_training = verb.startswith("train")  # whose methods have schemas of their own
+    resolved = load_command_config(METHOD_SCHEMAS if is_training else COMMAND_SCHEMAS[verb], arguments, os.environ)
     files = _existing_files(resolved)
-    if verb == "train" and "data.train_file" not in files:
+    if is_training and "data.train_file" not in files:
         raise_problems([Problem("data.train_file is not given", str(resolved.path or "configuration"), _WRITE_ONE)])
     return resolved, files
 

@@ -47,6 +47,7 @@ def command(resolved: Resolved[PackConfig], *, as_json: bool, out: Path) -> int:
         kind=config.kind, max_length=config.max_length, overlength=config.overlength, train_on=config.train_on,
         bad_records=config.bad_records, format=config.format, text_field=config.text_field,
         separator=config.separator, shard_tokens=config.shard_tokens,
+        part=config.part, validation_share=config.validation_share,
     )  # fmt: skip
     report = build_shards(
         local_path(config.source),

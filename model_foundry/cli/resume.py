@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from model_foundry.config.load import load_config
-from model_foundry.config.schema import TrainConfig
+from model_foundry.config.commands import METHOD_SCHEMAS, RunConfig
+from model_foundry.config.load import load_config, schema_by_method
 from model_foundry.errors import RunError
 
 
@@ -23,7 +23,7 @@ def command(run: Path, *, as_json: bool) -> int:
     return show_report(run_training(config, resume="must"), run_dir=config.run_dir, as_json=as_json)
 
 
-def stored_config(run: Path) -> TrainConfig:
+def stored_config(run: Path) -> RunConfig:
     """The configuration a run was started with. Its relative paths mean the folder it was started in: we go there.
 
     Raises:
@@ -41,5 +41,6 @@ def stored_config(run: Path) -> TrainConfig:
             raise RunError(f"the folder it was started in is gone ({started_in})", where=str(run))
         click.echo(f"going to {started_in}, where the run was started", err=True)
         os.chdir(started_in)
-    config = load_config(TrainConfig, path=path / "config.yaml", environ={}).config
+    schema = schema_by_method(METHOD_SCHEMAS, path=path / "config.yaml")
+    config = load_config(schema, path=path / "config.yaml", environ={}).config
     return config.model_copy(update={"run_dir": path})

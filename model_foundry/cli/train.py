@@ -8,18 +8,18 @@ from typing import Any
 import click
 
 from model_foundry.cli.arguments import takes_config
+from model_foundry.config.commands import METHOD_SCHEMAS, RunConfig
 from model_foundry.config.load import Resolved
-from model_foundry.config.schema import TrainConfig
 
 _ISO = ("%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%dT%H:%M:%S%z")
 
 
-@click.command(help="Fine-tune a model, and prove that it improved.")
+@click.command(help="Train a model: fine-tuning (method=sft) or pretraining (method=pretrain), with proof.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: rows, steps, memory, disk, time.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", help="auto: go on with what is there.")
 @click.option("--now", type=click.DateTime(["%Y-%m-%d", *_ISO]), hidden=True, help="The date a template may print.")
-@takes_config(TrainConfig)
-def command(resolved: Resolved[TrainConfig], *, as_json: bool, dry_run: bool, resume: Any, now: Any) -> int:
+@takes_config(METHOD_SCHEMAS)
+def command(resolved: Resolved[RunConfig], *, as_json: bool, dry_run: bool, resume: Any, now: Any) -> int:
     from model_foundry.cli.report import show_report
     from model_foundry.recipes.plan import plan_text
     from model_foundry.recipes.training_run import plan_run, run_training

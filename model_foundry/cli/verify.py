@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from model_foundry.cli.arguments import takes_config
+from model_foundry.config.commands import METHOD_SCHEMAS, RunConfig
 from model_foundry.config.load import Resolved
-from model_foundry.config.schema import TrainConfig
 from model_foundry.types import Check
 
 
@@ -23,9 +23,9 @@ def command() -> None: ...
 @click.option("--kills", type=click.IntRange(min=1), default=3, show_default=True, help="SIGKILLs within one run.")
 @click.option("--kill-seed", type=int, default=0, show_default=True, help="Chooses the moments.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave both runs in this folder.")
-@takes_config(TrainConfig)
+@takes_config(METHOD_SCHEMAS)
 def resume_command(
-    resolved: Resolved[TrainConfig], *, as_json: bool, kills: int, kill_seed: int, keep: Path | None
+    resolved: Resolved[RunConfig], *, as_json: bool, kills: int, kill_seed: int, keep: Path | None
 ) -> int:
     from model_foundry.recipes.verify import verify_resume
 

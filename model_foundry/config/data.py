@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from model_foundry.config.section import NonNegativeInt, RowsPath, Section, TemplateName
+from model_foundry.config.section import NonNegativeInt, RowsPath, Section, TemplateName, broken_rule
 
 
 class PackModelSection(Section):
@@ -39,7 +39,19 @@ class PackConfig(Section):
     """For kind=text: the field with a document's text, in JSON Lines, CSV or Parquet."""
     separator: str | None = None
     """For kind=text: the special token that ends each document; null takes the tokenizer's end-of-text token."""
+    part: Literal["all", "train", "validation"] = "all"
+    """For kind=text: pack all documents or one side of a split by content hash."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For kind=text: the share of the documents that is on the side of validation."""
     shard_tokens: Annotated[int, Field(ge=1024)] = 1 << 24
     """A shard is written when so many tokens have come together; as many wait in memory."""
     processes: NonNegativeInt = 0
     """Processes that encode; 0 chooses by the size of the input. The result is the same."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.part != "all" and self.kind != "text":
+            raise broken_rule("part", "part is for kind=text: rows are split before they are packed")
+        if self.part != "all" and not self.validation_share:
+            raise broken_rule("validation_share", f"part={self.part} needs validation_share")
+        return self

@@ -17,9 +17,11 @@ from model_foundry.config.dump import config_digest, dump_yaml, json_schema
 from model_foundry.config.fields import FieldSpec, names_file, schema_fields
 from model_foundry.config.problems import problems_of, raise_problems, show
 from model_foundry.config.sources import read_environment, read_file, read_overrides
+from model_foundry.config.suggest import close
 from model_foundry.config.tree import Branch, Leaf, Origin, find, leaves, map_leaves, merge, to_plain
+from model_foundry.errors import ConfigError
 
-__all__ = ["Resolved", "config_digest", "dump_yaml", "json_schema", "load_config"]
+__all__ = ["Resolved", "config_digest", "dump_yaml", "json_schema", "load_config", "schema_by_method"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -103,6 +105,31 @@ def load_config(
         raise_problems(problems_of(error, schema=schema, tree=tree))
         raise
     return _resolved(config, tree, warnings, path)
+
+
+def schema_by_method(
+    schemas: Mapping[str, type[T]],
+    *,
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> type[T]:
+    """The schema that the layers' `method` chooses; the first where none of them names one.
+
+    Raises:
+        ConfigError: there is no such method. As `load_config` for a file that cannot be read.
+    """
+    first = next(iter(schemas.values()))
+    tree = Branch() if path is None else read_file(path, first)
+    tree = merge(merge(tree, read_environment(environ or {}, first)[0]), read_overrides(overrides, first)[0])
+    named = tree.children.get("method")
+    if not isinstance(named, Leaf):
+        return first
+    if named.value not in schemas:
+        what = f"method is {show(named.value)}; expected one of {', '.join(schemas)}"
+        like = close(str(named.value), list(schemas))
+        raise ConfigError(what, where=named.origin.place, hint=f"Did you mean {like}?" if like else None)
+    return schemas[named.value]
 
 
 def _adapt(tree: Branch, fields: Mapping[str, FieldSpec], warnings: list[str]) -> Branch:

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from model_foundry.config.commands import COMMAND_SCHEMAS
 from model_foundry.config.fields import FieldSpec, schema_fields, schema_sections, section_of
-from model_foundry.config.schema import COMMAND_SCHEMAS
 from model_foundry.config.suggest import close, field_like
 from model_foundry.config.tree import Branch, Node, find, to_plain
 from model_foundry.errors import ConfigError

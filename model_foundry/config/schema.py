@@ -7,9 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from model_foundry.config.data import PackConfig
 from model_foundry.config.gate import GateSection
-from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.section import (
     Fraction,
     InputPath,
@@ -20,7 +18,6 @@ from model_foundry.config.section import (
     TemplateName,
     broken_rule,
 )
-from model_foundry.config.service import ServiceConfig
 
 
 class ModelSection(Section):
@@ -247,14 +244,3 @@ class ChatConfig(Section):
     """Nucleus of the distribution to sample from."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the sampling."""
-
-
-COMMAND_SCHEMAS: dict[str, type[Section]] = {
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "chat": ChatConfig,
-    "generate": GenerateConfig,
-    "service": ServiceConfig,
-    "data pack": PackConfig,
-}
-"""The schema of each command that takes a configuration."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import Any
 
+from model_foundry.config.commands import RunConfig
 from model_foundry.config.gate import GateSection
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.gate.judge import judge, make_subject
@@ -111,6 +113,13 @@ def policy_of(gate: GateSection, *, allow_control_tokens: bool) -> GatePolicy:
         unread_fields=gate.unread_fields,
         allow_control_tokens=allow_control_tokens,
     )
+
+
+def gate_facts(report: GateReport | None, config: RunConfig) -> dict[str, Any]:
+    """What the gate found, for plans and reports; nothing where there are no rows to judge."""
+    if report is None or not isinstance(config, TrainConfig):
+        return {}
+    return report.as_dict() | {"action": config.gate.action}
 
 
 def enforce(report: GateReport, config: TrainConfig) -> None:

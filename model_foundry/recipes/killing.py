@@ -18,9 +18,12 @@ from datetime import datetime
 from pathlib import Path
 
 from model_foundry.checkpoint.atomic import TEMPORARY_PREFIX
+from model_foundry.config.commands import RunConfig
 from model_foundry.config.load import dump_yaml
-from model_foundry.config.schema import CriteriaSection, EvaluationSection, LoggingSection, TrainConfig
+from model_foundry.config.pretrain import ExperimentConfig
+from model_foundry.config.schema import EvaluationSection, LoggingSection, TrainConfig
 from model_foundry.errors import CheckFailedError
+from model_foundry.recipes.fresh import work_folder
 from model_foundry.run.metrics import read_metrics
 
 POLL_SECONDS = 0.002
@@ -46,21 +49,23 @@ class Rhythm:
     start_seconds: float
 
 
-def bare(config: TrainConfig, run_dir: Path) -> TrainConfig:
+def bare(config: RunConfig, run_dir: Path) -> RunConfig:
     """The same training without questions, criteria and trackers, in another folder."""
-    nothing = CriteriaSection(
-        loss_fall=None, answers_improved=None, memory_saving=None, parameters_changed=None, replay_steps=0
-    )
+    criteria = type(config.criteria)
+    nothing = criteria.model_validate({name: 0 if name == "replay_steps" else None for name in criteria.model_fields})
     update = {
         "run_dir": run_dir,
-        "evaluation": EvaluationSection(),
         "criteria": nothing,
         "logging": LoggingSection(level="warning"),
     }
+    if isinstance(config, TrainConfig):
+        update["evaluation"] = EvaluationSection()
+    if isinstance(config, ExperimentConfig):
+        update["work_dir"] = work_folder(config).resolve()
     return config.model_copy(update=update)
 
 
-def run_to_end(config: TrainConfig, run_dir: Path, *, now: str | None = None) -> Rhythm:
+def run_to_end(config: RunConfig, run_dir: Path, *, now: str | None = None) -> Rhythm:
     """Train in a process of its own, or go on with what is there.
 
     Raises:
@@ -78,7 +83,7 @@ def run_to_end(config: TrainConfig, run_dir: Path, *, now: str | None = None) ->
 
 
 def kill_often(
-    config: TrainConfig,
+    config: RunConfig,
     run_dir: Path,
     rhythm: Rhythm,
     *,
@@ -175,13 +180,13 @@ def _is_saving(run_dir: Path) -> bool:
 
 
 @contextmanager
-def _process(config: TrainConfig, run_dir: Path, *, now: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def _process(config: RunConfig, run_dir: Path, *, now: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """`foundry train --resume auto` on the bare configuration; never left running."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.parent / f"{run_dir.name}.yaml"
     path.write_text(dump_yaml(bare(config, run_dir)))
     # The environment must not override the file: it is resolved already.
-    sections = tuple(f"{name.upper()}_" for name in TrainConfig.model_fields)
+    sections = tuple(f"{name.upper()}_" for name in type(config).model_fields)
     environ = {key: value for key, value in os.environ.items() if not key.startswith((*sections, "FOUNDRY_RUN_DIR"))}
     environ.pop("FOUNDRY_SEED", None)
     options = ["--resume", "auto", *([] if now is None else ["--now", now])]

@@ -15,6 +15,7 @@ from model_foundry.engine.torch_engine import TorchEngine, split_by_tokens
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
+from model_foundry.recipes.gatekeeping import gate_facts
 from model_foundry.recipes.shape_plan import shape_text
 from model_foundry.recipes.supervised import is_save_due
 from model_foundry.recipes.work import Work
@@ -55,7 +56,7 @@ def predict_memory(work: Work, engine: TorchEngine, model_id: str, *, process_by
     """The peak by part, from shapes alone; None for architectures that transformers runs."""
     raw = read_config(work.source.folder)
     config = work.config
-    if not is_native(raw) or config.model.implementation == "transformers":
+    if not is_native(raw) or engine.implementation == "transformers":
         return None
     shape = ModelConfig.from_hf(raw)
     batch = work.longest_batch()
@@ -100,7 +101,7 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
         "base_parameters": facts["base_parameters"],
         "trained_parameters": facts["trained_parameters"],
         "data": work.data_summary(),
-        "gate": {} if work.gate is None else work.gate.as_dict() | {"action": config.gate.action},
+        "gate": gate_facts(work.gate, config),
         "epochs": work.epochs,
         "steps": work.total_steps,
         "batches_per_epoch": work.micro_batches_per_epoch,
@@ -130,11 +131,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"model       {plan['model']} · {plan['base_parameters']:,} parameters · {plan['implementation']}, "
         f"{plan['dtype']} on {plan['device']}, {plan['num_threads']} threads",
         f"trained     {plan['trained_parameters']:,} parameters ({share:.2%})",
-        f"rows        {train['kept']:,} of {train['rows']:,} kept · {train['dropped']:,} dropped · "
-        f"{train['truncated']:,} truncated · format {train['format']}",
-        f"gate        {_gate_line(plan['gate'])}",
-        f"tokens      {plan['tokens']:,} over {plan['epochs']:g} epochs · {train['tokens']:,} an epoch, "
-        f"{train['trained_tokens'] / train['tokens']:.0%} of them trained",
+        *(_text_lines(plan) if train.get("kind") == "text" else _row_lines(plan)),
         f"steps       {plan['steps']:,} · {plan['batches_per_epoch']:,} batches an epoch · "
         f"{plan['warmup_steps']} of warm-up · the longest batch has {plan['longest_batch_tokens']:,} tokens",
     ]
@@ -152,6 +149,30 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"time        about {duration(plan['seconds'])} at {plan['tokens_per_second']:,.0f} tokens/s (measured)",
     ]
     return "\n".join(lines)
+
+
+def _row_lines(plan: Mapping[str, Any]) -> list[str]:
+    train = plan["data"]["train"]
+    return [
+        f"rows        {train['kept']:,} of {train['rows']:,} kept · {train['dropped']:,} dropped · "
+        f"{train['truncated']:,} truncated · format {train['format']}",
+        f"gate        {_gate_line(plan['gate'])}",
+        f"tokens      {plan['tokens']:,} over {plan['epochs']:g} epochs · {train['tokens']:,} an epoch, "
+        f"{train['trained_tokens'] / train['tokens']:.0%} of them trained",
+    ]
+
+
+def _text_lines(plan: Mapping[str, Any]) -> list[str]:
+    train, held_out = plan["data"]["train"], plan["data"].get("validation")
+    lost = sum(train["lost"].values())
+    aside = "none held out"
+    if held_out is not None:
+        aside = f"{held_out['documents']:,} held out ({held_out['tokens']:,} tokens)"
+    return [
+        f"text        {train['documents']:,} documents, {aside}, {lost:,} lost",
+        f"tokens      {plan['tokens']:,} over {plan['epochs']:.4g} epochs · {train['tokens']:,} an epoch, "
+        f"in chunks of {train['chunk_tokens']:,}",
+    ]
 
 
 def _gate_line(gate: Mapping[str, Any]) -> str:

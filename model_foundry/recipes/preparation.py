@@ -31,7 +31,7 @@ from model_foundry.recipes.schedule import LearningRate
 from model_foundry.recipes.work import HeldOutText
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
-from model_foundry.types import Datum, LoraConfig, OptimParams
+from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 VALIDATION_BATCH_TOKENS = 8192
@@ -126,9 +126,23 @@ class Prepared:
             batch.append(weighted(datum, share))
         yield batch
 
+    @property
+    def prompts(self) -> tuple[tuple[str, np.ndarray], ...]:
+        return ()
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(stop_token_ids=self.renderer.stop_token_ids)
+
     def probe(self) -> np.ndarray:
         tokens = self.train.datums[0].tokens
         return tokens[: max(1, len(tokens) // 2)]
+
+    def token_counts(self) -> np.ndarray:
+        counts = np.zeros(self.renderer.tokenizer.vocab_size, dtype=np.int64)
+        for datum in self.train.datums:
+            np.add.at(counts, datum.loss_inputs["target_tokens"], 1)
+        return counts
 
     def engine_options(self) -> Mapping[str, Any]:
         model, training = self.config.model, self.config.training
@@ -218,7 +232,7 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     questions: tuple[Question, ...] = ()
     if config.evaluation.file is not None:
         questions = read_questions(config.evaluation.file, system=config.evaluation.system)
-        _require_room(questions, renderer, _context(model), max_new_tokens=config.evaluation.max_new_tokens)
+        _require_room(questions, renderer, context_of(model), max_new_tokens=config.evaluation.max_new_tokens)
     batches = BatchPlan(
         train.lengths,
         batch_size=config.training.batch_size,
@@ -281,7 +295,7 @@ def _require_fit(data: TokenisedSet, model: Mapping[str, Any], *, max_length: in
     Raises:
         ConfigError: a row is longer than the model's context. ModelError: a token is not in its vocabulary.
     """
-    context = _context(model)
+    context = context_of(model)
     longest = int(data.lengths.argmax())
     if context is not None and data.datums[longest].num_tokens > context:
         raise ConfigError(
@@ -316,7 +330,7 @@ def _require_room(
         )  # fmt: skip
 
 
-def _context(model: Mapping[str, Any]) -> int | None:
+def context_of(model: Mapping[str, Any]) -> int | None:
     """The longest row that a model reads, by its config.json, where that says so."""
     context = model.get("max_position_embeddings") or model.get("n_positions")
     return context if isinstance(context, int) else None

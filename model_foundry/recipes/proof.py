@@ -15,10 +15,19 @@ import orjson
 import torch
 
 from model_foundry.client.local import TrainingClient
+from model_foundry.config.pretrain import ExperimentConfig
+from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import FoundryError
 from model_foundry.evals import criteria
 from model_foundry.evals.before_after import Comparison
+from model_foundry.evals.compression import (
+    bits_check,
+    gzip_bits_per_byte,
+    unigram_bits_per_byte,
+    unigram_check,
+    xz_bits_per_byte,
+)
 from model_foundry.recipes import supervised
 from model_foundry.recipes.measure_memory import measure, task_of
 from model_foundry.recipes.saving import load_checkpoint
@@ -29,6 +38,7 @@ from model_foundry.run.progress import open_progress
 from model_foundry.types import Check, SamplingParams
 
 logger = logging.getLogger(__name__)
+PROBE_NEW_TOKENS = 16
 
 
 def loss_check(work: Work, records: list[dict[str, Any]]) -> Check | None:
@@ -38,27 +48,29 @@ def loss_check(work: Work, records: list[dict[str, Any]]) -> Check | None:
 
 
 def answers_check(work: Work, comparison: Comparison | None) -> Check | None:
-    bound = work.config.criteria.answers_improved
-    if bound is None or comparison is None:
+    config = work.config
+    if not isinstance(config, TrainConfig) or comparison is None or config.criteria.answers_improved is None:
         return None
+    bound = config.criteria.answers_improved
     return criteria.answers_improved(comparison, bound=bound)
 
 
 def parameters_check(work: Work, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Check | None:
-    bound = work.config.criteria.parameters_changed
-    if bound is None or work.lora is None:
+    config = work.config
+    if not isinstance(config, TrainConfig) or work.lora is None or config.criteria.parameters_changed is None:
         return None
+    bound = config.criteria.parameters_changed
     first, last = ({name: t.cpu().numpy() for name, t in tensors.items()} for tensors in (before, after))
     return criteria.parameters_changed(first, last, bound=bound, weight_decay=work.config.training.weight_decay)
 
 
 def memory_check(work: Work, engine: TorchEngine) -> tuple[Check | None, dict[str, Any]]:
     """LoRA and full fine-tuning on the same longest batch, each in a fresh process; the peaks go into the report."""
-    bound = work.config.criteria.memory_saving
-    if bound is None or work.lora is None:
+    config = work.config
+    if not isinstance(config, TrainConfig) or work.lora is None or config.criteria.memory_saving is None:
         return None, {}
+    bound, training = config.criteria.memory_saving, config.training
     peaks: dict[str, int | None] = {}
-    training = work.config.training
     for name, lora in (("lora", work.lora), ("full", None)):
         logger.info("measuring the memory of %s in a process of its own", "LoRA" if lora else "full fine-tuning")
         task = task_of(
@@ -68,9 +80,9 @@ def memory_check(work: Work, engine: TorchEngine) -> tuple[Check | None, dict[st
             device=engine.device.type,
             dtype=str(engine.dtype).removeprefix("torch."),
             num_threads=engine.num_threads,
-            implementation=work.config.model.implementation,
-            attention=work.config.model.attention,
-            quantization="none" if lora is None else work.config.model.quantization,
+            implementation=engine.implementation,
+            attention=engine.attention,
+            quantization="none" if lora is None else engine.quantization,
             gradient_checkpointing=training.gradient_checkpointing,
             micro_batch_tokens=training.micro_batch_tokens,
         )
@@ -88,7 +100,9 @@ def artefacts_check(work: Work, engine: TorchEngine, model_id: str, final: Path,
     """Load the final weights from the disk into a second model; it must say what the trained one says."""
     problems: dict[str, str | None] = {}
     part = "adapter" if work.lora is not None else "model"
-    params = SamplingParams(max_tokens=16, stop_token_ids=work.renderer.stop_token_ids)
+    context = engine.describe(model_id)["context"] or PROBE_NEW_TOKENS + len(sample)
+    params = SamplingParams(max_tokens=min(PROBE_NEW_TOKENS, context - 1), stop_token_ids=work.renderer.stop_token_ids)
+    sample = sample[: context - params.max_tokens]
     try:
         if work.lora is not None:
             loaded = engine.create_model(work.source.folder, lora=None, adapter=final / part, trainable=False)
@@ -101,6 +115,37 @@ def artefacts_check(work: Work, engine: TorchEngine, model_id: str, final: Path,
     except FoundryError as error:
         problems[f"{final.name}/{part}"] = str(error)
     return criteria.artefacts_load(problems)
+
+
+def held_out_bits(work: Work, records: list[dict[str, Any]]) -> dict[str, float]:
+    """Bits per byte of the held-out text: what the model needs at the end, and what simpler ways need."""
+    held_out = work.held_out
+    measured = [record for record in records if record["kind"] == "validation" and "bits_per_byte" in record]
+    if held_out is None or held_out.text is None or not measured:
+        return {}
+    text = held_out.text.encode()
+    datums = [datum for batch in work.validation_batches() for datum in batch]
+    tokens = np.concatenate([datum.loss_inputs["target_tokens"] for datum in datums])
+    return {
+        "this model": measured[-1]["bits_per_byte"],
+        "token frequencies": unigram_bits_per_byte(work.token_counts(), tokens, num_bytes=len(text)),
+        "gzip -9": gzip_bits_per_byte(text),
+        "xz -9e": xz_bits_per_byte(text),
+    }
+
+
+def text_checks(work: Work, bits: Mapping[str, float]) -> tuple[Check, ...]:
+    """What is asked of the held-out text's bits per byte."""
+    config = work.config
+    if not isinstance(config, ExperimentConfig) or not bits:
+        return ()
+    criteria_asked, found = config.criteria, bits["this model"]
+    checks = []
+    if criteria_asked.bits_per_byte is not None:
+        checks.append(bits_check(found, bound=criteria_asked.bits_per_byte))
+    if criteria_asked.below_unigram is not None:
+        checks.append(unigram_check(found, bits["token frequencies"], bound=criteria_asked.below_unigram))
+    return tuple(checks)
 
 
 class _Kept:

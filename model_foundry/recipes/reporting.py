@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from model_foundry.checkpoint.atomic import atomic_write
+from model_foundry.config.schema import TrainConfig
 from model_foundry.errors import FoundryError
 from model_foundry.evals.before_after import Comparison, compare
 from model_foundry.evals.generation import answer_questions
 from model_foundry.recipes import proof
+from model_foundry.recipes.gatekeeping import gate_facts
 from model_foundry.recipes.session import Session
 from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: bool) -> list[str]:
     """Greedy answers to the held-out questions, kept in the run's folder."""
     work = session.work
-    if not work.questions:
+    if not work.questions or not isinstance(work.config, TrainConfig):
         return []
     path = run.path / "evaluation" / f"{when}.json"
     if reuse and path.is_file():
@@ -68,6 +70,7 @@ def prove(
     session: Session,
     start: Mapping[str, torch.Tensor],
     comparison: Comparison | None,
+    bits: Mapping[str, float],
     records: list[dict[str, Any]],
 ) -> tuple[tuple[Check, ...], dict[str, Any]]:
     """Every check that the criteria ask for."""
@@ -77,6 +80,7 @@ def prove(
     final = run.checkpoints.open("final")
     checks = (
         proof.loss_check(work, records),
+        *proof.text_checks(work, bits),
         proof.answers_check(work, comparison),
         memory,
         proof.parameters_check(work, start, end) if start else None,
@@ -90,6 +94,7 @@ def make_report(
     run: RunDirectory,
     session: Session,
     comparison: Comparison | None,
+    bits: Mapping[str, float],
     checks: tuple[Check, ...],
     memory: dict[str, Any],
     records: list[dict[str, Any]],
@@ -115,11 +120,12 @@ def make_report(
             "base_parameters": session.plan["base_parameters"],
         },
         evaluation={} if comparison is None else comparison.as_dict(),
+        text=_text_facts(work, bits),
         data=work.data_summary(),
-        gate={} if work.gate is None else work.gate.as_dict() | {"action": work.config.gate.action},
+        gate=gate_facts(work.gate, work.config),
         memory=memory | ({} if predicted is None else {"predicted_bytes": predicted.pop("total"), "parts": predicted}),
         reproduce={
-            "commands": [f"foundry verify run {run.path}", f"foundry chat {run.path}"],
+            "commands": [f"foundry verify run {run.path}", *_next_commands(work, run)],
             "config_digest": facts["config_digest"],
             "seed": work.config.seed,
             "code_sha256": facts["receipt"]["code"]["sha256"],
@@ -129,6 +135,18 @@ def make_report(
         machine=facts["receipt"]["machine"],
         notes=_notes(facts, session, num_skipped=sum(record["skipped"] for record in steps)),
     )
+
+
+def _text_facts(work: Work, bits: Mapping[str, float]) -> dict[str, Any]:
+    if work.held_out is None or not bits:
+        return {}
+    return {"bits_per_byte": dict(bits), "bytes": work.held_out.num_bytes}
+
+
+def _next_commands(work: Work, run: RunDirectory) -> list[str]:
+    if isinstance(work.config, TrainConfig):
+        return [f"foundry chat {run.path}"]
+    return [f"foundry train model.name={run.path} data.train_file=chats.jsonl lora.enabled=false run_dir=runs/chat"]
 
 
 def _notes(facts: Mapping[str, Any], session: Session, *, num_skipped: int) -> tuple[str, ...]:

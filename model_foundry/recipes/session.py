@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_foundry.client.local import TrainingClient
+from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.memory import MemoryEstimate
@@ -40,11 +41,11 @@ def open_session(work: Work) -> Session:
     Raises:
         CheckFailedError: the gate refuses the rows.
     """
-    if work.gate is not None:
+    if work.gate is not None and isinstance(work.config, TrainConfig):
         enforce(work.gate, work.config)
     engine = TorchEngine(**work.engine_options())
     process_bytes = resident_memory_bytes()
-    base_name = work.config.model.name if work.source.adapter is None else str(work.source.folder)
+    base_name = work.source.name if work.source.adapter is None else str(work.source.folder)
     model_id = engine.create_model(
         work.source.folder,
         lora=work.lora,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from model_foundry.checkpoint.schedule import should_save
 from model_foundry.client.local import TrainingClient
 from model_foundry.errors import EngineError
+from model_foundry.evals.compression import bits_per_byte
 from model_foundry.recipes.work import Work
 from model_foundry.run.progress import Progress
 from model_foundry.types import Datum
@@ -57,7 +58,7 @@ def train(
     """
     config = work.config.training
     if first_step == 1:
-        validate(client, work, recorder, step=0)
+        measure(client, work, recorder, step=0)
     for step in range(first_step, work.total_steps + 1):
         started = time.perf_counter()
         batches = work.micro_batches(step)
@@ -85,7 +86,7 @@ def train(
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
         _judge_skips(skipped_in_a_row, step, update.grad_norm, config.max_skipped_steps)
         if step == work.total_steps or (config.eval_steps and step % config.eval_steps == 0):
-            validate(client, work, recorder, step=step)
+            measure(client, work, recorder, step=step)
         interrupted = stop() and step < work.total_steps
         if interrupted or is_save_due(work, step):
             recorder.save(step)
@@ -112,6 +113,17 @@ def is_save_due(work: Work, step: int) -> bool:
     )
 
 
+def measure(client: TrainingClient, work: Work, recorder: Recorder, *, step: int) -> None:
+    """The held-out loss, and samples where there are prompts for them."""
+    validate(client, work, recorder, step=step)
+    if work.prompts:
+        texts, prompts = zip(*work.prompts, strict=True)
+        for text, sampled in zip(texts, client.sample(prompts, work.sampling).result(), strict=True):
+            written = work.renderer.tokenizer.decode(sampled.tokens.tolist(), skip_special=True)
+            recorder.append({"kind": "sample", "step": step, "prompt": text, "text": written})
+            logger.info("step %s: %s", step, (text + written).replace("\n", "⏎"))
+
+
 def validate(client: TrainingClient, work: Work, recorder: Recorder, *, step: int) -> None:
     """Mean loss over the held-out tokens that count, in nats; of text also in bits per byte."""
     held_out = work.held_out
@@ -123,7 +135,7 @@ def validate(client: TrainingClient, work: Work, recorder: Recorder, *, step: in
     record: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss, "tokens": held_out.num_tokens}
     said = f"validation loss {loss:.4f}"
     if held_out.num_bytes:
-        record["bits_per_byte"] = loss * held_out.num_tokens / (held_out.num_bytes * math.log(2))
+        record["bits_per_byte"] = bits_per_byte(loss, num_tokens=held_out.num_tokens, num_bytes=held_out.num_bytes)
         said += f", {record['bits_per_byte']:.4f} bits per byte"
     recorder.append(record | {"clock": clock})
     logger.info("step %s: %s", step, said)

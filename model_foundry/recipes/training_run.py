@@ -13,14 +13,17 @@ from typing import Any, Literal
 import torch
 
 from model_foundry.checkpoint.store import FINAL, Checkpoint
+from model_foundry.config.commands import RunConfig
 from model_foundry.config.load import config_digest, dump_yaml
 from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.errors import FoundryError, InterruptedRunError, RunError
 from model_foundry.recipes import supervised
 from model_foundry.recipes.interruption import leave_on_signals, stop_on_signals
+from model_foundry.recipes.methods import prepare_work
 from model_foundry.recipes.plan import plan_text
-from model_foundry.recipes.preparation import prepare, require_same_data
+from model_foundry.recipes.preparation import require_same_data
+from model_foundry.recipes.proof import held_out_bits
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
 from model_foundry.recipes.saving import RunSaver, load_checkpoint
 from model_foundry.recipes.session import Session, open_session
@@ -60,18 +63,18 @@ class _Recorder:
         self.saver.before_update()
 
 
-def plan_run(config: TrainConfig) -> dict[str, Any]:
+def plan_run(config: RunConfig) -> dict[str, Any]:
     """The plan of `--dry-run`: reads the data, loads the model, tries the longest batch, writes nothing.
 
     Of a model whose weights are not here it says what config.json does: parameters, memory, which machines fit.
     """
     with run_logging(level=config.logging.level):
-        if (plan := plan_of_config(config)) is not None:
+        if isinstance(config, TrainConfig) and (plan := plan_of_config(config)) is not None:
             return plan
-        return open_session(prepare(config, now=utc_now())).plan
+        return open_session(prepare_work(config, now=utc_now())).plan
 
 
-def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime | None = None) -> Report:
+def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime | None = None) -> Report:
     """Train, prove and report.
 
     Args:
@@ -102,7 +105,7 @@ def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime
             require_free(config.run_dir)
             with run_logging(level=config.logging.level):
                 # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
-                session = open_session(prepare(config, now=now or utc_now()))
+                session = open_session(prepare_work(config, now=now or utc_now()))
                 start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
                 return _in_run(run, config, digest, session=session)
@@ -113,7 +116,7 @@ def run_training(config: TrainConfig, *, resume: Resume = "never", now: datetime
         raise InterruptedRunError("interrupted; it goes on from its last checkpoint", hint=hint) from None
 
 
-def _in_run(run: RunDirectory, config: TrainConfig, digest: str, *, session: Session | None = None) -> Report:
+def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Session | None = None) -> Report:
     """Everything that happens in the run's folder, its outcome noted whatever it is; without a session it goes on."""
     with run_logging(run.log_path, level=config.logging.level):
         resumed = session is None
@@ -122,7 +125,7 @@ def _in_run(run: RunDirectory, config: TrainConfig, digest: str, *, session: Ses
                 if (report := _finished_report(run)) is not None:
                     logger.info("%s has finished already; foundry verify run %s runs it again", run.path, run.path)
                     return report
-                work = prepare(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
+                work = prepare_work(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
                 require_same_data(run.facts["receipt"], _receipt(work, digest), where=str(run.path))
                 session = open_session(work)
             run.record(
@@ -183,8 +186,11 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
         peak_bytes = engine.peak_memory_bytes()
         after = held_out_answers(run, session, "after", reuse=False)
         comparison = compared(work, before, after)
-        checks, memory = prove(run, session, start_tensors, comparison, metrics.read())
-        report = make_report(run, session, comparison, checks, memory | {"measured_bytes": peak_bytes}, metrics.read())
+        bits = held_out_bits(work, metrics.read())
+        checks, memory = prove(run, session, start_tensors, comparison, bits, metrics.read())
+        report = make_report(
+            run, session, comparison, bits, checks, memory | {"measured_bytes": peak_bytes}, metrics.read()
+        )
         page = write_report(run.path, report)
         logger.info("report: %s", page)
         return report

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from model_foundry.checkpoint.compare import compare_checkpoints
 from model_foundry.checkpoint.store import FINAL
-from model_foundry.config.schema import TrainConfig
+from model_foundry.config.commands import RunConfig
 from model_foundry.errors import RunError, UsageError
-from model_foundry.models.finder import resolve_model
-from model_foundry.models.folder import fingerprint
 from model_foundry.recipes.killing import Kill, kill_often, run_to_end
+from model_foundry.recipes.methods import start_fingerprint
 from model_foundry.recipes.preparation import require_same_data
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.metrics import comparable_lines
@@ -34,7 +33,7 @@ MAX_ATTEMPTS = 3
 
 
 def verify_resume(
-    config: TrainConfig, *, kills: int, keep: Path | None = None, seed: int = 0, say: Callable[[str], None] = print
+    config: RunConfig, *, kills: int, keep: Path | None = None, seed: int = 0, say: Callable[[str], None] = print
 ) -> list[Check]:
     """Run once undisturbed and once killed `kills` times and resumed, and compare every bit.
 
@@ -64,7 +63,7 @@ def verify_resume(
 
 
 def verify_run(
-    run: Path, config: TrainConfig, *, keep: Path | None = None, say: Callable[[str], None] = print
+    run: Path, config: RunConfig, *, keep: Path | None = None, say: Callable[[str], None] = print
 ) -> list[Check]:
     """Run it again from its own folder, and compare every bit with what it left.
 
@@ -78,7 +77,7 @@ def verify_run(
         raise RunError("has not finished", where=str(run), hint=f"Let it finish first: foundry resume {run}")
     recorded.checkpoints.open(FINAL)
     files = {role: Path(each["path"]) for role, each in facts["receipt"]["data"].items()}
-    model_fingerprint = fingerprint(resolve_model(config.model.name).folder)
+    model_fingerprint = start_fingerprint(config)
     now = receipt(argv=(), config_digest="", data_files=files, model_fingerprint=model_fingerprint)
     require_same_data(facts["receipt"], now, where=str(run))
     differences = [

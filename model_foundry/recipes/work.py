@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model_foundry.config.schema import TrainConfig
+from model_foundry.config.commands import RunConfig
 from model_foundry.data.gate.verdict import GateReport
 from model_foundry.evals.generation import Question
 from model_foundry.models.finder import ModelSource
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.rendering import Renderer
-from model_foundry.types import Datum, LoraConfig, OptimParams
+from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +28,22 @@ class HeldOutText:
 
     Attributes:
         num_tokens: read in one measurement.
-        num_bytes: of text that they stand for, where a loss in bits per byte means something; else None.
+        text: that they stand for, where a loss in bits per byte means something; else None.
     """
 
     num_tokens: int
-    num_bytes: int | None = None
+    text: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.text is None else len(self.text.encode())
 
 
 class Work(Protocol):
     """A run's data as a function of the step, its schedule, and what it starts from."""
 
     @property
-    def config(self) -> TrainConfig: ...
+    def config(self) -> RunConfig: ...
 
     @property
     def source(self) -> ModelSource:
@@ -108,8 +112,22 @@ class Work(Protocol):
         """The held-out tokens, weighted so that the summed losses are the mean over all that count."""
         ...
 
+    @property
+    def prompts(self) -> tuple[tuple[str, np.ndarray], ...]:
+        """Beginnings to be gone on with while training, each as text and as tokens, int32 [T]."""
+        ...
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How they are gone on with."""
+        ...
+
     def probe(self) -> np.ndarray:
         """Some tokens of the data, int32 [T], to see whether a loaded copy of the model says the same."""
+        ...
+
+    def token_counts(self) -> np.ndarray:
+        """int64 [V]: how often each token stands in the training data."""
         ...
 
     def data_files(self) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from model_foundry.run.charts import Bar, Series, bar_chart, escape, line_chart, smoothed
 from model_foundry.run.figures import bytes_text, check_value, duration_text, flattened, label, share_text, value_text
 from model_foundry.run.page_style import STYLE
+from model_foundry.run.page_text import held_out_text
 
 NUM_OPEN_CASES = 12
 MAX_CASES_PER_GROUP = 500
@@ -40,6 +41,7 @@ def render_page(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
     sections = [
         _section("Checks", _checks(report["checks"])),
         _section("Before and after", _evaluation(report["evaluation"])),
+        _section("Held-out text", held_out_text(report.get("text") or {}, records)),
         _section("Training", _training(records, report["training"])),
         _section("Memory", _memory(report["memory"])),
         _section("Data gate", gate_table(report["gate"])),
@@ -83,6 +85,9 @@ def _tiles(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
     if "exact" in before and "exact" in after:
         yield "exact answers", f"{share_text(before['exact'])} → {share_text(after['exact'])}"
+    bits = ((report.get("text") or {}).get("bits_per_byte") or {}).get("this model")
+    if _is_number(bits):
+        yield "bits a byte, held out", f"{bits:.3f}"
     if _is_number(training.get("first_loss")) and _is_number(training.get("last_loss")):
         yield "training loss", f"{training['first_loss']:.3g} → {training['last_loss']:.3g}"
     if _is_number(training.get("seconds")):

@@ -37,6 +37,7 @@ class Report:
         checks: every criterion, judged.
         training: `model`, `method`, `steps`, `first_loss`, `last_loss`, `seconds`, `tokens_per_second`.
         evaluation: `Comparison.as_dict()` (before, after, improved, …, cases), or {}.
+        text: `bits_per_byte` {way: bits} of the held-out text and its size in `bytes`, after pretraining; or {}.
         data: by file ("train", "validation", "heldout"): `file`, `rows`, `kept`, `dropped`, `truncated`, `tokens`,
             `trained_tokens`, `reasons` {reason: rows}, `first_dropped` [text].
         gate: what the gate found in the training rows: `checks` with examples, `facts`, `action`, `passed`; or {}.
@@ -50,6 +51,7 @@ class Report:
     checks: tuple[Check, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +124,7 @@ def read_report(run_dir: Path) -> Report:
 
 
 def _report_of(values: Mapping[str, Any]) -> Report:
-    sections = ("training", "evaluation", "data", "gate", "memory", "reproduce", "machine")
+    sections = ("training", "evaluation", "text", "data", "gate", "memory", "reproduce", "machine")
     checks = tuple(
         Check(str(each["name"]), each["passed"] is True, each["value"], str(each["bound"]), str(each["evidence"]))
         for each in values["checks"]

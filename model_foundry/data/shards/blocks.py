@@ -7,7 +7,7 @@ a block and a section. Knows files and a place to cut; knows no tokens.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import orjson
 from model_foundry.data.byte_streams import UnreadableError, text_chunks
 from model_foundry.data.fields import describe
 from model_foundry.data.files import TEXT_SUFFIXES, Record, data_suffix, iter_records
+from model_foundry.data.shards.split import Split
 
 MAX_BLOCK_RECORDS = 512
 MAX_BLOCK_CHARS = 1 << 20
@@ -24,6 +25,7 @@ MAX_SECTION_CHARS = 1 << 17
 MAX_UNCUT_CHARS = 1 << 23
 """A longer stretch of text in which no place to cut is found cannot be used."""
 
+ALL = Split()
 CutPlace = Callable[[str], int]
 """The last place in a text where it may be cut without changing a token, 0 where none is known."""
 
@@ -85,8 +87,13 @@ def row_blocks(files: Sequence[Path], start: Place) -> Iterator[Block]:
         yield Block(tuple(items), place.num_records, after, num_chars)
 
 
-def text_blocks(files: Sequence[Path], start: Place, *, text_field: str, cut_place: CutPlace) -> Iterator[Block]:
+def text_blocks(
+    files: Sequence[Path], start: Place, *, text_field: str, cut_place: CutPlace, split: Split = ALL
+) -> Iterator[Block]:
     """Documents of text, in blocks: a text file is one document, a row of another file is one in `text_field`.
+
+    Args:
+        split: the side of the corpus to read; a record that is no document is on the side of training.
 
     Raises:
         DataError: a file cannot be opened. MissingExtraError: the package for its format is not installed.
@@ -101,6 +108,8 @@ def text_blocks(files: Sequence[Path], start: Place, *, text_field: str, cut_pla
     items: list[Section] = []
     num_chars, skip, first, place = 0, start.num_sections, start.num_records, start
     for record, after in _records(files, start, read):
+        if not _is_on(split, record, files[after.num_files], text_field):
+            continue
         row = after.num_records - 1
         within = replace(after, num_in_file=after.num_in_file - 1, num_records=row)
         for number, section in enumerate(_sections(record, row, text_field, cut_place), start=1):
@@ -115,6 +124,22 @@ def text_blocks(files: Sequence[Path], start: Place, *, text_field: str, cut_pla
         skip = 0
     if items:
         yield Block(tuple(items), first, place, num_chars)
+
+
+def _is_on(split: Split, record: Record, file: Path, text_field: str) -> bool:
+    if split.part == "all":
+        return True
+    value = record.value
+    if isinstance(value, Iterator):  # it can be read once, and is still to be encoded
+        pieces: Iterable[str] = _file_pieces(file)
+    elif isinstance(value, dict) and isinstance(value.get(text_field), str):
+        pieces = (value[text_field],)
+    else:
+        return split.part == "train"
+    try:
+        return split.holds(pieces)
+    except UnreadableError:
+        return split.part == "train"
 
 
 def rough_chars(value: Any) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ from model_foundry.data.shards.encode import EncodedBlock, RowEncoder, TextEncod
 from model_foundry.data.shards.format import Counts, Index
 from model_foundry.data.shards.packing import Packed, RowWindow, Segments
 from model_foundry.data.shards.plan import PackOptions, Plan, RendererSource, list_inputs, make_plan
+from model_foundry.data.shards.processes import end_with_parent
+from model_foundry.data.shards.split import Split
 from model_foundry.data.shards.writer import ShardWriter, State, finished_index, planned_clock
 from model_foundry.errors import DataError, FoundryError
 from model_foundry.rendering import Renderer
@@ -124,7 +124,7 @@ def build_shards(
             if not state.has_index:
                 with _encoding(num_processes, encoder, renderer_source, options, format) as encode:
                     state = build.run(state, encode)
-            _require_some(state)
+            _require_some(state, options)
             _require_unchanged(files, stamps)
         except DataError:
             writer.discard()  # other data or other options are wanted, and those are another build
@@ -192,7 +192,8 @@ class _Build:
     def _blocks(self, start: Place) -> Iterator[Block]:
         if isinstance(self._encoder, TextEncoder):
             field = self._options.text_field
-            return text_blocks(self._files, start, text_field=field, cut_place=self._encoder.cut_place)
+            split = Split(self._options.part, self._options.validation_share)
+            return text_blocks(self._files, start, text_field=field, cut_place=self._encoder.cut_place, split=split)
         return row_blocks(self._files, start)
 
     def _commit(
@@ -316,16 +317,8 @@ _encoder: Encoder | None = None
 
 def _start_process(source: RendererSource, options: PackOptions, format: str) -> None:
     global _encoder
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _encoder = make_encoder(source.load(), options, format)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its processes to end."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _encode(block: Block) -> EncodedBlock:
@@ -362,9 +355,13 @@ def _require_unchanged(files: list[Path], stamps: list[tuple[int, int]]) -> None
             raise DataError("the file was changed while it was packed", where=str(file), hint=hint)
 
 
-def _require_some(state: State) -> None:
+def _require_some(state: State, options: PackOptions) -> None:
     if state.counts.num_rows:
         return
+    if options.part != "all" and state.counts.num_records == 0:
+        what = f"no document falls on the side of {options.part} with validation_share={options.validation_share:g}"
+        hint = "It takes more documents, another share, or held-out text of its own in a file"
+        raise DataError(what, hint=hint)
     if state.counts.num_records == 0:
         raise DataError("the input holds no records", hint="Put one JSON object or one document in it at least")
     why = "; ".join(f"{count:,} {reason}" for reason, count in state.counts.lost.items())

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from model_foundry.data.files import find_inputs
 from model_foundry.data.shards.format import FileEntry, files_as_json, files_from_json, hash_of
+from model_foundry.data.shards.split import Part
 from model_foundry.data.tokenise import TrainOn
 from model_foundry.errors import DataError
 from model_foundry.rendering import Renderer
@@ -39,6 +40,8 @@ class PackOptions:
         text_field: the field that holds a document's text, for `text` from JSON Lines, CSV or Parquet.
         separator: the special token that ends each document; default the tokenizer's end-of-text token.
         shard_tokens: a shard is written when so many tokens have come together.
+        part: of `text`, the side of the corpus to pack, by content hash.
+        validation_share: of the documents, that are on the side of `validation`.
     """
 
     kind: Kind = "rows"
@@ -50,6 +53,8 @@ class PackOptions:
     text_field: str = "text"
     separator: str | None = None
     shard_tokens: int = SHARD_TOKENS
+    part: Part = "all"
+    validation_share: float = 0.0
 
     @property
     def window_tokens(self) -> int:

@@ -28,6 +28,7 @@ from model_foundry.errors import DataError
 from model_foundry.types import Datum
 
 _MAPPED_SHARDS = 256
+_COUNTED_AT_ONCE = 1 << 24
 _ROW_BITS = np.uint64((1 << PIECE_SHIFT) - 1)
 
 
@@ -299,6 +300,15 @@ class PackedShards:
             fill=self.index.num_tokens / room,
             lengths=tuple(percentiles.tolist()),
         )
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 [vocab_size]: how often each token stands in the shards (reads all of them, a piece at a time)."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for number in range(len(self.index.shards)):
+            tokens = self._map_shard(number)["tokens"]
+            for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+                counts += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=vocab_size)[:vocab_size]
+        return counts
 
 
 def _reopened(folder: Path, index: Index, max_length: int) -> PackedShards:

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from model_foundry.cli.config import command
+from model_foundry.config.commands import COMMAND_SCHEMAS
 from model_foundry.config.fields import schema_fields
 from model_foundry.config.load import config_digest, load_config
-from model_foundry.config.schema import COMMAND_SCHEMAS, TrainConfig
+from model_foundry.config.schema import TrainConfig
 from model_foundry.errors import ConfigError
 
 

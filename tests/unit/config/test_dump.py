@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_foundry.config.commands import COMMAND_SCHEMAS
 from model_foundry.config.dump import config_digest, dump_yaml, format_value, json_schema
 from model_foundry.config.load import load_config
-from model_foundry.config.schema import COMMAND_SCHEMAS, ChatConfig, EvaluateConfig, TrainConfig
+from model_foundry.config.schema import ChatConfig, EvaluateConfig, TrainConfig
 from model_foundry.config.tree import Origin, to_plain
 from model_foundry.config.yaml_text import read_yaml
 
