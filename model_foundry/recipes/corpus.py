@@ -36,7 +36,7 @@ from model_foundry.recipes.schedule import LearningRate
 from model_foundry.recipes.work import HeldOutText
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
-from model_foundry.types import AdamParams, Datum, LoraConfig, SamplingParams
+from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
@@ -115,7 +115,7 @@ class PreparedCorpus:
     def longest_batch(self) -> list[Datum]:
         return self.micro_batches(1)[0]
 
-    def adam_params(self, step: int) -> AdamParams:
+    def adam_params(self, step: int) -> OptimParams:
         return adam_params(self.config.training, self.learning_rate.at(step))
 
     @property

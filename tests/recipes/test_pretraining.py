@@ -37,7 +37,8 @@ def test_it_learns_reports_and_transformers_loads_it(chatml_folder: Path, tmp_pa
     """The whole path: text, shards, fresh weights, the loop, held-out bits, samples, a folder that others read."""
     config = tiny_experiment(
         tmp_path, tokenizer=chatml_folder, training__max_steps=80, training__save_steps=40, training__eval_steps=40,
-        evaluation={"prompts": ["the fox"], "max_new_tokens": 16}, criteria__below_unigram=0.2, criteria__replay_steps=40,
+        evaluation={"prompts": ["the fox"], "max_new_tokens": 16},
+        criteria={"below_unigram": 0.2, "replay_steps": 40},
     )  # fmt: skip
     report = run_training(config)
     assert report.verdict == "passed", [check for check in report.checks if not check.passed]
