@@ -14,7 +14,7 @@ import click
 from model_foundry.cli.arguments import config_arguments, load_command_config, warn
 from model_foundry.config.commands import COMMAND_SCHEMAS, METHOD_SCHEMAS
 from model_foundry.config.fields import names_file, names_hub, schema_fields
-from model_foundry.config.load import Resolved, config_digest, json_schema
+from model_foundry.config.load import Resolved, config_digest, json_schema, names_method
 from model_foundry.config.problems import Problem, raise_problems
 from model_foundry.config.recognise import Recognised, recognise_command
 from model_foundry.errors import ConfigError
@@ -40,10 +40,13 @@ def check(arguments: tuple[str, ...], verb: str | None, explain: bool, as_json: 
     """
     if verb is None:
         path, overrides = config_arguments(arguments)
-        found = recognise_command(path, overrides, COMMAND_SCHEMAS)
+        found = Recognised("train")
+        if not names_method(path=path, overrides=overrides):
+            by_default = {name: schema for name, schema in COMMAND_SCHEMAS.items() if " method=" not in name}
+            found = recognise_command(path, overrides, by_default)
         with _taken_for(found):
             resolved, files = _checked(found.command, arguments)
-        verb = found.command.partition(" method=")[0]
+        verb = found.command
     else:
         resolved, files = _checked(verb, arguments)
     digest = config_digest(resolved.config)

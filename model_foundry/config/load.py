@@ -21,7 +21,7 @@ from model_foundry.config.suggest import close
 from model_foundry.config.tree import Branch, Leaf, Origin, find, leaves, map_leaves, merge, to_plain
 from model_foundry.errors import ConfigError
 
-__all__ = ["Resolved", "config_digest", "dump_yaml", "json_schema", "load_config", "schema_by_method"]
+__all__ = ["Resolved", "config_digest", "dump_yaml", "json_schema", "load_config", "names_method", "schema_by_method"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -120,16 +120,32 @@ def schema_by_method(
         ConfigError: there is no such method. As `load_config` for a file that cannot be read.
     """
     first = next(iter(schemas.values()))
-    tree = Branch() if path is None else read_file(path, first)
-    tree = merge(merge(tree, read_environment(environ or {}, first)[0]), read_overrides(overrides, first)[0])
-    named = tree.children.get("method")
-    if not isinstance(named, Leaf):
+    named = _method(first, path=path, overrides=overrides, environ=environ or {})
+    if named is None:
         return first
     if named.value not in schemas:
         what = f"method is {show(named.value)}; expected one of {', '.join(schemas)}"
         like = close(str(named.value), list(schemas))
         raise ConfigError(what, where=named.origin.place, hint=f"Did you mean {like}?" if like else None)
     return schemas[named.value]
+
+
+def names_method(*, path: Path | None, overrides: Sequence[str] = ()) -> bool:
+    """Whether a file or an override says `method`, as training alone does.
+
+    Raises:
+        ConfigError, UsageError: one of them cannot be read.
+    """
+    return _method(BaseModel, path=path, overrides=overrides, environ={}) is not None
+
+
+def _method(
+    schema: type[BaseModel], *, path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]
+) -> Leaf | None:
+    tree = Branch() if path is None else read_file(path, schema)
+    tree = merge(merge(tree, read_environment(environ, schema)[0]), read_overrides(overrides, schema)[0])
+    named = tree.children.get("method")
+    return named if isinstance(named, Leaf) else None
 
 
 def _adapt(tree: Branch, fields: Mapping[str, FieldSpec], warnings: list[str]) -> Branch:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from model_foundry.config.architecture import ArchitectureSection
+from model_foundry.config.commands import COMMAND_SCHEMAS
 from model_foundry.config.fields import schema_fields
-from model_foundry.config.schema import COMMAND_SCHEMAS
 
 PACKAGE = Path(__file__).parents[2] / "model_foundry"
 
@@ -59,6 +60,8 @@ def _section_names(tree: ast.Module) -> dict[str, str]:
 
 def is_read(dotted: str) -> bool:
     section, _, name = dotted.rpartition(".")
+    if section == "model" and name in ArchitectureSection.model_fields:  # pretraining's model section is one of those
+        return f"architecture.{name}" in read_paths()
     if section:
         return f"{section.rpartition('.')[2]}.{name}" in read_paths()
     return f"config.{name}" in read_paths()
