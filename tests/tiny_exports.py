@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from model_foundry.export.certificate import Origin
-from model_foundry.export.hand_over import Subject
+from model_foundry.export.measure import Subject
 from model_foundry.models.folder import copy_tokenizer
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
@@ -26,8 +27,20 @@ KINDS: dict[str, dict] = {
 """What can be written as a GGUF, and what of it differs from `tests.tiny_models`."""
 
 
-def make_subject(folder: Path, kind: str = "llama", *, adapter_scale: float = 0.2, seed: int = 0) -> Subject:
-    """Base, adapter and tokenizer in `folder`; every width divides into blocks of 32."""
+def make_subject(
+    folder: Path,
+    kind: str = "llama",
+    *,
+    adapter_scale: float = 0.2,
+    seed: int = 0,
+    lora: LoraConfig | None = None,
+    **changes: Any,
+) -> Subject:
+    """Base, adapter and tokenizer in `folder`; every width divides into blocks of 32.
+
+    Args:
+        changes: keys of `config.json` to set otherwise.
+    """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = save_folder(
         folder / "tokenizer", byte_level_tokenizer(specials), eos_token="<|endoftext|>", pad_token="<|endoftext|>",
@@ -38,11 +51,11 @@ def make_subject(folder: Path, kind: str = "llama", *, adapter_scale: float = 0.
         folder / "base",
         kind,
         seed=seed,
-        **({"vocab_size": size, "hidden_size": 64, "intermediate_size": 96} | KINDS[kind]),
+        **({"vocab_size": size, "hidden_size": 64, "intermediate_size": 96} | KINDS[kind] | changes),
     )
     copy_tokenizer(tokenizer, base)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    lora = LoraConfig(r=4, lora_alpha=4)
+    lora = lora or LoraConfig(r=4, lora_alpha=4)
     adapter = write_tiny_adapter(folder / "final" / "adapter", base, lora, scale=adapter_scale, manifest=True)
     renderer = Renderer(Tokenizer.load(base))
     origin = Origin("tiny run", "tiny", "0" * 64, "1" * 64, renderer.name, "the test")

@@ -7,7 +7,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("pyarrow", "zstandard"),
     "code": ("tree_sitter", "tree_sitter_lua", "tree_sitter_gdscript"),
     "generate": ("anthropic", "httpx"),
-    "gguf": ("gguf", "xllamacpp"),
+    "gguf": ("gguf", "ollama", "xllamacpp"),
     "quant": ("bitsandbytes",),
     "service": ("fastapi", "google.protobuf", "sqlalchemy", "uvicorn", "zstandard"),
     "track": ("tensorboard", "wandb", "mlflow"),

@@ -34,7 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenizer": ("model_foundry.cli.tokenizer:command", "Train a vocabulary, and report how well one fits."),
     "models": ("model_foundry.cli.models:command", "Fetch, list and describe models."),
     "config": ("model_foundry.cli.config:command", "Check a configuration, print its schema."),
-    "verify": ("model_foundry.cli.verify:command", "Prove that a run resumes and repeats to the last bit."),
+    "verify": ("model_foundry.cli.verify:command", "Prove that a run resumes and repeats, and an export is the model."),
     "runs": ("model_foundry.cli.runs:command", "List runs and compare them."),
     "report": ("model_foundry.cli.report:command", "Write a run's report again."),
     "doctor": ("model_foundry.cli.doctor:command", "Say what this machine has and what is missing."),

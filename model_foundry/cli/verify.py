@@ -1,4 +1,4 @@
-"""`foundry verify resume CONFIG`, `foundry verify run RUN`: proofs that anyone can repeat."""
+"""`foundry verify resume CONFIG`, `verify run RUN`, `verify export DIR`: proofs that anyone can repeat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model_foundry.config.load import Resolved
 from model_foundry.types import Check
 
 
-@click.group(help="Prove that a run resumes and repeats to the last bit.")
+@click.group(help="Prove that a run resumes and repeats to the last bit, and that an export is still the model.")
 def command() -> None: ...
 
 
@@ -45,6 +45,33 @@ def run_command(run: Path, *, keep: Path | None, as_json: bool) -> int:
     config = stored_config(run)
     say = functools.partial(click.echo, err=True)
     return show_checks(verify_run(run, config, keep=keep, say=say), as_json=as_json)
+
+
+@command.command("export", help="Repeat the checks of the export in FOLDER: hashes, then parity with its run.")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--of", "source", metavar="RUN", help="What it was made from. Default: what the certificate names.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
+def export_command(folder: Path, *, source: str | None, as_json: bool) -> int:
+    from model_foundry.cli.export import find_subject
+    from model_foundry.errors import FoundryError
+    from model_foundry.export.verify import read_certificate, verify_export
+    from model_foundry.recipes.conversation import run_of
+
+    folder = folder.resolve()
+    certificate = read_certificate(folder)
+    name = source or certificate["origin"]["name"]
+    if source is None and not Path(name).exists() and (around := run_of(str(folder))) is not None:
+        name = str(around)
+    try:
+        subject = find_subject(name)
+    except FoundryError as error:
+        if source is not None:
+            raise
+        subject = f"{error.what} ({error.where or name}); foundry verify export {folder.name} --of RUN names it"
+    verdict = verify_export(folder, certificate, subject, say=functools.partial(click.echo, err=True))
+    for line in verdict.not_repeated:
+        click.echo(f"not repeated: {line}", err=True)
+    return show_checks(verdict.checks, as_json=as_json)
 
 
 def show_checks(checks: Sequence[Check], *, as_json: bool) -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -21,6 +21,7 @@ from model_foundry.checkpoint.manifest import hash_file
 from model_foundry.types import Check
 
 CERTIFICATE, CARD = "certificate.json", "README.md"
+_LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "ollama": "gguf", "adapter": "peft"}
 _PACKAGES = ("torch", "transformers", "gguf", "tokenizers", "safetensors", "xllamacpp")
 
 
@@ -46,9 +47,16 @@ class Origin:
     licence: str | None = None
 
 
-def write_certificate(
-    folder: Path, origin: Origin, checks: Sequence[Check], *, kind: str, precision: str, notes: Sequence[str]
-) -> dict[str, Any]:
+class Measured(Protocol):
+    """What was written and measured: `export.measure.Draft`."""
+
+    checks: list[Check]
+    notes: list[str]
+    precision: str
+    files: dict[str, str]
+
+
+def write_certificate(folder: Path, origin: Origin, draft: Measured, *, kind: str) -> dict[str, Any]:
     """Write `certificate.json` over every file that lies in the folder, and the card; the certificate's content."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": record.size_bytes, "sha256": record.sha256}
@@ -59,11 +67,12 @@ def write_certificate(
     content: dict[str, Any] = {
         "format": 1,
         "kind": kind,
-        "precision": precision,
-        "passed": all(check.passed for check in checks),
+        "precision": draft.precision,
+        "weights": dict(draft.files),
+        "passed": all(check.passed for check in draft.checks),
         "origin": {name: getattr(origin, name) for name in Origin.__slots__},
-        "checks": [_finite(check.as_dict()) for check in checks],
-        "notes": list(notes),
+        "checks": [_finite(check.as_dict()) for check in draft.checks],
+        "notes": list(draft.notes),
         "files": files,
         "versions": versions(),
     }
@@ -94,7 +103,7 @@ def model_card(content: Mapping[str, Any]) -> str:
     origin = content["origin"]
     front: dict[str, Any] = {
         "base_model": origin["base"],
-        "library_name": {"gguf": "gguf", "adapter": "peft"}.get(content["kind"], "transformers"),
+        "library_name": _LIBRARIES.get(content["kind"], "transformers"),
         "pipeline_tag": "text-generation",
         "tags": ["model-foundry", content["kind"]],
     }

@@ -1,21 +1,22 @@
-"""A merged model as one GGUF file of the Llama family: f32, f16, bf16, and the block formats that numpy can pack.
+"""A merged model as one GGUF file of the Llama family, in any format of `export.quantise`.
 
-Written on the `gguf` package: its names of tensors, its container, its quantisation. What is ours is the order (one
+Written on the `gguf` package: its names of tensors, its container. What is ours is the order (one
 tensor in memory at a time), the row order of query and key projections that llama.cpp expects of Llama, and the refusal
 of models that llama.cpp would compute otherwise. It reads nothing back: `export.parity` does, and judges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model_foundry.errors import MissingExtraError, ModelError, UsageError
+from model_foundry.errors import MissingExtraError, ModelError
 from model_foundry.export.merge import Merge
+from model_foundry.export.quantise import FORMATS, K_BLOCK, Mix, check_format, pack
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.rope import rope_frequencies
 from model_foundry.tokenizer import Tokenizer
@@ -25,12 +26,6 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 """model_type -> llama.cpp's name."""
 PERMUTED = {"llama"}
 """Architectures of llama.cpp that rotate neighbouring channels; Hugging Face rotates halves, so rows change places."""
-FORMATS = {
-    "f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
-    "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q5_1": ("Q5_1", "MOSTLY_Q5_1"), "q5_0": ("Q5_0", "MOSTLY_Q5_0"),
-    "q4_1": ("Q4_1", "MOSTLY_Q4_1"), "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
-}  # fmt: skip
-"""Format -> (type of the matrices, file type)."""
 _STOPS = ("eos", "eot", "eom")
 
 
@@ -62,22 +57,6 @@ class GgufFile:
     notes: tuple[str, ...]
 
 
-def check_format(name: str) -> str:
-    """A format that can be written here.
-
-    Raises:
-        UsageError: it is none, or one that only llama.cpp can make.
-    """
-    key = name.lower()
-    if key in FORMATS:
-        return key
-    if "_k" in key or key.startswith(("iq", "tq")):
-        hint = f"Export --quant f16, then run: llama-quantize MODEL-f16.gguf MODEL-{key}.gguf {key.upper()}"
-        what = f"{name} needs llama.cpp's own quantiser, which no Python package here offers"
-        raise UsageError(what, hint=hint)
-    raise UsageError(f"there is no format {name!r}", hint=f"Formats: {', '.join(FORMATS)}")
-
-
 def gguf_obstacle(config: ModelConfig) -> str | None:
     """Why llama.cpp would not compute this model, or we could not tell that it does; None where it does."""
     if config.hidden_act != "silu":
@@ -99,6 +78,23 @@ def gguf_obstacle(config: ModelConfig) -> str | None:
 
 
 _YARN_USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def gguf_config(merge: Merge) -> ModelConfig:
+    """The configuration of a model that llama.cpp computes.
+
+    Raises:
+        ModelError: it does not, and why.
+    """
+    where = str(merge.base / "config.json")
+    kind = merge.config.get("model_type")
+    if kind not in ARCHITECTURES:
+        what = f"a {kind!r} is not written as a GGUF here; {', '.join(ARCHITECTURES)} are"
+        raise ModelError(what, where=where, hint="Export it with --to merged.")
+    config = ModelConfig.from_hf(merge.config, where=where)
+    if (obstacle := gguf_obstacle(config)) is not None:
+        raise ModelError(obstacle, where=str(merge.base), hint="Export it with --to merged.")
+    return config
 
 
 def write_gguf(
@@ -128,9 +124,7 @@ def write_gguf(
         import gguf
     except ImportError as error:
         raise MissingExtraError("gguf", "train") from error
-    config = ModelConfig.from_hf(merge.config, where=str(merge.base / "config.json"))
-    if (obstacle := gguf_obstacle(config)) is not None:
-        raise ModelError(obstacle, where=str(merge.base), hint="Export it with --to merged.")
+    config = gguf_config(merge)
     notes: list[str] = []
     layouts = plan_layout(config, merge.shapes, format, notes)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.architecture])
@@ -168,38 +162,66 @@ def plan_layout(
     Raises:
         ModelError: a weight that llama.cpp has no name for.
     """
+    stacked = stack_names(config, [name for name in shapes if not name.endswith("rotary_emb.inv_freq")])
+    mix = Mix.of(format, config, tied="output.weight" not in stacked)
+    layouts: list[Layout] = []
+    for name, ordered in stacked.items():
+        shape: tuple[int, ...] = shapes[ordered[0]]
+        kind = mix.kind(name, shape)
+        shape = (len(ordered), *shape) if ".experts." in ordered[0] else shape
+        layouts.append(Layout(name, ordered, shape, kind, permuted_heads(config, name)))
+    notes += _exceptions(layouts, format)
+    return tuple(layouts)
+
+
+def stack_names(config: ModelConfig, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """llama.cpp's name of a tensor -> ours, several of them where experts are stacked, in their order.
+
+    Raises:
+        ModelError: a weight that llama.cpp has no name for.
+    """
     import gguf
 
     architecture = ARCHITECTURES[config.architecture]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     stacked: dict[str, list[str]] = {}
-    for name in shapes:
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
+    for name in names:
         before, _, after = name.partition(".experts.")
         general = f"{before}.experts.{after.partition('.')[2]}" if after else name
-        found = names.get_name(general, try_suffixes=(".weight", ".bias"))
+        found = known.get_name(general, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ModelError(f"llama.cpp has no place for {name}", hint="Export it with --to merged.")
         stacked.setdefault(found, []).append(name)
-    layouts: list[Layout] = []
-    kept: list[str] = []
-    for name, sources in stacked.items():
-        ordered = tuple(sorted(sources, key=_expert_number))
-        shape: tuple[int, ...] = shapes[ordered[0]]
-        shape = (len(ordered), *shape) if ".experts." in ordered[0] else shape
-        kind = FORMATS[format][0] if len(shapes[ordered[0]]) > 1 and not name.endswith("ffn_gate_inp.weight") else "F32"
-        if kind.startswith("Q") and shapes[ordered[0]][-1] % 32:
-            kind = "F16"
-            kept.append(name)
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2], 0)
-        layouts.append(Layout(name, ordered, shape, kind, heads if architecture in PERMUTED else 0))
-    if kept:
+    return {name: tuple(sorted(sources, key=_expert_number)) for name, sources in stacked.items()}
+
+
+def permuted_heads(config: ModelConfig, name: str) -> int:
+    """How many heads change the order of their rows in this tensor; 0 where none does."""
+    if ARCHITECTURES[config.architecture] not in PERMUTED:
+        return 0
+    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2], 0)
+
+
+def _exceptions(layouts: Sequence[Layout], format: str) -> list[str]:
+    """What is kept in another type than the format's own because its rows do not divide into blocks."""
+    plain = FORMATS[format][0]
+    if not plain.startswith("Q"):
+        return []
+    odd = [each for each in layouts if each.kind == "F16"]
+    size = K_BLOCK if plain.endswith("_K") else 32
+    narrow = [each for each in layouts if each.kind != "F32" and each.shape[-1] % size and each not in odd]
+    notes = []
+    if odd:
+        first = odd[0].name
+        notes.append(f"{len(odd)} tensors are kept in F16, {first} first: their rows do not divide into blocks of 32")
+    if narrow:
+        kinds = ", ".join(sorted({each.kind for each in narrow}))
         notes.append(
-            f"{len(kept)} tensors are kept in F16, {kept[0]} first: their rows do not divide into blocks of 32"
+            f"{len(narrow)} tensors are {kinds}, as llama-quantize makes them too: their rows do not divide into "
+            f"blocks of {size}"
         )
-    return tuple(layouts)
+    return notes
 
 
 def _expert_number(name: str) -> int:
@@ -288,14 +310,11 @@ def _num_bytes(layout: Layout) -> int:
 
 def _values(merge: Merge, layout: Layout) -> np.ndarray:
     """A tensor as its bytes lie in the file; rounded once, from float32."""
-    import gguf
-    from gguf.quants import quantize
-
     parts = []
     for source in layout.sources:
         weight = merge.weight(source).numpy()
         weight = permuted(weight, layout.num_heads) if layout.num_heads else weight
-        packed = quantize(np.ascontiguousarray(weight), gguf.GGMLQuantizationType[layout.kind])
+        packed = pack(weight, layout.kind)
         if layout.kind == "F16" and not bool(np.isfinite(packed).all()):
             what = f"{source} holds values that float16 cannot, up to {float(np.abs(weight).max()):g}"
             raise ModelError(what, where=str(merge.base), hint="Use --quant bf16 or f32.")

@@ -29,6 +29,7 @@ class LlamaCpp:
     Args:
         context: the longest row that is asked about, in tokens.
         vocab_size: of the model, to ask for whole distributions.
+        adapter: a LoRA adapter as a GGUF, on top.
         spelled: a token that is a whole character. It is what gets chosen, for llama.cpp keeps probabilities to itself
             while a character lacks bytes; those reported are the model's own all the same.
 
@@ -36,7 +37,7 @@ class LlamaCpp:
         ModelError: llama.cpp refuses the file. MissingExtraError: it is not installed.
     """
 
-    def __init__(self, path: Path, *, context: int, vocab_size: int, spelled: int) -> None:
+    def __init__(self, path: Path, *, context: int, vocab_size: int, spelled: int, adapter: Path | None = None) -> None:
         try:
             library: Any = import_module("xllamacpp")  # compiled, so no type is known
         except ImportError as error:
@@ -50,11 +51,14 @@ class LlamaCpp:
         parameters.verbosity = -1
         parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if adapter is not None:
+            parameters.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.path, self.vocab_size, self.spelled = path, vocab_size, spelled
         try:
             self._server: Any = library.Server(parameters)
         except RuntimeError as error:
-            raise ModelError(f"llama.cpp does not load it ({error})", where=str(path)) from error
+            what = "it" if adapter is None else f"it with {adapter.name} on top"
+            raise ModelError(f"llama.cpp does not load {what} ({error})", where=str(path)) from error
 
     def next_logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
         """float32 [V]: the natural logarithm of each token's probability after these, at temperature 1.
@@ -82,3 +86,16 @@ class LlamaCpp:
         """How many tokens llama.cpp makes of a text in which control tokens are read as such."""
         answer = self._server.handle_completions({"prompt": text, "max_tokens": 1, "temperature": 0.0})
         return int(answer["usage"]["prompt_tokens"])
+
+    def stops_at(self, tokens: Sequence[int], token: int) -> bool:
+        """Whether generation ends when the model, asked to go on with these, chooses this token.
+
+        Raises:
+            ModelError: llama.cpp does not answer.
+        """
+        asked = {"prompt": list(tokens), "max_tokens": 3, "temperature": 0.0, "logit_bias": [[token, 1e4]]}
+        answer = self._server.handle_completions(asked)
+        try:
+            return answer["choices"][0]["finish_reason"] == "stop"
+        except (KeyError, IndexError, TypeError) as error:
+            raise ModelError("llama.cpp does not answer", where=str(self.path)) from error

@@ -9,7 +9,8 @@ import torch
 
 from model_foundry.export.certificate import Origin
 from model_foundry.export.gguf import write_gguf
-from model_foundry.export.hand_over import Subject, check_gguf, export
+from model_foundry.export.hand_over import export
+from model_foundry.export.measure import Subject, check_gguf
 from model_foundry.export.merge import plan_merge
 from model_foundry.export.parity import make_probe
 from model_foundry.models.finder import resolve_model
@@ -36,14 +37,14 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def test_llama_cpp_answers_as_the_adapter_does(subject: Subject, tmp_path: Path) -> None:
     merge = plan_merge(subject.base, subject.adapter)
     probe = make_probe(merge, subject.renderer, subject.prompts)
-    for format in ("bf16", "q8_0"):
+    for format in ("bf16", "q4_k_m"):
         written = write_gguf(
             tmp_path / f"{format}.gguf", merge, format=format, tokenizer=subject.renderer.tokenizer, name="real",
             chat_template=subject.renderer.template_text, stop_token_ids=subject.renderer.stop_token_ids,
         )  # fmt: skip
         checks = check_gguf(written, subject, merge, probe, readers=("llama.cpp",))
         assert [check for check in checks if not check.passed] == []
-        assert len(checks) == 7
+        assert len(checks) == 8
 
 
 @torch.no_grad()

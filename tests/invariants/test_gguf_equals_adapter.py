@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFReader
 
 from model_foundry.export.gguf import GgufFile, write_gguf
-from model_foundry.export.hand_over import Subject, check_gguf
+from model_foundry.export.measure import Subject, check_gguf
 from model_foundry.export.merge import Merge, plan_merge
 from model_foundry.export.parity import make_probe
 from model_foundry.types import Check
@@ -64,6 +64,7 @@ BREAK: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped rows of the queries": (swap_rows, "llama.cpp: logits"),
     "wrong rope base": (lambda path: set_number(path, "llama.rope.freq_base", 500_000.0), "llama.cpp: logits"),
     "wrong end of turn": (lambda path: set_number(path, "tokenizer.ggml.eot_token_id", 5), "gguf: stop tokens"),
+    "an end that ends nothing": (lambda path: set_number(path, "tokenizer.ggml.eot_token_id", 5), "llama.cpp: stops"),
 }
 
 

@@ -10,15 +10,19 @@ import pytest
 import yaml
 
 from model_foundry.checkpoint.manifest import verify_manifest
-from model_foundry.errors import ArchitectureMismatchError, CheckFailedError, ModelError, UsageError
+from model_foundry.errors import ArchitectureMismatchError, CheckFailedError, FoundryError, ModelError, UsageError
 from model_foundry.export.certificate import CARD, CERTIFICATE
-from model_foundry.export.gguf import check_format, gguf_obstacle
-from model_foundry.export.hand_over import Subject, export
+from model_foundry.export.gguf import gguf_obstacle
+from model_foundry.export.hand_over import export
+from model_foundry.export.measure import Subject
 from model_foundry.export.merge import MARKER, plan_merge
+from model_foundry.export.quantise import check_formats
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.folder import fingerprint, read_json, read_tensors
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
+from model_foundry.types import LoraConfig
+from tests.tiny_adapters import head_adapter
 from tests.tiny_exports import make_subject
 from tests.tiny_models import config_of
 from tests.tiny_runs import assert_one_paragraph, foundry_here
@@ -85,7 +89,7 @@ def test_a_full_disk_leaves_nothing(subject: Subject, tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, "write_certificate", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FoundryError, match="disk is full"):
         export(subject, tmp_path / "out", kind="merged")
     assert list(tmp_path.iterdir()) == []
 
@@ -98,13 +102,15 @@ def test_what_is_there_already_is_not_overwritten(subject: Subject, tmp_path: Pa
     assert (tmp_path / "out" / "precious.txt").read_text() == "x"
 
 
-def test_k_quants_are_refused_with_the_reason_and_the_next_command() -> None:
-    with pytest.raises(UsageError, match="own quantiser") as caught:
-        check_format("q4_k_m")
+def test_unknown_formats_are_refused_with_the_next_command() -> None:
+    with pytest.raises(UsageError, match="not written here") as caught:
+        check_formats("q8_0,iq2_xs")
     assert "llama-quantize" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="no format"):
-        check_format("q7")
-    assert check_format("Q8_0") == "q8_0"
+    with pytest.raises(UsageError, match="no format 'q7'"):
+        check_formats("q7")
+    with pytest.raises(UsageError, match="no format is named"):
+        check_formats(" ,")
+    assert check_formats("Q8_0, q4_k_m,q8_0") == ("q8_0", "q4_k_m")
 
 
 @pytest.mark.parametrize("kind, word", [("llama-biases", "hidden_act"), ("qwen3-moe-mixed", "bias")])
@@ -126,7 +132,11 @@ def test_the_command_merges_an_adapter_folder(subject: Subject, tmp_path: Path) 
 
 def test_wrong_wishes_are_one_paragraph(subject: Subject, tmp_path: Path) -> None:
     for wish, words in {
-        ("--to", "gguf", "--quant", "q4_k_m"): ("llama-quantize",),
+        ("--to", "gguf", "--quant", "iq4_xs"): ("llama-quantize",),
+        ("--to", "merged", "--quant", "q8_0"): ("--dtype",),
+        ("--to", "gguf-adapter", "--quant", "q8_0"): ("f32, f16, bf16",),
+        ("--to", "ollama", "--quant", "q8_0,q6_k"): ("one file",),
+        ("--to", "gguf", "--register", "x"): ("--to ollama",),
         ("--to", "gguf", "--dtype", "float16"): ("--quant",),
     }.items():
         done = foundry_here("export", subject.adapter, *wish, "--out", tmp_path / "o")
@@ -141,3 +151,18 @@ def test_an_adapter_of_another_base_is_refused(subject: Subject, tmp_path: Path)
     with pytest.raises(ModelError, match=r"trained on other weights|which the base lacks|the base's has"):
         export(replace(subject, adapter=other.adapter), tmp_path / "out", kind="merged")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_an_adapter_on_the_head_is_certified_merged_and_as_a_gguf(tmp_path: Path, kind: str) -> None:
+    """PEFT trains heads; the reference refused such an adapter, and a tied head's update must spare the embedding."""
+    plain = make_subject(tmp_path / "plain", kind)
+    headed = replace(plain, adapter=head_adapter(tmp_path / "head", plain.base))
+    assert export(headed, tmp_path / "merged", kind="merged")["passed"]
+    assert export(headed, tmp_path / "gguf", kind="gguf", quants=("f32",))["passed"]
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, use_dora=True), LoraConfig(r=4, lora_alpha=2, use_rslora=True)])
+def test_dora_and_rank_stabilised_adapters_are_certified(tmp_path: Path, lora: LoraConfig) -> None:
+    odd = make_subject(tmp_path / "odd", lora=lora)
+    assert export(odd, tmp_path / "gguf", kind="gguf", quants=("f32",))["passed"]
