@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFReader
 
 from model_foundry.export.gguf import GgufFile, write_gguf
+from model_foundry.export.llama_cpp import LlamaCpp
 from model_foundry.export.measure import Subject, check_gguf
 from model_foundry.export.merge import Merge, plan_merge
 from model_foundry.export.parity import make_probe
@@ -64,7 +65,6 @@ BREAK: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped rows of the queries": (swap_rows, "llama.cpp: logits"),
     "wrong rope base": (lambda path: set_number(path, "llama.rope.freq_base", 500_000.0), "llama.cpp: logits"),
     "wrong end of turn": (lambda path: set_number(path, "tokenizer.ggml.eot_token_id", 5), "gguf: stop tokens"),
-    "an end that ends nothing": (lambda path: set_number(path, "tokenizer.ggml.eot_token_id", 5), "llama.cpp: stops"),
 }
 
 
@@ -89,6 +89,22 @@ def test_a_dropped_adapter_is_caught(tmp_path: Path) -> None:
     failed = failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
     assert {"llama.cpp: logits", "llama.cpp: adapter's effect", "llama.cpp: greedy answers"} <= failed.keys()
     assert "instead of" in failed["llama.cpp: greedy answers"]
+
+
+def test_llama_cpp_stops_at_the_tokens_that_the_file_names_and_at_no_other(tmp_path: Path) -> None:
+    """A stop token that is only listed lets a model talk to itself."""
+    subject = make_subject(tmp_path)
+    merge, renderer = plan_merge(subject.base, subject.adapter), subject.renderer
+    spelled = renderer.tokenizer.encode("b")[-1]
+    for stops, wanted in {renderer.stop_token_ids: False, (*renderer.stop_token_ids, spelled): True}.items():
+        written = write_gguf(
+            tmp_path / f"{len(stops)}.gguf", merge, format="f32", tokenizer=renderer.tokenizer, name="tiny",
+            chat_template=renderer.template_text, stop_token_ids=stops,
+        )  # fmt: skip
+        model = LlamaCpp(written.path, context=32, vocab_size=renderer.tokenizer.vocab_size, spelled=spelled)
+        start = renderer.prompt(subject.prompts[0]).tolist()
+        assert all(model.stops_at(start, stop) for stop in renderer.stop_token_ids)
+        assert model.stops_at(start, spelled) == wanted
 
 
 def test_a_template_without_its_newline_is_caught(tmp_path: Path) -> None:

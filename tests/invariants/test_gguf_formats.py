@@ -95,8 +95,8 @@ def test_llama_cpp_computes_the_model_within_the_stated_bounds(tmp_path: Path, k
     Rounding hits random weights harder than trained ones, whose columns differ in size; random routers choose other
     experts as well. So not every format is certified here, but each is closer than the coarser one.
     """
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "num_attention_heads": 8}
-    wide = make_subject(tmp_path / "wide", kind, adapter_scale=0.15, **sizes)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256}
+    wide = make_subject(tmp_path / "wide", kind, adapter_scale=0.15, num_attention_heads=8, **sizes)
     renderer, merge = wide.renderer, plan_merge(wide.base, wide.adapter)
     probe = make_probe(merge, renderer, wide.prompts)
     errors = {}
