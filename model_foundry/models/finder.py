@@ -1,7 +1,8 @@
 """From a name to weights and a tokenizer on this machine.
 
-A name is a known name, a Hugging Face folder, a GGUF file, a run or checkpoint directory, an adapter folder, or a hub
-id `org/name`. What is cached or local is used without touching a network. It does not load anything.
+A name is a known name, a Hugging Face folder, a GGUF file, a run or checkpoint directory, an adapter folder, a
+`tinker://` path of the training service, or a hub id `org/name`. What is cached or local is used without touching a
+network. It does not load anything.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from model_foundry.models.cache import CacheEntry, Say, entry_folder, fill, list
 from model_foundry.models.folder import fingerprint, weight_files
 from model_foundry.models.gguf import convert_gguf
 from model_foundry.models.hashes import file_sha256
-from model_foundry.models.runs import adapter_base, checkpoint_of_run, checkpoint_part, run_base, trained_on
+from model_foundry.models.runs import (
+    adapter_base,
+    checkpoint_of_run,
+    checkpoint_part,
+    is_service_path,
+    run_base,
+    service_checkpoint,
+    trained_on,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,8 @@ class _Finder:
     say: Say
 
     def find(self, name: str) -> ModelSource:
+        if is_service_path(name):
+            return self._directory(name, service_checkpoint(name))
         path = Path(name).expanduser() if name else Path("?")
         known = name.lower()
         if path.is_dir() and (known not in KNOWN_MODELS or (path / "config.json").exists()):

@@ -5,14 +5,17 @@ It knows the layout `runs/<run>/checkpoints/<name>/{adapter|model}/` and nothing
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from model_foundry.checkpoint.manifest import read_manifest
 from model_foundry.checkpoint.store import FINAL, CheckpointStore
-from model_foundry.errors import CheckpointError, ModelError
+from model_foundry.errors import CheckpointError, ModelError, ModelNotFoundError
 from model_foundry.models.folder import read_json
 
 PARTS = ("adapter", "model")
+SERVICE_SCHEME = "tinker://"
 
 
 def checkpoint_of_run(run: Path) -> tuple[Path, list[str]]:
@@ -29,6 +32,30 @@ def checkpoint_of_run(run: Path) -> tuple[Path, list[str]]:
     if checkpoint.name != FINAL:
         notes.append(f"{run}: the run has not finished; using {checkpoint.name}")
     return checkpoint.path, notes
+
+
+def is_service_path(name: str) -> bool:
+    """Whether a name is a checkpoint as clients of the training service name it: `tinker://RUN/weights/NAME`."""
+    return name.startswith(SERVICE_SCHEME)
+
+
+def service_checkpoint(name: str) -> Path:
+    """The folder of a `tinker://` path in the service's state, which is FOUNDRY_STATE_DIR or runs/service.
+
+    Raises:
+        ModelNotFoundError: it is not there, or no such path.
+    """
+    state = Path(os.environ.get("FOUNDRY_STATE_DIR", "runs/service"))
+    match = re.fullmatch(
+        r"([A-Za-z0-9:_-]+)/(weights|sampler_weights)/([A-Za-z0-9][\w.-]*)", name[len(SERVICE_SCHEME) :]
+    )
+    if match is None:
+        raise ModelNotFoundError("it is not written as tinker://RUN/weights/NAME", where=name)
+    folder = state / "runs" / match[1].replace(":", "-") / match[2] / match[3]
+    if not folder.is_dir():
+        hint = f"Looked in {state}; set FOUNDRY_STATE_DIR to the state_dir of the service that saved it."
+        raise ModelNotFoundError("there is no such checkpoint here", where=name, hint=hint)
+    return folder
 
 
 def checkpoint_part(checkpoint: Path) -> Path | None:

@@ -132,9 +132,13 @@ def _lock(state_dir: Path) -> FileLock:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
         raise RunError(f"cannot listen on {host}:{port} ({error})", hint="Choose another host or port.") from error
+    # Connections inherit it. asyncio sets it by itself, but not on those of a listener that it did not make: an answer
+    # then waits 40 ms for the acknowledgement of its own head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _is_loopback(host: str) -> bool:

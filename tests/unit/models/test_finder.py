@@ -19,6 +19,8 @@ from model_foundry.models import fetch
 from model_foundry.models.cache import damage, entry_folder, fill, read_entry
 from model_foundry.models.finder import resolve_model
 from model_foundry.models.folder import fingerprint
+from model_foundry.types import LoraConfig
+from tests.tiny_adapters import write_tiny_adapter
 
 MakeModel = Callable[..., Path]
 KNOWN = "smollm2-135m-instruct"
@@ -299,3 +301,26 @@ def test_of_a_repository_only_the_model_is_fetched() -> None:
 def test_a_repository_of_pickles_is_refused_before_it_is_downloaded() -> None:
     with pytest.raises(ModelError, match="safetensors"):
         fetch.wanted_files(["config.json", "tokenizer.json", "pytorch_model.bin"], where="acme/rocket")
+
+
+def test_a_checkpoint_of_the_service_is_found_by_its_path(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run ids hold colons, which folders do not; and a path must not lead out of the state."""
+    base = tiny_model("llama")
+    monkeypatch.setenv("FOUNDRY_STATE_DIR", str(tmp_path))
+    adapter = tmp_path / "runs" / "ab12-train-0" / "weights" / "done" / "adapter"
+    write_tiny_adapter(adapter, base, LoraConfig(r=2), manifest=True)
+    found = resolve_model("tinker://ab12:train:0/weights/done", say=ignore)
+    assert (found.folder, found.adapter) == (base, adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointCorruptError):
+        resolve_model("tinker://ab12:train:0/weights/done", say=ignore)
+    for name in (
+        "tinker://ab12:train:0/weights/gone",
+        "tinker://ab12:train:0/weights/../done",
+        "tinker://x",
+        "tinker:///",
+    ):
+        with pytest.raises(ModelNotFoundError):
+            resolve_model(name, say=ignore)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_foundry.service.books import Operation
@@ -16,6 +16,7 @@ def operation(lane: str, seq: int | None, owner: str = "me") -> Operation:
     )
 
 
+@settings(deadline=None)
 @given(st.permutations(range(1, 9)), st.integers(0, 8))
 def test_ids_are_done_in_order_whatever_order_they_come_in(order: list[int], taken_between: int) -> None:
     """The official client posts the first part of a split batch last."""

@@ -9,7 +9,7 @@ import orjson
 import pytest
 import torch
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker import types
 from tinker.proto import tinker_public_pb2 as official
@@ -135,6 +135,7 @@ def test_pictures_are_refused_by_name() -> None:
         json_pass({**JSON_ROW, "model_input": {"chunks": [chunk]}})
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([None, 2, 3])), min_size=1, max_size=6))
 def test_results_read_back_as_they_were(shapes: list[tuple[int, int | None]]) -> None:
     """Offsets count bytes, and rows of other shapes stand in other records; their order must not change."""
