@@ -100,6 +100,10 @@ class Passes:
         """Nothing is pending."""
         if self.optimizer is not None:
             self.optimizer.zero_grad()
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is pending, for the optimizer has cleared the gradients."""
         self.pending.clear()
         self.torn = False
 

@@ -211,7 +211,7 @@ class TorchEngine:
         optimizer = _optimizer(model)
         model.passes.mend()
         output = optimizer.apply(params)
-        model.passes.clear()
+        model.passes.forget()
         model.passes.counter.step += 1
         return output
 

@@ -34,9 +34,15 @@ STACK_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows computed together: `index` [S, T] int64 says which packed token stands where (padding repeats the last)."""
+    """Rows computed together.
 
-    index: torch.Tensor
+    Attributes:
+        index: int64 [S, T], which packed token stands where (padding repeats the last); None: rows of one length that
+            lie one after the other from `start` on, so that nothing needs to be looked up.
+        valid: bool [S, T], which places are no padding; None without any.
+    """
+
+    index: torch.Tensor | None
     valid: torch.Tensor | None
     start: int
     rows: tuple[int, ...]
@@ -45,6 +51,12 @@ class RowGroup:
     @property
     def num_rows(self) -> int:
         return len(self.rows)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The group's part of packed x [N, ..]: [S·T, ..]."""
+        if self.index is None:
+            return x[self.start : self.start + self.num_rows * self.num_tokens]
+        return x[self.index.view(-1)]
 
 
 @dataclass(slots=True)
@@ -99,6 +111,8 @@ def _stackable(shortest: int, longest: int, num_rows: int) -> bool:
 
 def _group(rows: list[int], lengths: Sequence[int], starts: list[int], device: torch.device | str) -> RowGroup:
     width = max(lengths[row] for row in rows)
+    if all(lengths[row] == width and row == rows[0] + place for place, row in enumerate(rows)):
+        return RowGroup(index=None, valid=None, start=starts[rows[0]], rows=tuple(rows), num_tokens=width)
     index = torch.stack([starts[row] + torch.arange(width).clamp(max=lengths[row] - 1) for row in rows])
     length = torch.tensor([lengths[row] for row in rows])[:, None]
     valid = torch.arange(width)[None, :] < length
@@ -106,37 +120,42 @@ def _group(rows: list[int], lengths: Sequence[int], starts: list[int], device: t
     return RowGroup(
         index=index.to(device),
         valid=valid.to(device) if padded else None,
-        start=starts[rows[0]] if len(rows) == 1 else -1,
+        start=-1,
         rows=tuple(rows),
         num_tokens=width,
     )
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021), the half-split layout. x [N, heads, D]; cos, sin [N, 1, D / 2]."""
-    half = x.shape[-1] // 2
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021), the half-split layout. x [.., D]; cos, sin fit [.., D / 2]."""
+    half, sign = x.shape[-1] // 2, -1 if inverse else 1
     first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     torch.mul(first, cos, out=out[..., :half])
-    out[..., :half].addcmul_(second, sin, value=-1)
+    out[..., :half].addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=out[..., half:])
-    out[..., half:].addcmul_(first, sin)
+    out[..., half:].addcmul_(first, sin, value=sign)
     return out
 
 
 class PackedAttention(torch.autograd.Function):
-    """softmax(q kᵀ) v within each row, causal; rotation included. q [N, H, D], k and v [N, K, D] → [N, H, D]."""
+    """softmax(q kᵀ) v within each row, causal; rotation included. q [N, H, D], k and v [N, K, D] → [N, H, D].
+
+    Rotation and the change to one stretch of memory a head are one operation, and what is kept is by head already.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Any, rows: Any, window: Any, dropout: Any
     ) -> Any:
-        cos_q, sin_q, cos_k, sin_k = rope
-        q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
-        out = torch.empty_like(q)
+        out, num_kv = torch.empty_like(q, memory_format=torch.contiguous_format), k.shape[1]
+        inputs: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
         for group in rows.groups:
-            qg, kg, vg = _by_head(q, group, k.shape[1]), _by_head(k, group, k.shape[1]), _by_head(v, group, k.shape[1])
+            qg, kg = _by_head(q, group, num_kv, rope[:2]), _by_head(k, group, num_kv, rope[2:])
+            vg = _by_head(v, group, num_kv)
             og = torch.empty_like(qg)
             for first, last, first_key in _blocks(group.num_tokens, window):
                 p = _probabilities(qg, kg, first, last, first_key, rows, window)
@@ -147,42 +166,50 @@ class PackedAttention(torch.autograd.Function):
                 if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
                     kept.append(p)
             _put(out, og, group)
-        ctx.save_for_backward(q, k, v, *kept)
+            inputs += [qg, kg, vg]
+        ctx.save_for_backward(*inputs, *kept)
         ctx.rope, ctx.rows, ctx.window, ctx.dropout = rope, rows, window, dropout
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, *kept = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        saved, rope = list(ctx.saved_tensors), ctx.rope
+        inputs, kept = saved[: 3 * len(ctx.rows.groups)], saved[3 * len(ctx.rows.groups) :]
+        num_kv = inputs[1].shape[0] // ctx.rows.groups[0].num_rows
+        dq = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dk, dv = (grad.new_empty(grad.shape[0], num_kv, grad.shape[2]) for _ in range(2))
         for group in ctx.rows.groups:
-            keep = group.num_tokens <= KEEP_PROBABILITIES_TOKENS
-            outs = (dq, dk, dv)
-            _backward_group((q, k, v), grad, outs, kept if keep else None, group, ctx.rows, ctx.window, ctx.dropout)
-        cos_q, sin_q, cos_k, sin_k = ctx.rope
-        return rotate(dq, cos_q, -sin_q), rotate(dk, cos_k, -sin_k), dv, None, None, None, None
+            part, inputs = inputs[:3], inputs[3:]
+            blocks = len(_blocks(group.num_tokens, ctx.window))
+            mine = None
+            if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
+                mine, kept = kept[:blocks], kept[blocks:]
+            gg = _by_head(grad, group, num_kv)
+            if group.valid is not None:
+                # A padded place repeats a real token: its gradient must not count twice.
+                gg = gg * group.valid.repeat_interleave(num_kv, 0)[:, None, :, None]
+            dqg, dkg, dvg = _backward_group(part, gg, mine, group, ctx.rows, ctx.window, ctx.dropout)
+            _put(dq, dqg, group, rope[:2])
+            _put(dk, dkg, group, rope[2:])
+            _put(dv, dvg, group)
+        return dq, dk, dv, None, None, None, None
 
 
 def _backward_group(
-    inputs: tuple[torch.Tensor, ...],
-    grad: torch.Tensor,
-    outputs: tuple[torch.Tensor, ...],
+    inputs: Sequence[torch.Tensor],
+    gg: torch.Tensor,
     kept: list[torch.Tensor] | None,
     group: RowGroup,
     rows: PackedRows,
     window: int | None,
     dropout: AttentionDropout | None,
-) -> None:
-    num_kv = inputs[1].shape[1]
-    qg, kg, vg = (_by_head(x, group, num_kv) for x in inputs)
-    gg = _by_head(grad, group, num_kv)
-    if group.valid is not None:
-        # A padded place repeats a real token: its gradient must not count twice.
-        gg = gg * group.valid.repeat_interleave(num_kv, 0)[:, None, :, None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the rotated queries and keys and of the values of a group, as `_by_head` lays them."""
+    qg, kg, vg = inputs
     dqg = torch.empty_like(qg)
     dkg, dvg = torch.zeros_like(kg), torch.zeros_like(vg)
-    for first, last, first_key in _blocks(group.num_tokens, window):
-        p = kept.pop(0) if kept is not None else _probabilities(qg, kg, first, last, first_key, rows, window)
+    for number, (first, last, first_key) in enumerate(_blocks(group.num_tokens, window)):
+        p = kept[number] if kept is not None else _probabilities(qg, kg, first, last, first_key, rows, window)
         block = gg[:, :, first:last].reshape(gg.shape[0], -1, gg.shape[3])
         keys, values = kg[:, 0, first_key:last], vg[:, 0, first_key:last]
         scale = None if dropout is None else _kept(dropout, group, qg, first, last, first_key)
@@ -192,8 +219,7 @@ def _backward_group(
         dqg[:, :, first:last] = torch.bmm(ds, keys).view(dqg.shape[0], dqg.shape[1], -1, dqg.shape[3])
         queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
         dkg[:, 0, first_key:last] += torch.bmm(ds.transpose(1, 2), queries)
-    for out, part in zip(outputs, (dqg, dkg, dvg), strict=True):
-        _put(out, part, group)
+    return dqg, dkg, dvg
 
 
 def _blocks(num_tokens: int, window: int | None) -> list[tuple[int, int, int]]:
@@ -205,27 +231,47 @@ def _blocks(num_tokens: int, window: int | None) -> list[tuple[int, int, int]]:
     return blocks
 
 
-def _by_head(x: torch.Tensor, group: RowGroup, num_kv: int) -> torch.Tensor:
-    """The group's part of x [N, heads, D] as [S·K, heads // K, T, D], contiguous."""
-    heads, width = x.shape[1:]
-    part = x[group.start : group.start + group.num_tokens] if group.num_rows == 1 else x[group.index.view(-1)]
-    part = part.view(group.num_rows, group.num_tokens, num_kv, heads // num_kv, width).permute(0, 2, 3, 1, 4)
-    return part.reshape(group.num_rows * num_kv, heads // num_kv, group.num_tokens, width).contiguous()
+def _by_head(
+    x: torch.Tensor, group: RowGroup, num_kv: int, rope: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The group's part of x [N, heads, D] as [S·K, heads // K, T, D], contiguous; rotated by rope, (cos, sin)."""
+    part = _as_heads(group.of(x), group, num_kv)
+    if rope is None:
+        return part.contiguous().view(-1, *part.shape[2:])
+    cos, sin = (_as_heads(group.of(each), group, 1) for each in rope)
+    return rotate(part, cos, sin).view(-1, *part.shape[2:])
 
 
-def _put(out: torch.Tensor, part: torch.Tensor, group: RowGroup) -> None:
-    """Write [S·K, heads // K, T, D] back to its packed places in out [N, heads, D]; padding is left behind."""
-    heads, width = out.shape[1:]
+def _as_heads(part: torch.Tensor, group: RowGroup, num_kv: int) -> torch.Tensor:
+    """A view of [S·T, heads, D] as [S, K, heads // K, T, D]."""
+    return part.view(group.num_rows, group.num_tokens, num_kv, -1, part.shape[-1]).permute(0, 2, 3, 1, 4)
+
+
+def _put(
+    out: torch.Tensor, part: torch.Tensor, group: RowGroup, rope: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> None:
+    """Write [S·K, heads // K, T, D] back to its packed places in out [N, heads, D]; padding is left behind.
+
+    With rope, (cos, sin), turned back first.
+    """
     num_kv = part.shape[0] // group.num_rows
-    rows = part.view(group.num_rows, num_kv, heads // num_kv, group.num_tokens, width).permute(0, 3, 1, 2, 4)
-    if group.num_rows == 1:
-        out[group.start : group.start + group.num_tokens].view(rows.shape[1:]).copy_(rows[0])
-        return
-    rows = rows.reshape(group.num_rows, group.num_tokens, heads, width)
-    if group.valid is None:
-        out[group.index.view(-1)] = rows.reshape(-1, heads, width)
+    by_head = part.view(group.num_rows, num_kv, *part.shape[1:])
+    apart = group.index is not None
+    place = out.new_empty(group.num_rows * group.num_tokens, *out.shape[1:]) if apart else group.of(out)
+    target = _as_heads(place, group, num_kv)
+    if rope is None:
+        target.copy_(by_head)
     else:
-        out[group.index[group.valid]] = rows[group.valid]
+        cos, sin = (_as_heads(group.of(each), group, 1) for each in rope)
+        rotate(by_head, cos, sin, inverse=True, out=target)
+    if group.index is None:
+        return
+    index = group.index.view(-1)
+    if group.valid is None:
+        out[index] = place
+    else:
+        valid = group.valid.view(-1)
+        out[index[valid]] = place[valid]
 
 
 def _probabilities(
@@ -234,9 +280,12 @@ def _probabilities(
     """Attention of the queries first..last: [S·K, G·(last - first), last - first_key]."""
     queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
     scores = torch.bmm(queries, kg[:, 0, first_key:last].transpose(1, 2))
-    mask = rows.mask(first, last - first, first_key, window)
+    # Without a window only keys from the block's first query on can be hidden.
+    masked = first if window is None else first_key
+    mask = rows.mask(first, last - first, masked, window)
     if mask is not None:
-        scores.view(scores.shape[0], qg.shape[1], last - first, -1).masked_fill_(mask, float("-inf"))
+        by_query = scores.view(scores.shape[0], qg.shape[1], last - first, -1)
+        by_query[..., masked - first_key :].masked_fill_(mask, float("-inf"))
     return torch.softmax(scores, dim=-1)
 
 
