@@ -18,7 +18,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup lock demo test test-unit check format bench prove clean
+.PHONY: help setup lock demo lifecycle test test-unit check format bench prove clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,17 @@ demo: $(STAMP) ## fine-tune SmolLM2-135M on examples/demo, ask before and after,
 	  '  $(VENV)/bin/foundry chat runs/demo prompt="When was Old Winifred cast?"' \
 	  '  $(VENV)/bin/foundry verify run runs/demo      # trains it again and compares every bit' \
 	  '  your own data: see README.md'
+
+LIFE := runs/lifecycle
+lifecycle: $(STAMP) ## raw text to a chat model: corpus, vocabulary, pretraining, fine-tuning, GGUF; about ten minutes on two cores
+	@$(PY) examples/lifecycle/make_corpus.py --out $(LIFE)/corpus.jsonl
+	@$(VENV)/bin/foundry tokenizer train $(LIFE)/corpus.jsonl examples/demo/train.jsonl --vocab-size 4096 \
+	  --template chatml --max-length 256 --overwrite --out $(LIFE)/tokenizer
+	@$(VENV)/bin/foundry train examples/lifecycle/pretrain.yaml --resume auto $(ARGS)
+	@$(VENV)/bin/foundry train examples/lifecycle/chat.yaml --resume auto $(ARGS)
+	@[ -d $(LIFE)/gguf ] || $(VENV)/bin/foundry export $(LIFE)/chat --to gguf --quant f16 --out $(LIFE)/gguf
+	@printf '%s\n' 'Next:' '  open $(LIFE)/base/report.html $(LIFE)/chat/report.html' \
+	  '  $(VENV)/bin/foundry chat $(LIFE)/chat prompt="Where does the island of Merrowick lie?"'
 
 test: $(STAMP) ## every test but the long proofs and the GPU's
 	@$(PYTEST) $(PARALLEL) -m "not prove and not gpu" tests $(ARGS)

@@ -9,14 +9,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import TrainConfig
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.folder import read_config, read_json
 from model_foundry.models.hardware import DEVICES, parameters_by_part, ways_to_train
+from model_foundry.recipes.fresh import shape_of, tokenizer_folder
+from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import LoraConfig
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
 DEFAULT_ROWS = (2048,)
+BYTES_TO_TRAIN = 16
+"""A parameter trained in float32: itself, its gradient and two moments."""
 
 
 def config_without_weights(name: str) -> Path | None:
@@ -65,12 +72,44 @@ def shape_facts(
         ModelError: it cannot be read, or is of a kind that the native decoder does not compute.
     """
     raw = read_config(path) if path.is_dir() else read_json(path)
-    shape = ModelConfig.from_hf(raw, where=str(path))
+    return _facts(
+        raw, where=str(path), rows=rows, lora=lora, adapted=adapted, gradient_checkpointing=gradient_checkpointing
+    )
+
+
+def plan_too_large(config: ExperimentConfig) -> dict[str, Any] | None:
+    """What `--dry-run` can say of a model from nothing that this machine has no memory for; None where it has.
+
+    Only the shape is looked at: no text is packed and no weight is drawn.
+    """
+    if config.model.name is not None or config.model.architecture == "gpt2":
+        return None
+    raw = shape_of(config, Tokenizer.load(tokenizer_folder(config)))
+    shape = ModelConfig.from_hf(raw, where="model")
+    if shape.num_parameters * BYTES_TO_TRAIN < psutil.virtual_memory().available:
+        return None
+    rows = (config.data.max_length or shape.max_position_embeddings,) * config.training.batch_size
+    return _facts(
+        raw, where="model", rows=rows, lora=None, adapted=None,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def _facts(
+    raw: Mapping[str, Any],
+    *,
+    where: str,
+    rows: tuple[int, ...],
+    lora: LoraConfig | None,
+    adapted: Collection[str] | None,
+    gradient_checkpointing: bool,
+) -> dict[str, Any]:
+    shape = ModelConfig.from_hf(raw, where=where)
     ways = ways_to_train(
         shape, rows=rows, lora=lora or LoraConfig(), adapted=adapted, gradient_checkpointing=gradient_checkpointing
     )
     return {
-        "config": str(path),
+        "config": where,
         "architecture": shape.architecture,
         "num_parameters": shape.num_parameters,
         "num_active_parameters": shape.num_active_parameters,

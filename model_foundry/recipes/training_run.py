@@ -27,7 +27,7 @@ from model_foundry.recipes.proof import held_out_bits
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
 from model_foundry.recipes.saving import RunSaver, load_checkpoint
 from model_foundry.recipes.session import Session, open_session
-from model_foundry.recipes.shape_plan import plan_of_config
+from model_foundry.recipes.shape_plan import plan_of_config, plan_too_large
 from model_foundry.recipes.work import Work
 from model_foundry.run.directory import Outcome, RunDirectory, is_run, require_free, utc_now
 from model_foundry.run.logs import run_logging
@@ -69,7 +69,8 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     Of a model whose weights are not here it says what config.json does: parameters, memory, which machines fit.
     """
     with run_logging(level=config.logging.level):
-        if isinstance(config, TrainConfig) and (plan := plan_of_config(config)) is not None:
+        plan = plan_of_config(config) if isinstance(config, TrainConfig) else plan_too_large(config)
+        if plan is not None:
             return plan
         return open_session(prepare_work(config, now=utc_now())).plan
 

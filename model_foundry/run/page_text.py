@@ -18,7 +18,7 @@ def held_out_text(text: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
     """A chart of bits per byte, their course over the run, and the samples of each measurement."""
     parts = []
     if bits := text.get("bits_per_byte"):
-        bars = [Bar(name, [("bits a byte", value)]) for name, value in bits.items()]
+        bars = [Bar(f"{name} {value:.3f}", [("bits a byte", value)]) for name, value in bits.items()]
         size = f" {bytes_text(text['bytes'])} of text." if "bytes" in text else ""
         charts = bar_chart(bars, title="Bits a byte of held-out text", x_label="bits a byte") + _course(records)
         parts.append(f'<p>{escape(_ABOUT + size)}</p><div class="charts">{charts}</div>')

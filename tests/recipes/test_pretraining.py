@@ -217,3 +217,12 @@ def test_a_missing_shard_is_named_before_the_first_step(chatml_folder: Path, tmp
     config = tiny_experiment(tmp_path / "a", tokenizer=chatml_folder, data__train_file=str(tmp_path / "shards"))
     with pytest.raises(DataError, match=r"shard-00001\.tokens is missing"):
         run_training(config)
+
+
+def test_a_model_too_large_for_this_machine_is_planned_by_its_shape(chatml_folder: Path, tmp_path: Path) -> None:
+    """Drawing its weights to say that they do not fit would fill the disk first."""
+    model = {"num_hidden_layers": 400, "hidden_size": 16384, "num_attention_heads": 64, "max_position_embeddings": 64}
+    plan = plan_run(tiny_experiment(tmp_path, tokenizer=chatml_folder, model=model))
+    assert plan["num_parameters"] > 10**12
+    assert plan["measured"] is False
+    assert not (tmp_path / "work").exists()
