@@ -236,8 +236,8 @@ class ChatConfig(Section):
     """Ask this once, print the answer and exit."""
     system: str | None = None
     """System message."""
-    max_new_tokens: PositiveInt = 256
-    """Longest answer in tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer in tokens; default 256, or what the model's context has left."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

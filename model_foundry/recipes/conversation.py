@@ -18,6 +18,8 @@ from model_foundry.run.directory import RunDirectory, is_run, utc_now
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message, SampledSequence, SamplingParams
 
+USUAL_ANSWER_TOKENS = 256
+
 
 class Conversation:
     """One talk; every turn sees the turns before it."""
@@ -37,7 +39,7 @@ class Conversation:
         self.messages.append(Message("user", text))
         prompt = self._renderer.prompt(self.messages)
         params = SamplingParams(
-            max_tokens=self.config.max_new_tokens,
+            max_tokens=self.config.max_new_tokens or self._room(len(prompt)),
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             seed=self.config.seed,
@@ -55,6 +57,11 @@ class Conversation:
         reply = self._renderer.reply(tokens)
         yield reply[len(shown) :]
         self.messages.append(Message("assistant", reply))
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        """Tokens of an answer where nobody has said how many."""
+        context = self._engine.describe(self._model_id)["context"]
+        return USUAL_ANSWER_TOKENS if context is None else max(1, min(USUAL_ANSWER_TOKENS, context - num_prompt_tokens))
 
 
 class Reader:

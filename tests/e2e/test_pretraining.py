@@ -61,6 +61,9 @@ def test_from_text_to_a_chat_model(chatml_folder: Path, tmp_path: Path) -> None:
         "model.template=chatml", "training.warmup_steps=0", "gate.action=warn",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    # The context is 32 tokens, less than an answer usually may have.
+    done = foundry("chat", tmp_path / "chat", "prompt=Where is 1?")
+    assert done.returncode == 0, done.stderr
     done = foundry("verify", "run", tmp_path / "run", "--json", timeout=200)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"]
