@@ -68,6 +68,8 @@ class Janitor:
         """Replies go; a model's operations stay as long as a snapshot may need them."""
         table = tables.operations
         old = table.c.finished < now - self.result_seconds
-        connection.execute(table.update().where(old).values(reply=None, reply_kind="gone"))
+        connection.execute(
+            table.update().where(old, table.c.reply_kind != "gone").values(reply=None, reply_kind="gone")
+        )
         connection.execute(delete(table).where(old, table.c.kind == "asample"))
         # Of the others the row stays, a few bytes: it is what a repeat is told from something new by.

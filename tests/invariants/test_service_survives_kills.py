@@ -21,10 +21,12 @@ from tests.service_rig import KEY, Service, batch, files_of
 STEPS = 8
 
 
-def train(url: str, base: Path, *, seed: int) -> None:
+def train(url: str, base: Path, *, seed: int, begun: threading.Barrier) -> None:
     """Passes sent ahead of their results, steps whose betas change, a save, a load with optimizer, a last save."""
     client = tinker.ServiceClient(base_url=url, api_key=KEY)
     model = client.create_lora_training_client(base_model=str(base), rank=4 + seed, seed=seed).result()
+    # The SDK gives a creation up after a minute without a connection; whatever comes later, after five or never.
+    begun.wait(timeout=120)
     for step in range(STEPS):
         passes = [model.forward_backward(batch(seed * 1000 + step), "cross_entropy") for _ in range(2)]
         done = model.optim_step(types.AdamParams(learning_rate=1e-2, beta1=0.8 + 0.01 * step, grad_clip_norm=5.0))
@@ -40,16 +42,18 @@ def run(base: Path, state: Path, kills: list[float]) -> dict[str, dict[str, byte
     """Train two clients at once; kill the service after each of so many seconds, and start it again."""
     with Service(base, state, "snapshot_seconds=0.05") as service:
         errors: list[BaseException] = []
+        begun = threading.Barrier(3)
 
         def client(seed: int) -> None:
             try:
-                train(service.url, base, seed=seed)
+                train(service.url, base, seed=seed, begun=begun)
             except BaseException as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=client, args=(seed,)) for seed in (1, 2)]
         for thread in threads:
             thread.start()
+        begun.wait(timeout=120)
         for seconds in kills:
             time.sleep(seconds)
             service.kill()
