@@ -117,7 +117,7 @@ class PretrainCriteriaSection(Section):
     bits_per_byte: Annotated[float, Field(gt=0)] | None = None
     """Bits per byte of the held-out text at the end, at most; null does not check."""
     below_unigram: Annotated[float, Field(ge=0, lt=1)] | None = 0.05
-    """Bits per byte must be this share below what the frequencies of tokens alone give; null does not check."""
+    """Bits per byte must be this share below what token frequencies alone give; null, or no held-out text: no check."""
     replay_steps: NonNegativeInt = 0
     """Repeat up to this many last steps from a saved checkpoint and require the same bits; 0 does not check."""
 
