@@ -92,11 +92,6 @@ class Lanes:
         if lane.next_seq is None and not lane:
             del self._lanes[operation.lane]
 
-    def close(self, name: str) -> list[Operation]:
-        """Forget a lane; what waited in it."""
-        lane = self._lanes.pop(name, None)
-        return [] if lane is None else [*lane.held.values(), *lane.line]
-
     def waiting_for(self, operation: Operation) -> str | None:
         """Why an operation is not being done, for its client to read; None: it is its turn, or being done."""
         lane = self._lanes.get(operation.lane)
