@@ -19,6 +19,7 @@ BENCHMARKS = {
     ),
     "b11": ("b11_near_duplicates", "near-duplicates in 100,000 chat rows, beside datasketch and rensa"),
     "b12": ("b12_checkpoint_stall", "how long a save stops the training loop, beside HF Trainer"),
+    "b13": ("b13_export", "the gate and the export of a merged, then a GGUF model: seconds, bytes, memory"),
 }
 
 

@@ -7,7 +7,9 @@ of models that llama.cpp would compute otherwise. It reads nothing back: `export
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +147,25 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if divisors is not None:
-            writer.write_tensor_data(divisors)
-        for layout in layouts:
-            writer.write_tensor_data(_values(merge, layout))
+        with naming_short_writes(path):
+            if divisors is not None:
+                writer.write_tensor_data(divisors)
+            for layout in layouts:
+                writer.write_tensor_data(_values(merge, layout))
     finally:
         writer.close()
     return GgufFile(path, format, layouts, tuple(notes))
+
+
+@contextmanager
+def naming_short_writes(path: Path) -> Iterator[None]:
+    """numpy tells of a write that was cut short in words alone; it means that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, f"a write was cut short: {error}", str(path)) from error
 
 
 def plan_layout(

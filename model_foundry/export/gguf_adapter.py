@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from model_foundry.errors import MissingExtraError, ModelError, UsageError
-from model_foundry.export.gguf import ARCHITECTURES, gguf_config, permuted, permuted_heads, stack_names
+from model_foundry.export.gguf import (
+    ARCHITECTURES,
+    gguf_config,
+    naming_short_writes,
+    permuted,
+    permuted_heads,
+    stack_names,
+)
 from model_foundry.export.merge import HEAD, Merge
 from model_foundry.export.quantise import pack
 
@@ -81,7 +88,8 @@ def write_gguf_adapter(path: Path, merge: Merge, *, format: str, name: str) -> G
                 writer.add_tensor(f"{stack}.{part}", packed, raw_shape=packed.shape, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        with naming_short_writes(path):
+            writer.write_tensors_to_file()
     finally:
         writer.close()
     return GgufAdapter(path, format, tuple(stacked))

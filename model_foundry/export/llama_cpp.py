@@ -6,7 +6,6 @@ knows tokens and probabilities; it compares nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,7 +45,7 @@ class LlamaCpp:
         parameters.model.path = str(path)
         parameters.n_ctx = max(context + 8, 64)
         parameters.n_parallel = 1
-        parameters.cpuparams.n_threads = min(4, os.cpu_count() or 1)
+        parameters.cpuparams.n_threads = min(4, torch.get_num_threads())
         parameters.warmup = False
         parameters.verbosity = -1
         parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,8 @@ from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import LoraConfig, Message
 from tests.tiny_adapters import write_tiny_adapter
+from tests.tiny_exports import make_subject
+from tests.tiny_runs import assert_one_paragraph, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -63,3 +69,21 @@ def test_the_merged_folder_is_what_transformers_loads(subject: Subject, tmp_path
     chat = [{"role": "user", "content": "Count from 1 to 5."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert list(ids) == row[:start].tolist()
+
+
+def limit_file_size() -> None:
+    """A disk that fills: files may grow to half a megabyte, then writing fails."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
+
+
+@pytest.mark.parametrize("kind", ["merged", "gguf"])
+def test_a_disk_that_fills_leaves_nothing_and_is_one_paragraph(tmp_path: Path, kind: str) -> None:
+    wide = make_subject(tmp_path / "subject", hidden_size=512, intermediate_size=1024)
+    done = subprocess.run(
+        [sys.executable, "-m", "model_foundry", "export", str(wide.adapter), "--to", kind, "--out",
+         str(tmp_path / "out" / kind), *(["--quant", "f32"] if kind != "merged" else [])],
+        env=environment(), preexec_fn=limit_file_size, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert_one_paragraph(done, code=3, words=("disk is full", "--out PATH"))
+    assert list((tmp_path / "out").iterdir()) == []
