@@ -22,7 +22,7 @@ from model_foundry.types import LoraConfig
 
 SHARD_BYTES = 64 << 20
 FORMAT = "q8_0"
-PHASES = ("write merged", "write gguf", "export merged", "export gguf")
+PHASES = ("write-merged", "write-gguf", "export-merged", "export-gguf")
 
 
 def write_random_adapter(folder: Path, base: Path, *, seed: int) -> Path:

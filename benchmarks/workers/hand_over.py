@@ -29,10 +29,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     merge = plan_merge(base, adapter)
     before, io = settle_memory(), io_bytes()
     started = time.perf_counter()
-    if spec["what"] == "write merged":
+    if spec["what"] == "write-merged":
         target.mkdir()
         fill_merged_folder(target, merge, dtype="bfloat16", base_name="base", max_shard_bytes=spec["shard_bytes"])
-    elif spec["what"] == "write gguf":
+    elif spec["what"] == "write-gguf":
         target.mkdir()
         write_gguf(
             target / "m.gguf", merge, format=spec["format"], tokenizer=renderer.tokenizer, name="m",
@@ -42,7 +42,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         prompts = tuple((Message("user", question),) for question in QUESTIONS)
         origin = Origin("bench", "base", "0" * 64, None, renderer.name, "the benchmark")
         subject = Subject(base, adapter, renderer, prompts, origin)
-        kind = spec["what"].removeprefix("export ")
+        kind = spec["what"].removeprefix("export-")
         export(subject, target, kind=kind, dtype="bfloat16" if kind == "merged" else None, quants=(spec["format"],))
     seconds = time.perf_counter() - started
     read, written = (after - start for after, start in zip(io_bytes(), io, strict=True))
