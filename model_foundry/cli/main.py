@@ -7,6 +7,7 @@ imported when there is one.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -58,7 +59,7 @@ class Foundry(LazyGroup):
             if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character must not end a run
                 stream.reconfigure(errors="backslashreplace")
         try:
-            code = self._run(arguments, prog_name or "foundry")
+            code = self._run_or_follow(arguments, prog_name or "foundry")
             sys.stdout.flush()
         except BaseException as error:
             from model_foundry.cli.errors import exit_code_of, hush_ctrl_c
@@ -66,6 +67,13 @@ class Foundry(LazyGroup):
             hush_ctrl_c(error)
             code = exit_code_of(error, as_json=as_json, arguments=arguments)
         sys.exit(code)
+
+    def _run_or_follow(self, arguments: list[str], prog_name: str) -> int:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:  # torchrun started several of us
+            from model_foundry.cli.ranks import run_as_rank
+
+            return run_as_rank(lambda: self._run(arguments, prog_name), arguments)
+        return self._run(arguments, prog_name)
 
     def _run(self, arguments: list[str], prog_name: str) -> int:
         try:

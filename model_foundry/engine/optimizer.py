@@ -46,6 +46,15 @@ class FlatOptimizer:
                 parameter.requires_grad_(True)
                 self.places[name], place = part, part.stop
 
+    @property
+    def num_parameters(self) -> int:
+        return self.flat.numel()
+
+    @property
+    def num_remembered(self) -> int:
+        """Numbers kept from step to step."""
+        return sum(buffer.numel() for buffer in self.moments())
+
     def zero_grad(self) -> None:
         self.grad.zero_()
 
@@ -59,13 +68,8 @@ class FlatOptimizer:
         Raises:
             EngineError: hyper-parameters of another optimizer, or one that would ruin the weights; nothing was changed.
         """
-        if not isinstance(params, self.takes):
-            raise EngineError(
-                f"the model was made to be trained by {self.kind}, and the step brings {type(params).__name__}",
-                where="optim_step", hint=f"Bring {self.takes.__name__}, or create the model with another optimizer.",
-            )  # fmt: skip
-        _check(params)
-        norm = _norm(self.grad) / gradient_scale
+        check_params(params, kind=self.kind, takes=self.takes)
+        norm = norm_of(self.grad) / gradient_scale
         if not math.isfinite(norm):
             self.zero_grad()
             return OptimStepOutput(grad_norm=norm, skipped=True, step=self.step)
@@ -169,7 +173,13 @@ def adamw_update(
         )  # fmt: skip
 
 
-def _check(params: OptimParams) -> None:
+def check_params(params: OptimParams, *, kind: OptimizerKind, takes: type) -> None:
+    """Raises EngineError: hyper-parameters of another optimizer, or one that would ruin the weights."""
+    if not isinstance(params, takes):
+        raise EngineError(
+            f"the model was made to be trained by {kind}, and the step brings {type(params).__name__}",
+            where="optim_step", hint=f"Bring {takes.__name__}, or create the model with another optimizer.",
+        )  # fmt: skip
     ranges = {
         "learning_rate": params.learning_rate >= 0,
         "beta1": 0 <= params.beta1 < 1,
@@ -186,7 +196,7 @@ def _check(params: OptimParams) -> None:
             raise EngineError(f"{name} is {value}", where="optim_step")
 
 
-def _norm(values: torch.Tensor) -> float:
+def norm_of(values: torch.Tensor) -> float:
     """L2 norm; on a CPU in float64, which does not overflow, and part by part, for torch copies what it widens."""
     if not values.is_cpu:
         return float(torch.linalg.vector_norm(values))

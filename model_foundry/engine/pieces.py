@@ -149,8 +149,7 @@ class Passes:
     ) -> ForwardBackwardOutput:
         total, router_loss, logprobs = 0.0, 0.0, {}
         first_row = sum(len(batch) for batch, _ in self.pending)
-        limit = min((n for n in (self.planned_piece_tokens, self.max_piece_tokens) if n), default=None)
-        pieces = split_by_tokens([datum.num_tokens for datum in data], limit)
+        pieces = self._pieces([datum.num_tokens for datum in data])
         balance = self.model.balance if backward else None
         try:
             if balance is not None:
@@ -160,12 +159,22 @@ class Passes:
                 result = self._piece(part, loss, scope=scope, backward=backward)
                 total += result[0]
                 router_loss += result[2]
-                logprobs.update(zip(piece, result[1], strict=True))
+                logprobs.update(zip(piece, result[1], strict=False))  # filling has no row
         finally:
             if balance is not None:
                 balance.close()
-        every_row = tuple(logprobs[row] for row in range(len(data)))
-        return ForwardBackwardOutput(total, every_row, len(pieces), router_loss)
+        return self._output(total, logprobs, len(pieces), router_loss)
+
+    def _pieces(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The rows of each piece."""
+        limit = min((n for n in (self.planned_piece_tokens, self.max_piece_tokens) if n), default=None)
+        return split_by_tokens(lengths, limit)
+
+    def _output(
+        self, loss: float, logprobs: dict[int, np.ndarray], num_pieces: int, router_loss: float
+    ) -> ForwardBackwardOutput:
+        """`logprobs` by row."""
+        return ForwardBackwardOutput(loss, tuple(logprobs[row] for row in sorted(logprobs)), num_pieces, router_loss)
 
     def _enter(self, piece: Sequence[int], data: Sequence[Datum], first_row: int) -> list[Datum]:
         """The rows of a piece, which is from now on the one at hand."""
@@ -204,7 +213,7 @@ class Passes:
             for name in loss.inputs
         }
         inputs["target_tokens"] = inputs["target_tokens"].long()
-        wanted = _wanted(inputs, loss, scope)
+        wanted = _wanted(inputs, loss, scope, is_filling=not self._piece_lengths)
         if balance is not None:
             balance.listen(sum(self._piece_lengths))
         hidden = self.model.hidden(rows)
@@ -226,9 +235,11 @@ class Passes:
         return result.loss, np.split(logprobs, ends), router_loss
 
 
-def _wanted(inputs: Inputs, loss: Loss, scope: LogprobScope) -> torch.Tensor:
+def _wanted(inputs: Inputs, loss: Loss, scope: LogprobScope, *, is_filling: bool) -> torch.Tensor:
     """Which tokens go through the head, bool [N]."""
     targets = inputs["target_tokens"]
+    if is_filling:
+        return torch.zeros(targets.shape[0], dtype=torch.bool, device=targets.device)
     if scope == "all" or loss.due is None:
         return torch.ones(targets.shape[0], dtype=torch.bool, device=targets.device)
     due = inputs[loss.due] != 0

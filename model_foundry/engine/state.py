@@ -23,11 +23,18 @@ from model_foundry.models.targets import select_targets
 from model_foundry.types import LoraConfig, OptimizerKind
 
 STATE_FORMAT = 1
+MOMENTS_NAME = "optimizer.safetensors"
 _FACTS = {"optimizer_step": int, "counter_step": int, "seed": int}
 
 
 def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Moments and facts of a checkpoint's `state/`.
+    """Moments and facts of a checkpoint's `state/`; raises as `read_facts`."""
+    facts = read_facts(folder)
+    return read_tensors(folder / "state" / MOMENTS_NAME), facts
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What beside tensors a checkpoint's `state/` holds.
 
     Raises:
         CheckpointError: there is none, or it belongs to another kind of engine.
@@ -48,7 +55,16 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     for key, kind in _FACTS.items():
         if not isinstance(facts.get(key), kind):
             raise CheckpointError(f"{key} is {facts.get(key)!r}", where=str(path))
-    return read_tensors(folder / "state" / "optimizer.safetensors"), facts
+    return {"world_size": 1, **facts}
+
+
+def differences(facts: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences on what differs from the machine that wrote a state, so that the bits may differ from here on."""
+    return tuple(
+        f"{key} was {facts.get(key)} when this was saved and is {here[key]} now; the last bits may differ"
+        for key in ("torch", "device", "dtype", "num_threads", "world_size")
+        if facts.get(key) != here[key]
+    )
 
 
 def require_optimizer(facts: Mapping[str, Any], kind: OptimizerKind, *, where: str) -> None:

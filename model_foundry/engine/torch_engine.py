@@ -30,8 +30,10 @@ from model_foundry.engine.platform import (
 )
 from model_foundry.engine.sampling import collect, stream_tokens
 from model_foundry.engine.state import (
+    MOMENTS_NAME,
     STATE_FORMAT,
     agreed_lora,
+    differences,
     read_state,
     require_optimizer,
     write_full_weights,
@@ -84,6 +86,8 @@ class TorchEngine:
         micro_batch_tokens: split passes into pieces of at most this many tokens; default the whole batch at once.
         quantization: how frozen linear layers are kept; models trained whole are refused with any but `none`.
     """
+
+    world_size = 1
 
     def __init__(
         self,
@@ -293,6 +297,7 @@ class TorchEngine:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "num_threads": self.num_threads,
+            "world_size": self.world_size,
         }
 
     def write_state(
@@ -301,7 +306,7 @@ class TorchEngine:
         """The optimizer's part of `save_state` from tensors copied earlier; another thread may call it."""
         part = folder / "state"
         part.mkdir()
-        write_tensors(part / "optimizer.safetensors", tensors)
+        write_tensors(part / MOMENTS_NAME, tensors)
         (part / "engine.json").write_text(json.dumps(dict(facts), indent=1, sort_keys=True) + "\n")
 
     def load_state(self, model_id: str, folder: Path, *, optimizer: bool) -> tuple[str, ...]:
@@ -330,12 +335,7 @@ class TorchEngine:
         state.step, counter.step, counter.seed = (int(facts[key]) for key in ("optimizer_step", "counter_step", "seed"))
         # Where memory ran out before, the same pieces give the same bits again.
         model.passes.max_piece_tokens = facts.get("max_piece_tokens")
-        here = self.state_facts(model_id)
-        return tuple(
-            f"{key} was {facts.get(key)} when this was saved and is {here[key]} now; the last bits may differ"
-            for key in ("torch", "device", "dtype", "num_threads")
-            if facts.get(key) != here[key]
-        )
+        return differences(facts, self.state_facts(model_id))
 
     def _fitting_weights(self, model: _Model, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of (weight, stored value), everything checked and nothing changed."""
@@ -354,7 +354,7 @@ class TorchEngine:
         model = self._get(model_id)
         base = model.language_model.num_parameters
         state = model.optimizer
-        trained, remembered = (0, 0) if state is None else (state.flat.numel(), sum(m.numel() for m in state.moments()))
+        trained, remembered = (0, 0) if state is None else (state.num_parameters, state.num_remembered)
         return {
             "implementation": model.language_model.implementation,
             "base_parameters": base,
@@ -363,6 +363,7 @@ class TorchEngine:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "num_threads": self.num_threads,
+            "world_size": self.world_size,
             "context": model.language_model.max_position_embeddings,
         }
 

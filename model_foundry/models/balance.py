@@ -16,6 +16,7 @@ of rows, pieces or experts' weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,12 +49,14 @@ class RouterBalance:
     Attributes:
         slope: [E], what each token's probabilities gain as gradient; None outside a batch.
         num_tokens: of the piece at hand; what a pass computes beyond is filling, and does not count.
+        total: choices counted here to those of the whole batch, where other processes compute parts of it.
     """
 
     def __init__(self, coefficient: float, *, num_experts: int, num_layers: int) -> None:
         self.coefficient, self.num_experts, self.num_layers = coefficient, num_experts, num_layers
         self.slope: torch.Tensor | None = None
         self.num_tokens = 0
+        self.total: Callable[[torch.Tensor], torch.Tensor] = lambda choices: choices
         self._weight, self._num_pairs = 0.0, 0
         self._choices: torch.Tensor | None = None
         self._probabilities: torch.Tensor | None = None
@@ -71,6 +74,8 @@ class RouterBalance:
 
     def counted(self) -> None:
         """Every choice of the batch has been seen; passes from here on don't count again."""
+        if self._counts and self._choices is not None:
+            self._choices = self.total(self._choices)
         self._listening = self._counts = False
 
     def attach(self, probabilities: torch.Tensor) -> torch.Tensor:

@@ -245,19 +245,22 @@ class Decoder(nn.Module):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The base weights by Hugging Face name, experts one by one; packed ones are left out."""
+        for name, parameter, expert in self.named_weights():
+            yield name, parameter.detach() if expert is None else parameter.detach()[expert]
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+        """(Hugging Face name, the parameter that holds it, its number in a stack of experts)."""
         for name, parameter in self.named_parameters():
             if ".lora_" in name:
                 continue
             if name == "embed_tokens":
-                yield "model.embed_tokens.weight", parameter.detach()
+                yield "model.embed_tokens.weight", parameter, None
             elif name == "lm_head":
-                yield "lm_head.weight", parameter.detach()
+                yield "lm_head.weight", parameter, None
             elif parameter.ndim == 3:
-                yield from (
-                    (_of_expert(f"model.{name}", number), part) for number, part in enumerate(parameter.detach())
-                )
+                yield from ((_of_expert(f"model.{name}", each), parameter, each) for each in range(parameter.shape[0]))
             else:
-                yield f"model.{name}", parameter.detach()
+                yield f"model.{name}", parameter, None
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(cos, sin) for queries, with the attention scale 1/√D in them, and for keys: [N, 1, D / 2]."""

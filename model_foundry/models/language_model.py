@@ -322,10 +322,15 @@ def load_language_model(
     packing = choose_packing(quantization, torch.device(device))
     decoder = Decoder(shape, read_tensors(folder), dtype=dtype, device=device, packing=packing, where=str(folder))
     decoder.gradient_checkpointing = gradient_checkpointing
-    choice = choose_attention(attention, torch.device(device), dtype, attention_dropout=shape.attention_dropout)
-    decoder.attention = choice.chosen
-    level = logging.DEBUG if attention in ("auto", choice.chosen) else logging.WARNING
-    logger.log(level, "attention: %s (%s)", choice.chosen, choice.why)
+    set_attention(decoder, attention, device=torch.device(device), dtype=dtype)
     model = NativeModel(decoder)
     model.quantization = quantization
     return model
+
+
+def set_attention(decoder: Decoder, attention: Attention, *, device: torch.device, dtype: torch.dtype) -> None:
+    """The back end asked for, or what is taken instead, which is logged."""
+    choice = choose_attention(attention, device, dtype, attention_dropout=decoder.config.attention_dropout)
+    decoder.attention = choice.chosen
+    level = logging.DEBUG if attention in ("auto", choice.chosen) else logging.WARNING
+    logger.log(level, "attention: %s (%s)", choice.chosen, choice.why)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from model_foundry.engine.ranks import current
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -21,7 +23,8 @@ def leave_on_signals() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that whatever is open is closed in order."""
 
     def leave(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        if not _is_ending():
+            raise KeyboardInterrupt
 
     with _handling(leave):
         yield
@@ -33,6 +36,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
+        if _is_ending():
+            return
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
@@ -42,6 +47,12 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
     with _handling(ask):
         yield lambda: bool(asked)
+
+
+def _is_ending() -> bool:
+    """Whether another process of the run is gone: the launcher then stops the rest, which are about to say so."""
+    ranks = current()
+    return ranks is not None and ranks.broken
 
 
 @contextmanager

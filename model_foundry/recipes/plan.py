@@ -53,10 +53,10 @@ def try_longest_batch(engine: TorchEngine, model_id: str, work: Work) -> Trial:
 
 
 def predict_memory(work: Work, engine: TorchEngine, model_id: str, *, process_bytes: int) -> MemoryEstimate | None:
-    """The peak by part, from shapes alone; None for architectures that transformers runs."""
+    """The peak by part, from shapes alone; None for architectures that transformers runs, and for several processes."""
     raw = read_config(work.source.folder)
     config = work.config
-    if not is_native(raw) or engine.implementation == "transformers":
+    if not is_native(raw) or engine.implementation == "transformers" or engine.world_size > 1:
         return None
     shape = ModelConfig.from_hf(raw)
     batch = work.longest_batch()
@@ -98,6 +98,7 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
         "device": facts["device"],
         "dtype": facts["dtype"],
         "num_threads": facts["num_threads"],
+        "world_size": facts["world_size"],
         "base_parameters": facts["base_parameters"],
         "trained_parameters": facts["trained_parameters"],
         "data": work.data_summary(),
@@ -127,9 +128,10 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         return shape_text(plan)
     train = plan["data"]["train"]
     share = plan["trained_parameters"] / plan["base_parameters"]
+    processes = f"{plan['world_size']} processes, each with " if plan["world_size"] > 1 else ""
     lines = [
         f"model       {plan['model']} · {plan['base_parameters']:,} parameters · {plan['implementation']}, "
-        f"{plan['dtype']} on {plan['device']}, {plan['num_threads']} threads",
+        f"{plan['dtype']} on {plan['device']}, {processes}{plan['num_threads']} threads",
         f"trained     {plan['trained_parameters']:,} parameters ({share:.2%})",
         *(_text_lines(plan) if train.get("kind") == "text" else _row_lines(plan)),
         f"steps       {plan['steps']:,} · {plan['batches_per_epoch']:,} batches an epoch · "
@@ -139,7 +141,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         parts = [f"{name} {_size(size)}" for name, size in plan["memory"].items() if name != "total"]
         lines.append(f"memory      {_size(plan['memory']['total'])} predicted: {' · '.join(parts)}")
     else:
-        lines.append("memory      no prediction: transformers runs this architecture")
+        why = "several processes share the model" if plan["world_size"] > 1 else "transformers runs this architecture"
+        lines.append(f"memory      no prediction: {why}")
     pieces = plan["pieces_of_the_longest_batch"]
     split = f", in {pieces} pieces" if pieces > 1 else ""
     lines += [

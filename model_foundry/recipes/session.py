@@ -9,6 +9,8 @@ from typing import Any
 from model_foundry.client.local import TrainingClient
 from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
+from model_foundry.engine.ranks import current
+from model_foundry.engine.sharded_engine import ShardedEngine
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.memory import MemoryEstimate
 from model_foundry.recipes.gatekeeping import enforce
@@ -43,7 +45,9 @@ def open_session(work: Work) -> Session:
     """
     if work.gate is not None and isinstance(work.config, TrainConfig):
         enforce(work.gate, work.config)
-    engine = TorchEngine(**work.engine_options())
+    ranks = current()
+    options = work.engine_options()
+    engine = TorchEngine(**options) if ranks is None else ShardedEngine(ranks, **options)
     process_bytes = resident_memory_bytes()
     base_name = work.source.name if work.source.adapter is None else str(work.source.folder)
     model_id = engine.create_model(
