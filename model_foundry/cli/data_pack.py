@@ -39,6 +39,7 @@ def command(resolved: Resolved[PackConfig], *, as_json: bool, out: Path) -> int:
     from model_foundry.data.shards.plan import PackOptions, RendererSource
     from model_foundry.data.shards.reader import PackedShards
     from model_foundry.errors import UsageError
+    from model_foundry.models.finder import resolve_tokenizer
 
     config = resolved.config
     if config.source is None:
@@ -53,7 +54,7 @@ def command(resolved: Resolved[PackConfig], *, as_json: bool, out: Path) -> int:
         local_path(config.source),
         out,
         options,
-        RendererSource(_tokenizer_folder(config.model.name), config.model.template),
+        RendererSource(resolve_tokenizer(config.model.name), config.model.template),
         num_processes=config.processes,
         on_progress=_progress(),
         say=lambda line: click.echo(line, err=True),
@@ -65,16 +66,6 @@ def command(resolved: Resolved[PackConfig], *, as_json: bool, out: Path) -> int:
         for line in _lines(report, stats, out):
             click.echo(line)
     return 0
-
-
-def _tokenizer_folder(name: str) -> Path:
-    """The folder of the model's tokenizer, which may be there before there is a model."""
-    from model_foundry.models.finder import resolve_model
-
-    path = Path(name).expanduser()
-    if (path / "tokenizer.json").is_file() and not (path / "config.json").is_file():
-        return path
-    return resolve_model(name).folder
 
 
 def facts_of(report: PackReport, stats: ShardStats, out: Path) -> dict[str, Any]:

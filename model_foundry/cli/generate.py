@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from itertools import islice
@@ -87,8 +88,9 @@ def make_job(config: GenerateConfig, *, max_cost: float | None = None) -> Job:
 
     generation, rows, output = config.generation, config.rows, config.output
     ceiling = config.max_cost if max_cost is None else max_cost
-    if ceiling is not None and ceiling <= 0:
-        raise UsageError(f"--max-cost {ceiling:g} allows nothing", hint="Give a sum above 0, or --dry-run")
+    if ceiling is not None and not 0 < ceiling < math.inf:
+        what = "allows nothing" if ceiling <= 0 else "is no ceiling"
+        raise UsageError(f"--max-cost {ceiling:g} {what}", hint="Give a sum above 0, or --dry-run")
     recipe = make_recipe(config)
     filters = standard_filters(
         open_language(config.corpus.language, config.corpus.grammar),

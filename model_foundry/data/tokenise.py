@@ -31,12 +31,16 @@ def _no_rows() -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """A row that cannot be used: no answers in it, refused by the template, answers that it does not show, too long."""
+    """A row that cannot be used: no answers in it, refused by the template, answers that it does not show, too long.
+
+    `num_tokens` is its length where that is the problem, else 0.
+    """
 
     source: str
     what: str
     kind: ProblemKind
     hint: str | None = None
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +269,7 @@ class _Collector:
     def add_overlong(self, index: int, source: str, num_tokens: int, bound: str = "") -> None:
         if self._overlength == "error":
             what = f"{bound}{num_tokens:,} tokens, over data.max_length {self._max_length:,}"
-            self.problems.append(RowProblem(source, what, "overlong"))
+            self.problems.append(RowProblem(source, what, "overlong", num_tokens=num_tokens))
         else:
             self._drop(LostRow(index, source, f"longer than {self._max_length:,} tokens", num_tokens, True), bound)
 

@@ -96,6 +96,18 @@ def resolve_model(
     return finder.find(name.strip())
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """The folder of a model's tokenizer, for those who need no weights: these may not be there yet.
+
+    Raises:
+        ModelNotFoundError, ModelError: as `resolve_model`.
+    """
+    path = Path(name.strip()).expanduser()
+    if (path / "tokenizer.json").is_file() and not (path / "adapter_config.json").is_file():
+        return path
+    return resolve_model(name).folder
+
+
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

@@ -21,7 +21,7 @@ from model_foundry.data.rows import Row
 from model_foundry.data.tokenise import TokenisedSet
 from model_foundry.errors import CheckFailedError, ConfigError
 from model_foundry.evals.generation import Question, read_questions
-from model_foundry.models.finder import resolve_model
+from model_foundry.models.finder import resolve_tokenizer
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message
@@ -61,8 +61,8 @@ def read_subject(config: TrainConfig, *, now: datetime, on_progress: OnProgress 
     questions: Sequence[Question] = ()
     if config.evaluation.file is not None:
         questions = read_questions(config.evaluation.file, system=config.evaluation.system)
-    source = resolve_model(config.model.name)
-    renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
+    tokenizer = Tokenizer.load(resolve_tokenizer(config.model.name))
+    renderer = Renderer(tokenizer, config.model.template, now=now)
     return subject_of(config, reading, renderer, validation=validation, questions=questions, on_progress=on_progress)
 
 

@@ -272,6 +272,7 @@ def test_what_people_get_wrong_is_said_in_one_paragraph_and_sends_nothing(
         (("max_cost=null",), {}, ("no ceiling", "--max-cost")),
         (("--max-cost", "0.0001"), {}, ("does not allow even one request",)),
         (("--max-cost", "-1"), {}, ("allows nothing",)),
+        (("--max-cost", "nan"), {}, ("is no ceiling",)),
         (("corpus.roots=[]",), {}, ("no folder of code",)),
         (("corpus.roots=[/nowhere]",), {}, ("/nowhere",)),
         (("corpus.kinds=[method]", "corpus.min_lines=200", "corpus.max_lines=201"), {}, ("no code",)),

@@ -202,7 +202,7 @@ def rows_kept(subject: Subject) -> GateCheck:
         f"(data.max_length={subject.max_length})."
     )
     if count:
-        lengths = [*data.full_lengths.tolist(), *(row.num_tokens for row in lost)]
+        lengths = [*data.full_lengths.tolist(), *(row.num_tokens for row in (*lost, *problems))]
         most = int(np.quantile(lengths, _QUANTILE, method="higher"))
         evidence += f" data.max_length={most} would keep {share_text(_QUANTILE)} of the rows whole." if most else ""
     if count and not is_judged:

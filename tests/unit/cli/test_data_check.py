@@ -122,3 +122,9 @@ def test_progress_is_said_where_it_takes_longer_than_a_moment(capsys: pytest.Cap
         on_progress(0, 10)
         on_progress(10, 10)
     assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_is_enough_where_no_weights_are_needed(rows: Path, chatml_folder: Path) -> None:
+    """Prevents data from being judged only where a whole model lies."""
+    assert not (chatml_folder / "config.json").exists()
+    assert foundry_here("data", "check", rows, f"model={chatml_folder}").returncode == 0

@@ -174,6 +174,7 @@ def test_a_faulty_row_does_not_hide_the_ones_behind_it(tmp_path: Path) -> None:
         assert [record.value for record in found] == [{"a": 1}, None, {"a": 2}]
 
 
+@pytest.mark.slow
 def test_a_long_line_is_read_and_one_beyond_the_bound_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, wrap, num_words in (("a.jsonl", b"%s\n", 10_000_000), ("a.json", b"[%s]", 1_000_000)):
         row = b'{"text": "' + b"word " * num_words + b'"}'
@@ -296,6 +297,7 @@ def pieces(data: bytes, size: int) -> Iterator[bytes]:
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from([*CONTAINERS, ".jsonl.gz", ".csv.zst", ".txt"]), st.integers(0), st.binary(max_size=3))
+@pytest.mark.slow
 def test_damage_of_any_kind_is_a_problem_and_never_a_traceback(suffix: str, place: int, what: bytes) -> None:
     """Prevents one flipped byte of a Parquet file from ending in a UnicodeDecodeError."""
     data = CONTAINERS.get(suffix, as_jsonl if "jsonl" in suffix else as_csv)(ROWS)
@@ -308,6 +310,7 @@ def test_damage_of_any_kind_is_a_problem_and_never_a_traceback(suffix: str, plac
 
 
 @given(st.lists(JSON_VALUES, max_size=6), st.integers(1, 40), st.sampled_from([None, 1]))
+@pytest.mark.slow
 def test_the_elements_of_a_list_do_not_depend_on_where_it_is_cut(values: list[Any], size: int, indent: int) -> None:
     """Prevents a string, an escape or a number that straddles two chunks from being read as two."""
     data = json.dumps(values, ensure_ascii=False, indent=indent).encode()

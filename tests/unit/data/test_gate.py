@@ -413,6 +413,7 @@ said = st.text(characters, min_size=1, max_size=40).filter(lambda text: not text
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(said, said), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_whatever_people_write_is_no_fault(gate: Gate, turns: list[tuple[str, str]]) -> None:
     """Prevents a refusal for odd characters alone: what is trained is the answer, whatever it is made of."""
     report = gate.judge([chat(f"Say {asked}", f"So: {answered}") for asked, answered in turns])
@@ -469,3 +470,13 @@ def test_the_verdict_is_json_with_value_bound_and_rows(gate: Gate) -> None:
     assert failed["examples"][0]["where"].endswith("rows.jsonl:11")
     assert failed["examples"][0]["excerpt"] == "Who is there?"
     assert values["facts"]["rows"] == 31
+
+
+def test_the_length_that_is_advised_would_keep_the_long_rows(gate: Gate) -> None:
+    """Prevents advice by the short rows alone where long ones are errors: a smaller max_length than the present one."""
+    rows = [*conversations(20), *(chat("Long?", sentence(n, 400)) for n in range(10))]
+    for overlength in ("drop", "error"):
+        report = gate.judge(rows, max_length=64, overlength=overlength)
+        (check,) = [check for check in report.failed if check.name == "rows_kept"]
+        advised = int(check.evidence.split("data.max_length=")[2].split(" ")[0])
+        assert gate.judge(rows, max_length=advised, overlength=overlength).passed

@@ -49,6 +49,7 @@ def test_a_model_that_forgot_is_worse() -> None:
     assert result.verdict == "worse"
 
 
+@pytest.mark.slow
 def test_change_without_learning_is_called_progress_no_more_often_than_stated() -> None:
     """Answers that merely differ improve on many questions by luck; counting those alone calls any change progress.
 
