@@ -252,8 +252,9 @@ class ShardedEngine(TorchEngine):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
             raise OutOfMemoryError(
-                f"memory ran out ({error})", hint="Use more processes, or smaller batches."
+                f"memory ran out ({said})", hint="Use more processes, or smaller batches."
             ) from error
 
     def _held_model(self, model_id: str) -> _Model:
