@@ -1,9 +1,12 @@
-"""`foundry chat MODEL|RUN`: talk to a model, or ask it once with prompt=…."""
+"""`foundry chat MODEL|RUN|URL`: talk to a model, or ask it once with prompt=…."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from typing import Protocol
 
 import click
 
@@ -12,15 +15,20 @@ from model_foundry.config.load import Resolved
 from model_foundry.config.schema import ChatConfig
 
 
-@click.command(help="Talk to a model or a run; prompt=TEXT asks once. Lines on standard input are turns of one talk.")
-@takes_config(ChatConfig, subject="model.name")
-def command(resolved: Resolved[ChatConfig], *, as_json: bool) -> int:
-    from model_foundry.recipes.conversation import open_conversation
-    from model_foundry.run.logs import run_logging
+class Talk(Protocol):
+    """A conversation, here or on a server."""
 
+    def say(self, text: str) -> Iterator[str]: ...
+
+
+@click.command(
+    help="Talk to a model, a run or a server's URL; prompt=TEXT asks once. Lines on standard input are turns of one "
+    "talk. A server's key is FOUNDRY_API_KEY; http://HOST:PORT#NAME chooses one of its models."
+)
+@takes_config(ChatConfig, subject="model.name", subject_name="MODEL|RUN|URL")
+def command(resolved: Resolved[ChatConfig], *, as_json: bool) -> int:
     config = resolved.config
-    with run_logging(level="warning"):
-        talk = open_conversation(config)
+    talk = _open(config)
     if config.prompt is not None:
         if as_json:
             answer = "".join(talk.say(config.prompt))
@@ -41,6 +49,21 @@ def command(resolved: Resolved[ChatConfig], *, as_json: bool) -> int:
             click.echo(json.dumps({"prompt": line, "answer": "".join(talk.say(line)), "model": config.model.name}))
         else:
             _print_stream(talk.say(line))
+
+
+def _open(config: ChatConfig) -> Talk:
+    if config.model.name.startswith(("http://", "https://")):
+        from model_foundry.server.remote_chat import RemoteConversation
+
+        options = {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
+        options["max_tokens"] = config.max_new_tokens
+        key = os.environ.get("FOUNDRY_API_KEY", "").strip() or None
+        return RemoteConversation(config.model.name, key=key, system=config.system, options=options)
+    from model_foundry.recipes.conversation import open_conversation
+    from model_foundry.run.logs import run_logging
+
+    with run_logging(level="warning"):
+        return open_conversation(config)
 
 
 def _read_line(prompt: str) -> str | None:

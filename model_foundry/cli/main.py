@@ -21,7 +21,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("model_foundry.cli.train:command", "Fine-tune a model, and prove that it improved."),
     "resume": ("model_foundry.cli.resume:command", "Go on with a run where its last checkpoint left it."),
     "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
-    "chat": ("model_foundry.cli.chat:command", "Talk to a model or a run."),
+    "chat": ("model_foundry.cli.chat:command", "Talk to a model, a run or a server."),
+    "serve": ("model_foundry.cli.serve:command", "Serve a model over HTTP: /generate, OpenAI's API, a page."),
     "export": ("model_foundry.cli.export:command", "Hand a trained model over, measured before it is accepted."),
     "service": (
         "model_foundry.cli.service:command",

@@ -7,6 +7,7 @@ from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import ChatConfig, EvaluateConfig, TrainConfig
 from model_foundry.config.section import Section
+from model_foundry.config.serve import ServeConfig
 from model_foundry.config.service import ServiceConfig
 
 METHOD_SCHEMAS: dict[str, type[TrainConfig] | type[ExperimentConfig]] = {
@@ -22,6 +23,7 @@ COMMAND_SCHEMAS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "service": ServiceConfig,
     "data pack": PackConfig,
 }

@@ -246,6 +246,10 @@ class TorchEngine:
     ) -> tuple[SampledSequence, ...]:
         return collect(self.stream(model_id, prompts, params), len(prompts), params)
 
+    def language_model(self, model_id: str) -> LanguageModel:
+        """The model itself, for what computes with it otherwise than the nine verbs do."""
+        return self._get(model_id).language_model
+
     def trained_tensors(self, model_id: str) -> dict[str, torch.Tensor]:
         """What training changes, float32, by name in the files: live views, not copies."""
         model = self._get(model_id)

@@ -1,7 +1,7 @@
 """Turn a GGUF file into a Hugging Face folder, through transformers, and mend what that loses.
 
-The work is done in a child process (`python -m model_foundry.models.gguf SOURCE FOLDER`): transformers' memory and
-global state stay out of the caller. What a plain conversion loses or hides, and this one does not:
+The work is done in a child process (`python -m model_foundry.models.gguf SOURCE FOLDER [--tokenizer]`): transformers'
+memory and global state stay out of the caller. What a plain conversion loses or hides, and this one does not:
 the top-level `rope_theta`; rope scaling; the vocabulary's own way of splitting digits; readable file modes; a tokenizer
 class that older readers know; the exact values (the stored dtype is the smallest that holds every one of them).
 It does not know where files come from.
@@ -41,8 +41,8 @@ GPT2_SPLIT = ("gpt-2", "gpt2", "mpt", "olmo", "jais", "phi-2", "default")
 TIMEOUT_S = 3600.0
 
 
-def convert_gguf(source: Path, folder: Path) -> dict[str, Any]:
-    """Fill an existing, empty folder from a GGUF file.
+def convert_gguf(source: Path, folder: Path, *, weights: bool = True) -> dict[str, Any]:
+    """Fill an existing, empty folder from a GGUF file; without `weights`, with the tokenizer alone.
 
     Returns:
         What is worth keeping about the conversion: architecture, stored types, dtype, pre-tokenizer, notes.
@@ -58,6 +58,7 @@ def convert_gguf(source: Path, folder: Path) -> dict[str, Any]:
         "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     command = [sys.executable, "-m", "model_foundry.models.gguf", str(source.resolve()), str(folder.resolve())]
+    command += [] if weights else ["--tokenizer"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         try:
             child = subprocess.run(
@@ -77,6 +78,16 @@ def convert_gguf(source: Path, folder: Path) -> dict[str, Any]:
     last = tail.splitlines()[-1] if tail else f"exit status {child.returncode}"
     what = answer.get("error", f"converting it failed ({last})")
     raise ModelError(what, where=str(source), hint=answer.get("hint") or "It may be damaged: fetch it again.")
+
+
+def _convert_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    facts = _read_facts(source)
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+    notes = _mend_tokenizer(folder, facts["pre_tokenizer"], None)
+    return {"architecture": facts["architecture"], "pre_tokenizer": facts["pre_tokenizer"], "notes": notes}
 
 
 def _convert(source: Path, folder: Path) -> dict[str, Any]:
@@ -221,7 +232,8 @@ def main(arguments: list[str]) -> int:
     """Child side: prints one JSON line, `{"made": …}` or `{"error": …, "hint": …}`."""
     source, folder = Path(arguments[0]), Path(arguments[1])
     try:
-        answer = {"made": _convert(source, folder)}
+        convert = _convert_tokenizer if "--tokenizer" in arguments[2:] else _convert
+        answer = {"made": convert(source, folder)}
     except FoundryError as error:
         answer = {"error": error.what, "hint": error.hint}
     except ImportError as error:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from model_foundry.config.schema import ChatConfig, ModelSection
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import RunError
 from model_foundry.models.finder import resolve_model
 from model_foundry.rendering import Renderer
-from model_foundry.run.directory import RunDirectory, is_run, utc_now
+from model_foundry.run.trained import run_of as run_of
+from model_foundry.run.trained import stored_section as stored_section
+from model_foundry.run.trained import trained_model_fields
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message, SampledSequence, SamplingParams
 
@@ -92,37 +91,10 @@ def open_conversation(config: ChatConfig) -> Conversation:
     return Conversation(reader.engine, reader.model_id, reader.renderer, config)
 
 
-def run_of(name: str) -> Path | None:
-    """The run that `model.name` names, or that the checkpoint or adapter which it names lies in; else None."""
-    path = Path(name).expanduser()
-    return next((each for each in (path, *path.parents[:3]) if is_run(each)), None)
-
-
 def as_trained(section: ModelSection) -> tuple[ModelSection, datetime]:
     """The section with what it leaves open as the run that it names was trained, and the date that run's template saw.
 
     The same compute type as in training gives the answers that its report shows.
     """
-    run = run_of(section.name)
-    if run is None:
-        return section, utc_now()
-    facts = RunDirectory.read(run).facts
-    stored, started_in = stored_section(facts, "model")
-    open_fields = {"dtype", "implementation", "quantization", "template"} - section.model_fields_set
-    update = {name: value for name, value in stored.items() if name in open_fields}
-    if str(update.get("template", "")).endswith(".jinja"):
-        update["template"] = str(started_in / update["template"])
-    now = datetime.fromisoformat(facts["now"]) if "now" in facts else utc_now()
-    return section.model_copy(update=update), now
-
-
-def stored_section(facts: Mapping[str, Any], section: str) -> tuple[dict[str, Any], Path]:
-    """A section of the configuration that a run's record holds, and the folder that its relative paths mean.
-
-    Raises:
-        RunError: the record lacks them.
-    """
-    try:
-        return dict(facts["config"][section]), Path(facts["receipt"]["working_directory"])
-    except (KeyError, TypeError) as error:
-        raise RunError(f"the run's record lacks {error}", where="run.json") from error
+    fields, now = trained_model_fields(section.name)
+    return section.model_copy(update={k: v for k, v in fields.items() if k not in section.model_fields_set}), now

@@ -1,0 +1,141 @@
+"""Adapters that come and go while the server runs: by an admin's word, or as the run that is served trains on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from model_foundry.checkpoint.store import CheckpointStore
+from model_foundry.errors import ArchitectureMismatchError, FoundryError, ModelError
+from model_foundry.models.finder import resolve_model
+from model_foundry.models.folder import fingerprint
+from model_foundry.models.runs import checkpoint_of_run, checkpoint_part
+from model_foundry.rendering import Renderer
+from model_foundry.run.trained import trained_model_fields
+from model_foundry.server.backends.base import Backend
+from model_foundry.server.catalog import Catalog, ServedModel
+from model_foundry.server.problems import Problem
+from model_foundry.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def find_adapter(name: str, base: Path, *, pull: bool) -> Path:
+    """The PEFT folder that a run, checkpoint or adapter folder stands for.
+
+    Raises:
+        ModelError: it holds none, or cannot be read. ArchitectureMismatchError: it is for another base.
+    """
+    source = resolve_model(name, pull=pull)
+    if source.adapter is None:
+        raise ModelError("it holds no adapter", where=name, hint="Serve it as the model instead.")
+    if source.folder != base and fingerprint(source.folder) != fingerprint(base):
+        raise ArchitectureMismatchError("it was trained on another base than the one that is served", where=name)
+    return source.adapter
+
+
+def renderer_for(name: str, tokenizer: Tokenizer, fallback: Renderer) -> Renderer:
+    """The renderer of the run that trained `name`; the base's where no run did."""
+    fields, now = trained_model_fields(name)
+    return Renderer(tokenizer, str(fields["template"]), now=now) if "template" in fields else fallback
+
+
+class AdapterShelf:
+    """The adapters of one folder, and what of them is served."""
+
+    def __init__(self, backend: Backend, catalog: Catalog, *, base: Path | None, folder: Path | None) -> None:
+        self._backend, self._catalog, self._base, self._folder = backend, catalog, base, folder
+        self._lock = asyncio.Lock()
+
+    def served(self) -> list[str]:
+        return [model.name for model in self._catalog if model.adapter is not None]
+
+    def available(self) -> dict[str, Path]:
+        """Name -> folder, of what lies in the folder itself: links and what begins with a dot are left out."""
+        if self._folder is None:
+            return {}
+        try:
+            entries = list(os.scandir(self._folder))
+        except OSError as error:
+            raise Problem(500, "the adapter folder cannot be read", code="internal_error") from error
+        return {
+            entry.name: Path(entry.path)
+            for entry in entries
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+        }
+
+    async def add(self, name: str, folder: str) -> None:
+        """Serve the adapter in `folder` as `name`.
+
+        Raises:
+            Problem: the name is taken, or there is no such folder. ModelError: the adapter does not fit.
+        """
+        async with self._lock:
+            if name in self._catalog:
+                raise Problem(409, "a model of this name is served already", param="name", code="name_taken")
+            path = self.available().get(folder)
+            if path is None or self._base is None:
+                raise Problem(404, "there is no such adapter folder", param="folder", code="adapter_not_found")
+            adapter = await asyncio.to_thread(find_adapter, str(path), self._base, pull=False)
+            base = next(model for model in self._catalog if model.adapter is None)
+            renderer = await asyncio.to_thread(renderer_for, str(path), base.renderer.tokenizer, base.renderer)
+            await self._backend.add_adapter(name, adapter)
+            self._catalog.put(ServedModel(name, renderer, adapter=name, parent=base.name, removable=True))
+
+    async def remove(self, name: str) -> None:
+        """Requests that use it end undisturbed. Raises: Problem."""
+        async with self._lock:
+            if name not in self._catalog:
+                raise Problem(404, "no adapter of this name is served", param="name", code="model_not_found")
+            model = self._catalog.find(name)
+            if not model.removable or model.adapter is None:
+                raise Problem(409, "this model was given at the start and stays", param="name", code="not_removable")
+            self._catalog.remove(name)
+            await self._backend.remove_adapter(model.adapter)
+
+
+class Follower:
+    """Keeps a served name at the newest checkpoint of a run that is being trained."""
+
+    def __init__(self, run: Path, name: str, backend: Backend, catalog: Catalog, *, every_seconds: float) -> None:
+        self._run, self._name, self._backend, self._catalog = run, name, backend, catalog
+        self._every = every_seconds
+        self._seen = _newest(run)
+
+    async def run(self, until: Callable[[], bool]) -> None:
+        """Look again and again. A checkpoint that cannot be used is said, and the one before stays."""
+        while not until():
+            await asyncio.sleep(self._every)
+            try:
+                await self.look()
+            except (FoundryError, OSError) as error:
+                logger.warning("the newest checkpoint of %s is not served: %s", self._name, error)
+
+    async def look(self) -> bool:
+        """Whether there was a newer one, which is served from now on."""
+        newest = await asyncio.to_thread(_newest, self._run)
+        if newest is None or newest == self._seen:
+            return False
+        self._seen = newest
+        checkpoint, _ = await asyncio.to_thread(checkpoint_of_run, self._run)
+        part = checkpoint_part(checkpoint)
+        if part is None or part.name != "adapter":
+            raise ModelError("only adapters can be followed", where=str(checkpoint))
+        old = self._catalog.find(self._name)
+        adapter = f"{self._name}@{newest}"
+        await self._backend.add_adapter(adapter, part)
+        self._catalog.put(replace(old, adapter=adapter, note=checkpoint.name))
+        if old.adapter is not None:
+            await self._backend.remove_adapter(old.adapter)
+        logger.info("%s is now %s", self._name, checkpoint.name)
+        return True
+
+
+def _newest(run: Path) -> str | None:
+    """Name and digest of the newest checkpoint, without reading its contents."""
+    found = CheckpointStore(run / "checkpoints").list()
+    return f"{found[-1].name}-{found[-1].manifest.digest[:8]}" if found else None

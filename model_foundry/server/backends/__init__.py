@@ -1,0 +1,1 @@
+"""What computes: one token stream a request, whoever makes it."""

@@ -1,0 +1,201 @@
+"""The llama.cpp back end: a GGUF file, asked with token ids through llama.cpp's own server code, in this process.
+
+llama.cpp batches by itself. A thread waits for each answer; the places that `Admission` gives out bound their number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from model_foundry.errors import MissingExtraError, ModelError
+from model_foundry.models.cache import entry_folder, fill, usable
+from model_foundry.models.gguf import convert_gguf
+from model_foundry.models.hashes import file_sha256
+from model_foundry.server.backends.base import BackendError, Piece, PromptRefusedError, TokenProb, TokenRequest
+
+logger = logging.getLogger(__name__)
+
+
+def is_installed() -> bool:
+    """Whether this Python has llama.cpp."""
+    return find_spec("xllamacpp") is not None
+
+
+class LlamaCppBackend:
+    """A GGUF file.
+
+    Args:
+        context: most tokens of prompt and answer together, for each of `num_slots` answers.
+
+    Raises:
+        ModelError: llama.cpp refuses the file. MissingExtraError: it is not installed.
+    """
+
+    kind = "llama.cpp"
+
+    def __init__(self, path: Path, *, context: int, num_slots: int, num_threads: int | None = None) -> None:
+        try:
+            library: Any = import_module("xllamacpp")  # compiled, so no type is known
+        except ImportError as error:
+            raise MissingExtraError("xllamacpp", "gguf") from error
+        parameters: Any = library.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx = context * num_slots
+        parameters.n_parallel = num_slots
+        parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
+        parameters.warmup = False
+        parameters.verbosity = -1
+        self.path, self.context, self.num_slots = path, context, num_slots
+        try:
+            self._server: Any = library.Server(parameters)
+        except RuntimeError as error:
+            hint = "It may be cut short or damaged: compare its size, or fetch it again."
+            raise ModelError(f"llama.cpp does not load it ({error})", where=str(path), hint=hint) from error
+        self._threads = ThreadPoolExecutor(num_slots, thread_name_prefix="foundry-llama")
+        self._closed = False
+
+    async def stream(self, request: TokenRequest) -> AsyncGenerator[Piece, None]:
+        loop = asyncio.get_running_loop()
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        stopped = False
+
+        def on_answer(answer: Any) -> bool:
+            loop.call_soon_threadsafe(answers.put_nowait, answer)
+            return stopped or self._closed  # true ends it
+
+        def ask() -> None:
+            try:
+                self._server.handle_completions(_asked(request), on_answer)
+            except Exception as error:
+                loop.call_soon_threadsafe(answers.put_nowait, error)
+            loop.call_soon_threadsafe(answers.put_nowait, None)
+
+        running = loop.run_in_executor(self._threads, ask)
+        counted = 0
+        try:
+            while (answer := await answers.get()) is not None:
+                piece = _piece(answer, request, counted)
+                counted += piece.num_tokens
+                yield piece
+                if piece.finish is not None:
+                    return
+            raise BackendError("llama.cpp ended without a reason", where=str(self.path))
+        finally:
+            stopped = True
+            await asyncio.shield(running)  # the place is free when the thread is
+
+    async def add_adapter(self, name: str, folder: Path) -> None:
+        hint = "Export it merged (foundry export RUN --to gguf), or serve the base with backend=torch."
+        raise ModelError("a GGUF file is served without further adapters", where=name, hint=hint)
+
+    async def remove_adapter(self, name: str) -> None:
+        raise ModelError("a GGUF file is served without further adapters", where=name)
+
+    def alive(self) -> bool:
+        return not self._closed
+
+    def gauges(self) -> dict[str, int]:
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.kind, "context": self.context}
+
+    def close(self) -> None:
+        self._closed = True
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _asked(request: TokenRequest) -> dict[str, Any]:
+    """The request in llama.cpp's words. Its own extra samplers are switched off: only what was asked for counts."""
+    asked = {
+        "prompt": [int(token) for token in request.prompt],
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": 0.0,
+        "repeat_penalty": 1.0,
+        "seed": request.seed,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if request.top_logprobs is not None:
+        asked |= {"logprobs": max(1, request.top_logprobs), "n_probs": max(1, request.top_logprobs)}
+    return asked
+
+
+def _piece(answer: Any, request: TokenRequest, counted: int) -> Piece:
+    if isinstance(answer, Exception):
+        raise BackendError(f"llama.cpp failed ({answer})")
+    if "error" in answer:
+        error = answer["error"]
+        refused = error.get("code") == 400
+        raise (PromptRefusedError if refused else BackendError)(f"llama.cpp: {error.get('message', 'no reason given')}")
+    choice = answer["choices"][0]
+    finish, usage = choice.get("finish_reason"), answer.get("usage") or {}
+    tokens = _probabilities(choice, request)
+    if finish is None:
+        return Piece(choice["text"], max(1, len(tokens)), tokens)
+    # What it computed but did not send as pieces (half characters, the end-of-turn token) is in its own count.
+    left = max(0, int(usage.get("completion_tokens", counted)) - counted)
+    cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
+    return Piece(choice["text"], left, tokens, finish, cached)
+
+
+def _probabilities(choice: Any, request: TokenRequest) -> tuple[TokenProb, ...]:
+    if request.top_logprobs is None:
+        return ()
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    return tuple(
+        TokenProb(
+            int(entry["id"]),
+            float(entry["logprob"]),
+            tuple((int(top["id"]), float(top["logprob"])) for top in entry["top_logprobs"][: request.top_logprobs]),
+        )
+        for entry in entries
+    )
+
+
+def tokenizer_of(path: Path) -> Path:
+    """The folder of a GGUF file's own tokenizer and chat template, from the cache or made now.
+
+    Raises:
+        ModelError: the file is damaged, or its tokenizer is of a kind that cannot be read.
+    """
+    digest = file_sha256(path)
+    key = f"gguf-tokenizer-{digest[:24]}"
+    entry = usable(entry_folder(key))
+    if entry is None:
+
+        def convert(folder: Path) -> dict[str, Any]:
+            made = convert_gguf(path, folder, weights=False)
+            return {"source": "gguf", "file": path.name, "sha256": digest, "conversion": made}
+
+        entry = fill(key, f"the tokenizer of {path.name} ({digest[:8]})", convert, say=logger.info, home=None)
+    return entry.folder
+
+
+def context_of(path: Path, *, most: int) -> int:
+    """The context to serve a GGUF file with: its own, or `most` where that is less.
+
+    Raises:
+        ModelError: the file cannot be read. MissingExtraError: the package gguf is missing.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingExtraError("gguf", "gguf") from error
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        return min(int(reader.fields[f"{architecture}.context_length"].contents()), most)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ModelError(f"it is damaged, or no GGUF file ({error})", where=str(path)) from error

@@ -1,0 +1,68 @@
+"""Server-sent events, and waiting for an answer while watching whether anybody still waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from model_foundry.server.problems import Problem, speaks_openai
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGoneError(Exception):
+    """Nobody reads the answer any more."""
+
+
+def event(value: Any) -> bytes:
+    """One event with a JSON value."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. The body must have been read.
+
+    Raises:
+        ClientGoneError: it went away.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+def stream(request: Request, events: AsyncIterator[bytes]) -> StreamingResponse:
+    """A response of these events; an error on the way becomes the last one."""
+    return StreamingResponse(
+        _with_last_words(request.url.path, events), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+    )
+
+
+async def _with_last_words(path: str, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        async for each in events:
+            yield each
+    except Problem as problem:
+        yield event(
+            problem.as_openai() if speaks_openai(path) else {"error": problem.message, "status": problem.status}
+        )
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
