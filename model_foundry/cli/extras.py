@@ -9,7 +9,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "generate": ("anthropic", "httpx"),
     "gguf": ("gguf", "ollama", "xllamacpp"),
     "quant": ("bitsandbytes",),
-    "serve": ("fastapi", "httpx", "prometheus_client", "uvicorn"),
+    "serve": ("fastapi", "h11", "httpx", "prometheus_client", "starlette", "uvicorn"),
     "service": ("fastapi", "google.protobuf", "sqlalchemy", "uvicorn", "zstandard"),
     "track": ("tensorboard", "wandb", "mlflow"),
 }

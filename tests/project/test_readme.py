@@ -41,6 +41,8 @@ def resolve(words: list[str]) -> tuple[click.Command, list[str]]:
         # A group that is given an override does what its verb `run` does.
         words = ["run", *words] if "=" in words[0] else words
         child = command.get_command(context, words[0])
+        if child is None and command.invoke_without_command:
+            return command, words  # `foundry serve MODEL`, beside `foundry serve keys`
         assert child is not None, (
             f"no verb {words[0]!r} under {command.name}; there are {command.list_commands(context)}"
         )
