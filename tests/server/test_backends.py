@@ -32,7 +32,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     """A float32 GGUF and the adapter that it was merged from. The cache of converted tokenizers is the test's own."""
     folder = tmp_path_factory.mktemp("gguf")
     subject = make_subject(folder)
-    export(subject, folder / "out", kind="gguf", dtype=None, quant="f32", say=lambda _: None)
+    export(subject, folder / "out", kind="gguf", quants=["f32"])
     before = os.environ.get("FOUNDRY_HOME")
     os.environ["FOUNDRY_HOME"] = str(folder / "home")
     yield next((folder / "out").glob("*.gguf")), folder / "final" / "adapter"
