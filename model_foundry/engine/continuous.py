@@ -29,7 +29,7 @@ from model_foundry.engine.continuous_cache import (
     SegmentStore,
     segments_for,
 )
-from model_foundry.engine.continuous_decoder import Adapted, BatchedDecoder, Pass, Span
+from model_foundry.engine.continuous_decoder import ANSWER_ROWS, Adapted, BatchedDecoder, Pass, Span
 from model_foundry.engine.sampling import check_params, check_prompts, choose, random_sources
 from model_foundry.errors import EngineError
 from model_foundry.models.language_model import LanguageModel, NativeModel
@@ -39,8 +39,6 @@ BLOCKS_BESIDE_ANSWERS = 4
 """Blocks of prompts in a step while answers wait for their next token."""
 BLOCKS_ALONE = 16
 """And while none does."""
-ANSWER_ROWS = 16
-"""Answers in a piece of the invariant mode: as many as cost little more than one where bfloat16 is native."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,8 @@ class ContinuousBatch:
     """Requests join and leave a running batch. Not thread-safe: one thread calls it.
 
     Args:
-        model: a native one without an adapter of its own; nothing else may change its weights meanwhile.
+        model: a native one without an adapter of its own; nothing else may change its weights meanwhile. The linear
+            layers are kept a second time, joined and in the order that few rows are multiplied fastest in.
         device: where the model is.
         max_sequences: how many are computed together; more wait.
         max_cache_tokens: keys and values kept, of running sequences and remembered prompts; the memory is taken when
@@ -102,7 +101,8 @@ class ContinuousBatch:
         invariant: the same bits in every company; default on a CPU.
 
     Raises:
-        EngineError: transformers runs the model, it carries an adapter, or the sizes mean nothing.
+        EngineError: transformers runs the model, it carries an adapter, the sizes mean nothing, or this machine's
+            products cannot be made invariant.
     """
 
     def __init__(

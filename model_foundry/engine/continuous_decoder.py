@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from model_foundry.engine.continuous_adapters import ServedAdapter
 from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
+from model_foundry.engine.continuous_products import Product, check_places
 from model_foundry.models.attention import rotate
 from model_foundry.models.decoder import Decoder, DecoderLayer
 from model_foundry.models.experts import ExpertMLP
@@ -27,8 +28,9 @@ from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import gated
 from model_foundry.models.packing import PackedLinear
 
-EXPERT_ROWS = 16
-"""Rows of one expert's product in the invariant mode."""
+ANSWER_ROWS = 16
+"""Answers in a piece of the invariant mode, and rows of one expert's product: as many as cost little more than one
+where bfloat16 is native."""
 
 Adapted = Sequence[tuple[ServedAdapter, torch.Tensor | None]]
 """Adapters of a piece's rows: (adapter, bool [R, 1] of its rows; None: all of them)."""
@@ -68,19 +70,19 @@ class _Projection:
 
     def __init__(self, layers: Sequence[Linear], names: Sequence[str], dtype: torch.dtype) -> None:
         self.names = names
-        self.sizes = [layer.shape[0] for layer in layers]
+        self.sizes, self.num_in = [layer.shape[0] for layer in layers], layers[0].shape[1]
         self._layers = layers
-        self._weight: torch.Tensor | None = None
-        if not any(isinstance(layer, PackedLinear) for layer in layers):
-            self._weight = torch.cat([layer.matrix.detach().to(dtype) for layer in layers]).contiguous()
+        self.product: Product | None = None
         biases = [torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias.detach() for layer in layers]
         has_bias = any(layer.bias is not None for layer in layers)
         self._bias = torch.cat([bias.to(layers[0].device, dtype) for bias in biases]) if has_bias else None
+        if not any(isinstance(layer, PackedLinear) for layer in layers):
+            self.product = Product(torch.cat([layer.matrix.detach().to(dtype) for layer in layers]), self._bias)
 
     def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         """x [R, in] → [R, sum of out]."""
-        if self._weight is not None:
-            out = functional.linear(x, self._weight, self._bias)
+        if self.product is not None:
+            out = self.product(x)
         else:
             out = torch.cat([layer.product(x) for layer in self._layers], dim=1)
             out = out if self._bias is None else out + self._bias
@@ -96,11 +98,12 @@ class _Projection:
 
 
 class _Experts:
-    """The router and its experts, expert by expert; in the invariant mode each product has `EXPERT_ROWS` rows."""
+    """The router and its experts, expert by expert; in the invariant mode each product has `ANSWER_ROWS` rows."""
 
     def __init__(self, mlp: ExpertMLP, name: str, *, invariant: bool) -> None:
         self.mlp, self.name, self.invariant = mlp, name, invariant
         self.router = _Projection([mlp.gate], [f"{name}.gate"], mlp.gate.matrix.dtype)
+        self.projections = (self.router,)
 
     def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         """x [R, D] → [R, D]."""
@@ -112,7 +115,7 @@ class _Experts:
         slots = x.new_zeros(*chosen.shape, x.shape[1])
         for expert in chosen.unique().tolist():
             rows, slot = (chosen == expert).nonzero(as_tuple=True)
-            size = EXPERT_ROWS if self.invariant else len(rows)
+            size = ANSWER_ROWS if self.invariant else len(rows)
             for first in range(0, len(rows), size):
                 some = rows[first : first + size]
                 slots[some, slot[first : first + size]] = self._expert(expert, x, some, size, adapted)
@@ -143,6 +146,7 @@ class _GatedMLP:
         self.activation = mlp.activation
         self.inner = _Projection([mlp.gate_proj, mlp.up_proj], [f"{name}.gate_proj", f"{name}.up_proj"], dtype)
         self.outer = _Projection([mlp.down_proj], [f"{name}.down_proj"], dtype)
+        self.projections = (self.inner, self.outer)
 
     def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         gate, up = self.inner(x, adapted).chunk(2, dim=1)
@@ -160,12 +164,12 @@ class _Layer:
         self.out = _Projection([attn.o_proj], [f"{name}.self_attn.o_proj"], dtype)
         self.norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
         self.head_norms: Any = (attn.q_norm, attn.k_norm) if layer.config.qk_norm else None
-        is_sparse = isinstance(layer.mlp, ExpertMLP)
-        self.mlp: Any = (
-            _Experts(layer.mlp, f"{name}.mlp", invariant=invariant)  # pyright: ignore[reportArgumentType]
-            if is_sparse
+        self.mlp = (
+            _Experts(layer.mlp, f"{name}.mlp", invariant=invariant)
+            if isinstance(layer.mlp, ExpertMLP)
             else _GatedMLP(layer.mlp, f"{name}.mlp", dtype)
         )
+        self.projections = (self.qkv, self.out, *self.mlp.projections)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +206,19 @@ class BatchedDecoder:
         # From a table, or a position's cosine would depend on its place in a vector of them.
         _, _, self.cos, self.sin = decoder.rope(torch.arange(num_positions, device=self.device))
         self.scale = 1.0 / config.head_dim**0.5
+        self.head = Product(decoder.head_weight.to(self.dtype))
+        if invariant:
+            self._check_places()
+
+    def _check_places(self) -> None:
+        """Raises EngineError where one of the model's products is not the same in every row; each shape once."""
+        projections = [part for layer in self.layers for part in layer.projections]
+        products = {(sum(part.sizes), part.num_in): part.product for part in projections if part.product is not None}
+        products[self.head.shape] = self.head
+        drawn = torch.Generator().manual_seed(0)
+        for (_, num_in), product in products.items():
+            x = torch.randn(ANSWER_ROWS, num_in, generator=drawn)
+            check_places(product, x.to(self.device, self.dtype))
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """The first tokens of a segment into another."""
@@ -231,7 +248,7 @@ class BatchedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [R, V] of hidden states [R, D] before the final norm."""
-        return self.decoder.logits(self.decoder.norm(hidden)).float()  # pyright: ignore[reportArgumentType]
+        return self.head(self.decoder.norm(hidden)).float()  # pyright: ignore[reportArgumentType]
 
     def _heads(
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapted: Adapted
