@@ -252,10 +252,9 @@ class ShardedEngine(TorchEngine):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise OutOfMemoryError(
-                f"memory ran out ({said})", hint="Use more processes, or smaller batches."
-            ) from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            hint = "Use more processes, or smaller batches."
+            raise OutOfMemoryError(f"memory ran out ({reason})", hint=hint) from error
 
     def _held_model(self, model_id: str) -> _Model:
         self._get(model_id)
