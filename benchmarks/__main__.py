@@ -12,6 +12,9 @@ BENCHMARKS = {
     "b1": ("b1_lora_sft", "LoRA fine-tuning on chat of mixed length: real tokens a second beside TRL and HF Trainer"),
     "b2": ("b2_lora_vs_full", "LoRA against full fine-tuning, ours and PEFT's"),
     "b3": ("b3_peak_memory", "peak memory above the loaded model on 4k tokens, beside TRL"),
+    "b4": ("b4_pretraining", "pretraining a small model from scratch, beside HF Trainer"),
+    "b7": ("b7_generation", "batched generation, beside HF generate and llama.cpp; one sequence alone"),
+    "b8": ("b8_samples", "eight samples of one long prompt, beside HF generate"),
     "b9": ("b9_start_up", "foundry --help, and the time to the first optimizer step"),
     "b10": (
         "b10_packed_shards",

@@ -79,6 +79,11 @@ def pack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
+def stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of one length as one batch."""
+    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+
+
 def as_dataset(rows: list[ChatRow]) -> Dataset:
     return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
 
@@ -121,7 +126,7 @@ def build(spec: dict[str, Any], log: StepLog) -> Trainer:
             model=model,
             args=TrainingArguments(**common_arguments(spec), remove_unused_columns=False),
             train_dataset=rows,
-            data_collator=pack,
+            data_collator=stack if spec.get("equal_rows") else pack,
             processing_class=AutoTokenizer.from_pretrained(spec["model"]),
         )
     trainer.add_callback(Recorder(log))
