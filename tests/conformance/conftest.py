@@ -15,5 +15,7 @@ os.environ.setdefault("TINKER_TELEMETRY", "0")
 
 @pytest.fixture(scope="session")
 def service(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with Service(tiny_folder("llama-tied"), tmp_path_factory.mktemp("service") / "state", "dtype=float32") as running:
+    state = tmp_path_factory.mktemp("service") / "state"
+    # Every test of the process makes models by one key; how many a key may have is another test's affair.
+    with Service(tiny_folder("llama-tied"), state, "dtype=float32", "max_models_per_key=10000") as running:
         yield running
