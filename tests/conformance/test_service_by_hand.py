@@ -205,3 +205,16 @@ def test_another_base_is_refused_by_a_state_folder(tiny_folder: Callable[[str], 
         pass
     with pytest.raises(AssertionError, match="another base"):
         Service(tiny_folder("llama"), tmp_path / "state").start()
+
+
+def test_a_key_has_its_number_of_models(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """One tenant's loop must not fill the memory and the disk of all; what is unloaded makes room."""
+    with Service(tiny_folder("llama-tied"), tmp_path / "state", "max_models_per_key=2") as own, own.api() as client:
+        session = new_session(client)
+        models = [new_model(client, own, number=number, session=session) for number in range(2)]
+        body = {"session_id": session, "model_seq_id": 2, "base_model": str(own.base), "lora_config": {"rank": 3}}
+        refused = client.post("create_model", json=body)
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) > 0
+        finish(client, client.post("unload_model", json={"model_id": models[0], "type": "unload_model"}))
+        assert new_model(client, own, number=2, session=session)
