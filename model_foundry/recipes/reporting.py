@@ -20,9 +20,11 @@ from model_foundry.recipes.session import Session
 from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.report import Report
+from model_foundry.run.spikes import find_spikes, losses_of
 from model_foundry.types import Check
 
 logger = logging.getLogger(__name__)
+MAX_SPIKES_NAMED = 8
 
 
 def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: bool) -> list[str]:
@@ -133,7 +135,7 @@ def make_report(
             "renderer": work.renderer.name,
         },
         machine=facts["receipt"]["machine"],
-        notes=_notes(facts, session, num_skipped=sum(record["skipped"] for record in steps)),
+        notes=_notes(facts, session, steps),
     )
 
 
@@ -149,7 +151,8 @@ def _next_commands(work: Work, run: RunDirectory) -> list[str]:
     return [f"foundry train model.name={run.path} data.train_file=chats.jsonl lora.enabled=false run_dir=runs/chat"]
 
 
-def _notes(facts: Mapping[str, Any], session: Session, *, num_skipped: int) -> tuple[str, ...]:
+def _notes(facts: Mapping[str, Any], session: Session, steps: list[dict[str, Any]]) -> tuple[str, ...]:
+    num_skipped = sum(step["skipped"] for step in steps)
     notes = [f"Resumed from step {each['from_step']}." for each in facts.get("resumed", [])]
     gate = session.work.gate
     if gate is not None and gate.failed:
@@ -157,6 +160,9 @@ def _notes(facts: Mapping[str, Any], session: Session, *, num_skipped: int) -> t
         notes.append(f"The gate would refuse the training rows ({failed}); gate.action=warn let them in.")
     if num_skipped:
         notes.append(f"{num_skipped} steps were skipped: their gradients were not finite.")
+    if spikes := find_spikes(losses_of(steps)):
+        named = ", ".join(map(str, spikes[:MAX_SPIKES_NAMED])) + (", …" if len(spikes) > MAX_SPIKES_NAMED else "")
+        notes.append(f"The loss spiked at {len(spikes)} of {len(steps)} steps: {named}.")
     if session.trial.num_pieces > 1:
         notes.append(f"Memory was short: the longest batch is computed in {session.trial.num_pieces} pieces.")
     return tuple(notes)

@@ -17,6 +17,7 @@ from model_foundry.errors import EngineError
 from model_foundry.evals.compression import bits_per_byte
 from model_foundry.recipes.work import Work
 from model_foundry.run.progress import Progress
+from model_foundry.run.spikes import is_spike
 from model_foundry.types import Datum
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def train(
     *,
     first_step: int = 1,
     skipped_in_a_row: int = 0,
+    losses: Sequence[float] = (),
     stop: Callable[[], bool] = lambda: False,
     memory_bytes: Callable[[], int] = lambda: 0,
 ) -> int:
@@ -49,6 +51,7 @@ def train(
 
     Args:
         skipped_in_a_row: steps right before `first_step` that were skipped.
+        losses: of the steps before `first_step`, to tell a spike by.
 
     Returns:
         The last step done.
@@ -56,7 +59,7 @@ def train(
     Raises:
         EngineError: too many steps in a row without finite gradients.
     """
-    config = work.config.training
+    config, before = work.config.training, list(losses)
     if first_step == 1:
         measure(client, work, recorder, step=0)
     for step in range(first_step, work.total_steps + 1):
@@ -83,6 +86,9 @@ def train(
             }
         )
         progress.advance(step, loss=loss, tokens_per_second=num_tokens / seconds)
+        if is_spike(loss, before):
+            logger.warning("step %s: the loss spikes, %.4f after %.4f", step, loss, before[-1])
+        before.append(loss)
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
         _judge_skips(skipped_in_a_row, step, update.grad_norm, config.max_skipped_steps)
         if step == work.total_steps or (config.eval_steps and step % config.eval_steps == 0):

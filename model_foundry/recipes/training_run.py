@@ -36,6 +36,7 @@ from model_foundry.run.progress import open_progress
 from model_foundry.run.receipts import receipt
 from model_foundry.run.report import JSON_NAME as REPORT_NAME
 from model_foundry.run.report import Report, read_report, write_report
+from model_foundry.run.spikes import losses_of
 from model_foundry.run.trackers import Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -203,11 +204,12 @@ def _train(run: RunDirectory, session: Session, metrics: MetricsLog, trackers: T
     saver = RunSaver(run, session.engine, session.model_id, work)
     recorder = _Recorder(metrics, trackers, saver)
     log_steps = work.config.logging.log_steps
+    records = metrics.read()
     with stop_on_signals() as stop, saver.saver, open_progress(log_steps=log_steps) as progress:
         progress.start(work.total_steps, "train", done_steps=first_step - 1)
         done = supervised.train(
             session.client, work, recorder, progress,
-            first_step=first_step, skipped_in_a_row=supervised.trailing_skips(metrics.read()),
+            first_step=first_step, skipped_in_a_row=supervised.trailing_skips(records), losses=losses_of(records),
             stop=stop, memory_bytes=resident_memory_bytes,
         )  # fmt: skip
         metrics.sync()
