@@ -72,7 +72,7 @@ def make_server(config: ServeConfig, opened: Any, keys: Keys) -> Server:
             proxy_headers=False,
             h11_max_incomplete_event_size=limits.header_bytes,
             timeout_keep_alive=int(limits.header_seconds) + 1,
-            timeout_graceful_shutdown=int(limits.drain_seconds) or 1,
+            timeout_graceful_shutdown=limits.drain_seconds,  # pyright: ignore[reportArgumentType]  it is awaited: fractions count
         )
     )
     return server

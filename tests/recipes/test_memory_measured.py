@@ -78,7 +78,7 @@ def test_experts_and_packed_weights_are_foretold_as_well(
     folder, tokenizer = tmp_path / "model", write_tokenizer(tmp_path / "tokenizer")
     write_fresh_model(folder, to_config(shape), seed=0, tokenizer_from=tokenizer)
     # One run in four finds 250 MB less: the heap of glibc grows in such steps, and now and then one is spared.
-    for last in (False, False, True):
+    for last in (False, False, False, False, True):
         try:
             assert_foretold(folder, lora=lora, rows=rows, quantization=quantization, vocabulary=16_000)
             break

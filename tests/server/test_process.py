@@ -85,7 +85,8 @@ def test_sigterm_lets_running_answers_end(endless: Path) -> None:
 
 
 def test_what_does_not_end_in_time_is_cut_off(endless: Path) -> None:
-    with process(endless, "limits.drain_seconds=1") as (running, url):
+    # A quiet machine writes the whole answer within a second.
+    with process(endless, "limits.drain_seconds=0.05") as (running, url):
         failed: list[bool] = []
         asking = threading.Thread(target=lambda: failed.append(fails(url)))
         asking.start()
