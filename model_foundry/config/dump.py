@@ -13,8 +13,10 @@ from pydantic import BaseModel
 from model_foundry.config.fields import schema_fields, schema_sections
 from model_foundry.config.yaml_text import resolve_plain
 
-NOT_IN_DIGEST = frozenset({"run_dir", "logging", "gate"})
+NOT_IN_DIGEST = frozenset({"run_dir", "work_dir", "logging", "gate"})
 """Where a run lies, what it prints and what data it would refuse do not change what it computes."""
+DATA_NOT_IN_DIGEST = frozenset({"processes", "loader_processes"})
+"""Of the section `data`: how many read and pack changes when a chunk is ready, and not what is in it."""
 
 _SAFE_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-")
 _WORDS_OF_OLD_YAML = frozenset({"y", "n", "yes", "no", "on", "off"})
@@ -86,8 +88,10 @@ def _format_text(text: str) -> str:
 
 
 def config_digest(config: BaseModel) -> str:
-    """SHA-256, hexadecimal, of all that can change the outcome: `run_dir`, `logging` and `gate` are left out."""
+    """SHA-256, hexadecimal, of all that can change the outcome: NOT_IN_DIGEST and DATA_NOT_IN_DIGEST are left out."""
     values = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_IN_DIGEST}
+    if isinstance(data := values.get("data"), dict):
+        values["data"] = {key: value for key, value in data.items() if key not in DATA_NOT_IN_DIGEST}
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from model_foundry.config.commands import COMMAND_SCHEMAS
 from model_foundry.config.dump import config_digest, dump_yaml, format_value, json_schema
 from model_foundry.config.load import load_config
+from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import ChatConfig, EvaluateConfig, TrainConfig
 from model_foundry.config.tree import Origin, to_plain
 from model_foundry.config.yaml_text import read_yaml
@@ -102,3 +103,14 @@ def test_the_json_schema_has_every_field_with_its_help(command: str) -> None:
     for definition in described.get("$defs", {"all of a flat schema": described}).values():
         for name, field in definition["properties"].items():
             assert field.get("description"), f"{name} has no help"
+
+
+def test_how_many_processes_read_and_where_they_keep_it_changes_no_digest() -> None:
+    """A run could else not go on with another number of loader processes, though its bits would be the same."""
+    common = ["method=pretrain", "tokenizer.name=x"]
+    configs = [
+        load_config(ExperimentConfig, path=None, overrides=[*common, *more], environ={}).config
+        for more in ([], ["data.loader_processes=3", "data.processes=2", "work_dir=elsewhere"], ["data.shuffle=false"])
+    ]
+    digests = [config_digest(config) for config in configs]
+    assert digests[0] == digests[1] != digests[2]
