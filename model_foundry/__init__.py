@@ -20,6 +20,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 if TYPE_CHECKING:
     from model_foundry import errors as errors
     from model_foundry.client.local import TrainingClient as TrainingClient
+    from model_foundry.client.service_client import ServiceClient as ServiceClient
     from model_foundry.config.load import Resolved as Resolved
     from model_foundry.config.load import load_config as load_config
     from model_foundry.config.schema import ChatConfig as ChatConfig
@@ -54,6 +55,7 @@ _HOMES: dict[str, str] = {
     "Engine": "model_foundry.engine.base:Engine",
     "TorchEngine": "model_foundry.engine.torch_engine:TorchEngine",
     "TrainingClient": "model_foundry.client.local:TrainingClient",
+    "ServiceClient": "model_foundry.client.service_client:ServiceClient",
 }
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -15,6 +15,9 @@ FoundryError                      exit 3   anything we raise on purpose
 │   └── CheckpointCorruptError             bytes differ from the manifest
 ├── EngineError                   exit 3   a step that could not be done; state is as it was before
 │   └── OutOfMemoryError                   even the smallest piece does not fit
+├── ServiceError                  exit 3   a training service refused a request
+│   ├── RequestFailedError                 an operation that it accepted failed; `category` says whose fault it is
+│   └── ServiceUnreachableError            nobody answers
 ├── InterruptedRunError           exit 3   stopped by a signal after saving
 └── CheckFailedError              exit 1   a criterion or a proof did not hold
 """
@@ -105,6 +108,28 @@ class EngineError(FoundryError):
 
 
 class OutOfMemoryError(EngineError):
+    pass
+
+
+class ServiceError(FoundryError):
+    """A refusal; `status` is HTTP's, None where there was none."""
+
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.status = status
+
+
+class RequestFailedError(ServiceError):
+    """An operation failed, and left its model as it was. `category` is user, server or unknown."""
+
+    def __init__(self, what: str, *, where: str | None = None, category: str = "unknown") -> None:
+        super().__init__(what, where=where)
+        self.category = category
+
+
+class ServiceUnreachableError(ServiceError):
     pass
 
 

@@ -39,13 +39,13 @@ def is_service_path(name: str) -> bool:
     return name.startswith(SERVICE_SCHEME)
 
 
-def service_checkpoint(name: str) -> Path:
-    """The folder of a `tinker://` path in the service's state, which is FOUNDRY_STATE_DIR or runs/service.
+def service_checkpoint(name: str, state: Path | None = None) -> Path:
+    """The folder of a `tinker://` path in a service's state, which is by default FOUNDRY_STATE_DIR or runs/service.
 
     Raises:
         ModelNotFoundError: it is not there, or no such path.
     """
-    state = Path(os.environ.get("FOUNDRY_STATE_DIR", "runs/service"))
+    state = state or Path(os.environ.get("FOUNDRY_STATE_DIR", "runs/service"))
     match = re.fullmatch(
         r"([A-Za-z0-9:_-]+)/(weights|sampler_weights)/([A-Za-z0-9][\w.-]*)", name[len(SERVICE_SCHEME) :]
     )

@@ -75,7 +75,8 @@ async def _at_work(config: ServiceConfig, journal: Journal, every_key: bool) -> 
         yield front
     finally:
         watching.cancel()
-        await asyncio.to_thread(worker.stop)
+        # Not in the loop's pool of threads: at the end of the process there is none any more.
+        worker.stop()
 
 
 def _host(config: ServiceConfig, books: Books, source: ModelSource) -> Host:

@@ -23,10 +23,11 @@ LAYERS = {
     "config": 1, "tokenizer": 1, "rendering": 1, "checkpoint": 1, "data": 1, "generate": 1,
     "models": 2,
     "engine": 3,
-    "client": 4, "run": 4,
-    "evals": 5, "export": 5,
-    "recipes": 6, "server": 6, "service": 6,
-    "cli": 7,
+    "run": 4,
+    "evals": 5, "export": 5, "service": 5,
+    "client": 6,
+    "recipes": 7, "server": 7,
+    "cli": 8,
 }  # fmt: skip
 NEVER_EACH_OTHER = {"recipes", "server", "service"}
 TORCH_FREE = {"types", "errors", "config", "tokenizer", "rendering", "checkpoint", "data", "generate"}

@@ -30,6 +30,7 @@ PUBLIC = [
     "Engine",
     "TorchEngine",
     "TrainingClient",
+    "ServiceClient",
 ]
 
 
