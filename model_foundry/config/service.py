@@ -31,8 +31,14 @@ class ServiceConfig(Section):
     """Compute type of the base. auto: bfloat16 where the device multiplies it natively, else float32."""
     num_threads: PositiveInt | None = None
     """CPU threads; default every core. Part of what makes a restart go on bit for bit."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Split passes into pieces of at most this many tokens; default no splitting."""
+    micro_batch_tokens: PositiveInt = 512
+    """Split passes into pieces of at most this many tokens. Samples of other clients go on between two pieces. Part of
+    what makes a restart go on bit for bit."""
+    max_samples_at_once: PositiveInt = 64
+    """Samples that are computed together; one key has at most half of these places. More wait."""
+    sampling_cache_tokens: Annotated[int, Field(ge=256)] = 65536
+    """Keys and values kept for samples, in tokens; the memory is taken when it is first needed. No text, prompt and
+    answer together, can be longer."""
     max_resident_models: PositiveInt = 16
     """Models being trained that are in memory at once, and as many samplers; the others wait on the disk."""
     max_models_per_key: PositiveInt = 64

@@ -30,7 +30,7 @@ from model_foundry.engine.continuous_cache import (
     segments_for,
 )
 from model_foundry.engine.continuous_decoder import ANSWER_ROWS, Adapted, BatchedDecoder, Pass, Span
-from model_foundry.engine.sampling import check_params, check_prompts, choose, random_sources
+from model_foundry.engine.sampling import check_params, check_prompts, choose, random_source
 from model_foundry.errors import EngineError
 from model_foundry.models.language_model import LanguageModel, NativeModel
 from model_foundry.types import SamplingParams
@@ -180,9 +180,17 @@ class ContinuousBatch:
             raise self._no_adapter(name)
 
     def add(
-        self, prompt: np.ndarray, params: SamplingParams, *, adapter: str | None = None, top_logprobs: int = 0
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        top_logprobs: int = 0,
+        copy: int = 0,
     ) -> int:
         """Queue a prompt int32 [T], T ≥ 1; returns the sequence's number.
+
+        `copy` tells samples of one prompt and seed apart, which are drawn differently.
 
         Raises:
             EngineError: parameters that mean nothing, a prompt that is empty, too long or outside the vocabulary, one
@@ -199,7 +207,7 @@ class ContinuousBatch:
         weights = None if adapter is None else self._adapters[adapter]
         hashes = PromptHashes.of(prompt, 0 if weights is None else weights.number)
         sequence = _Sequence(
-            next(self._numbers), prompt, params, weights, top_logprobs, random_sources([prompt])[0], hashes
+            next(self._numbers), prompt, params, weights, top_logprobs, random_source(prompt, copy), hashes
         )
         if sequence.num_segments > self._store.num_segments:
             room = self._store.num_segments * SEGMENT_TOKENS

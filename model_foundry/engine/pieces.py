@@ -36,6 +36,7 @@ class Passes:
         max_piece_tokens: the same, learnt where memory ran out.
         pending: batches since the last step.
         torn: a pass was broken off half-way (Ctrl-C), so the gradients are not those of `pending`.
+        between: called after each piece; it must leave this model alone.
     """
 
     model: LanguageModel
@@ -46,6 +47,7 @@ class Passes:
     max_piece_tokens: int | None = None
     pending: list[tuple[tuple[Datum, ...], Loss]] = field(default_factory=list)
     torn: bool = False
+    between: Callable[[], None] = lambda: None
     _piece_lengths: tuple[int, ...] = ()
 
     def forward(self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope) -> ForwardBackwardOutput:
@@ -160,6 +162,7 @@ class Passes:
                 total += result[0]
                 router_loss += result[2]
                 logprobs.update(zip(piece, result[1], strict=False))  # filling has no row
+                self.between()
         finally:
             if balance is not None:
                 balance.close()

@@ -82,13 +82,18 @@ def collect(
 
 def random_sources(prompts: Sequence[np.ndarray]) -> list[str]:
     """A name for each prompt's randomness, from its tokens and how many equal ones come before it."""
-    seen: Counter[str] = Counter()
+    seen: Counter[bytes] = Counter()
     sources = []
     for prompt in prompts:
-        digest = hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest()
-        sources.append(f"{digest}-{seen[digest]}")
-        seen[digest] += 1
+        tokens = prompt.astype("<i4").tobytes()
+        sources.append(random_source(prompt, seen[tokens]))
+        seen[tokens] += 1
     return sources
+
+
+def random_source(prompt: np.ndarray, copy: int) -> str:
+    """The name for a prompt's randomness where `copy` equal ones come before it."""
+    return f"{hashlib.sha256(prompt.astype('<i4').tobytes()).hexdigest()}-{copy}"
 
 
 def check_params(params: SamplingParams) -> None:

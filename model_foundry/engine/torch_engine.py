@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,9 @@ class TorchEngine:
         num_threads: CPU threads; default every core.
         micro_batch_tokens: split passes into pieces of at most this many tokens; default the whole batch at once.
         quantization: how frozen linear layers are kept; models trained whole are refused with any but `none`.
+
+    Attributes:
+        between_pieces: called between the pieces of a pass; it may use other models of this engine.
     """
 
     world_size = 1
@@ -111,6 +114,7 @@ class TorchEngine:
         self.attention: Attention = attention
         self.quantization: Quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
+        self.between_pieces: Callable[[], None] = _nothing
         self._models: dict[str, _Model] = {}
         self._ids = itertools.count(1)
 
@@ -156,7 +160,10 @@ class TorchEngine:
             state = self._new_optimizer(model, lora, optimizer)
             model.compute_in(self.dtype)
         model.train(trainable)
-        passes = Passes(model, counter, self.device, state, planned_piece_tokens=self.micro_batch_tokens)
+        passes = Passes(
+            model, counter, self.device, state,
+            planned_piece_tokens=self.micro_batch_tokens, between=lambda: self.between_pieces(),
+        )  # fmt: skip
         model_id = f"model-{next(self._ids)}"
         self._models[model_id] = _Model(model, base, base_name or str(base), lora, state, passes)
         return model_id
@@ -379,6 +386,10 @@ class TorchEngine:
             return self._models[model_id]
         except KeyError:
             raise EngineError(f"no model {model_id!r}; there is: {', '.join(self._models) or 'none'}") from None
+
+
+def _nothing() -> None:
+    """What is done between pieces where nobody asked for anything."""
 
 
 def _trained(model: LanguageModel, lora: LoraConfig | None) -> dict[str, Any]:

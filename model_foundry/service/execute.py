@@ -6,7 +6,7 @@ on the disk names the request that it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from model_foundry.service.host import Host, Resident
 from model_foundry.service.journal import Work
 from model_foundry.service.replies import sample_reply
 from model_foundry.service.requests import CreateModel, LoadWeights, Sample, SaveForSampler, SaveWeights, read_request
+from model_foundry.service.sampling_batch import SamplingBatch
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Executor:
     books: Books
     host: Host
     texts: sampling.Texts
+    samples: SamplingBatch
     base_models: tuple[str, ...]
 
     def execute(self, operation: Operation) -> Outcome:
@@ -205,7 +207,12 @@ class Executor:
         self.host.forget(model.model_id)
         return self.created(replace(model, state="unloaded"), {"model_id": model.model_id, "type": "unload_model"})
 
-    def asample(self, operation: Operation) -> Outcome:
+    def begin_sample(self, operation: Operation) -> Outcome | None:
+        """Let samples into the batch; what is known at once comes back, the rest from `step_samples`.
+
+        Raises:
+            FoundryError: it is refused.
+        """
         request: Sample = read_request("asample", orjson.loads(operation.body))
         path = request.model_path
         if request.sampling_session_id is not None:
@@ -213,11 +220,23 @@ class Executor:
         elif request.base_model is not None:
             self.check_base(request.base_model)
         checkpoint = None if path is None else self.checkpoint(path, operation.owner)
-        sequences, prompt_logprobs = sampling.sample(
-            self.host.engine, self.host.sampler(checkpoint), request, self.texts,
-            seed=operation.seed, context=self.host.facts["context"],
-        )  # fmt: skip
-        return Outcome("sample", sample_reply(sequences, prompt_logprobs))
+        context = self.host.facts["context"]
+        can_batch = self.samples.can_batch()
+        longest = min(context or self.samples.room_tokens, self.samples.room_tokens) if can_batch else context
+        asked = sampling.prepare(request, self.texts, seed=operation.seed, longest=longest)
+        engine, own = self.host.engine, None
+        if asked.wants_prompt:
+            own = sampling.prompt_logprobs(engine, self.host.sampler(checkpoint), asked.prompt, asked.last)
+        if can_batch and asked.params.max_tokens > 0:
+            self.samples.begin(operation, asked, checkpoint, own)
+            return None
+        sequences = sampling.sample_alone(engine, self.host.sampler(checkpoint), asked, self.texts)
+        return Outcome("sample", sample_reply(sequences, own))
+
+    def step_samples(self) -> Iterator[tuple[Operation, Outcome | Exception]]:
+        """At most a token for every sample in the batch; the operations that are finished with it."""
+        for done in self.samples.step():
+            yield done.operation, done.error or Outcome("sample", sample_reply(done.sequences, done.prompt_logprobs))
 
 
 def _is_written(store: CheckpointStore, name: str, request_id: str) -> bool:
@@ -240,6 +259,4 @@ _KINDS: dict[str, Callable[[Executor, Operation], Outcome]] = {
     "save_weights": Executor.save_weights,
     "save_weights_for_sampler": Executor.save_for_sampler,
     "unload_model": Executor.unload_model,
-    "asample": Executor.asample,
 }
-KINDS = tuple(_KINDS)

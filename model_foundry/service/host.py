@@ -114,10 +114,7 @@ class Host:
 
     def load(self, resident: Resident, checkpoint: Checkpoint, *, optimizer: bool) -> None:
         """Put a checkpoint into a model. Every byte is verified first; where it fails, nothing was changed."""
-        stored = self.open(checkpoint)
-        if stored.metadata.get("model") != self.fingerprint:
-            base = stored.metadata.get("base_model")
-            raise DataError(f"it was trained on another base ({base})", where=checkpoint.path)
+        stored = self.open_for_base(checkpoint)
         for note in self.engine.load_state(resident.engine_id, stored.path, optimizer=optimizer):
             logger.warning("%s: %s", checkpoint.path, note)
         resident.has_gradients, resident.is_dirty = False, True
@@ -249,9 +246,7 @@ class Host:
             return self.base_id
         key = (checkpoint.path, checkpoint.created)
         if key not in self._samplers:
-            stored = self.open(checkpoint)
-            if stored.metadata.get("model") != self.fingerprint:
-                raise DataError("it was trained on another base", where=checkpoint.path)
+            stored = self.open_for_base(checkpoint)
             while len(self._samplers) >= self.max_models:
                 self.engine.delete_model(self._samplers.popitem(last=False)[1])
             adapter = stored.path / "adapter"
@@ -266,6 +261,18 @@ class Host:
 
     def store(self, run_id: str, kind: str) -> CheckpointStore:
         return CheckpointStore(self.folder / "runs" / folder_name(run_id) / SEGMENTS[kind])
+
+    def open_for_base(self, checkpoint: Checkpoint) -> StoredCheckpoint:
+        """`open`; refused where it is an adapter over another base.
+
+        Raises:
+            DataError: it is.
+        """
+        stored = self.open(checkpoint)
+        if stored.metadata.get("model") != self.fingerprint:
+            base = stored.metadata.get("base_model")
+            raise DataError(f"it was trained on another base ({base})", where=checkpoint.path)
+        return stored
 
     def open(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """Every byte verified.

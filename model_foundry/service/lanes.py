@@ -7,6 +7,7 @@ operations do. Not for several threads: `worker` holds a lock around it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from model_foundry.service.books import Operation
@@ -48,11 +49,16 @@ class Lane:
 
 
 class Lanes:
-    """All lanes, and whose turn it is."""
+    """All lanes, and whose turn it is.
+
+    Owners are served by the time that they have used (Goyal et al. 1996, "Start-time Fair Queueing"): time that nobody
+    wanted is not saved up, so who comes back starts level with those who are at it.
+    """
 
     def __init__(self) -> None:
         self._lanes: dict[str, Lane] = {}
         self._used: dict[str, float] = {}
+        self._level = 0.0
 
     def add(self, operation: Operation, *, next_seq: int | None) -> None:
         """Put an operation in its lane; `next_seq` is where a lane begins that is not there yet."""
@@ -62,10 +68,8 @@ class Lanes:
         was_idle = not any(other.owner == lane.owner and other.head is not None for other in self._lanes.values())
         lane_was_idle = lane.head is None
         lane.add(operation)
-        # Time that nobody wanted is not saved up: who comes back starts level with those who are at it.
         if was_idle:
-            going = [self._used[other.owner] for other in self._ready() if other.owner != lane.owner]
-            self._used[lane.owner] = max(self._used.get(lane.owner, 0.0), min(going, default=0.0))
+            self._used[lane.owner] = max(self.used(lane.owner), self._level)
         if lane_was_idle:
             going = [other.used_seconds for other in self._ready() if other.owner == lane.owner and other is not lane]
             lane.used_seconds = max(lane.used_seconds, min(going, default=0.0))
@@ -75,16 +79,37 @@ class Lanes:
         lane = self._lanes.get(name)
         return None if lane is None or lane.next_seq is None else max([lane.next_seq - 1, *lane.held])
 
-    def take(self) -> Operation | None:
-        """The next operation of whoever has used least."""
-        ready = self._ready()
+    def take(self, *, samples: bool = True) -> Operation | None:
+        """The next operation of whoever has used least; without `samples`, a model's."""
+        ready = self._ready(samples=samples)
         if not ready:
             return None
-        return min(ready, key=lambda lane: (self._used[lane.owner], lane.used_seconds)).take()
+        lane = min(ready, key=self._turn)
+        self.reached(self._used[lane.owner])
+        return lane.take()
+
+    def take_sample(self, is_welcome: Callable[[str], bool]) -> Operation | None:
+        """The next sampling operation of the owner who has used least among those who are welcome."""
+        ready = [lane for lane in self._ready() if lane.next_seq is None and is_welcome(lane.owner)]
+        return min(ready, key=self._turn).take() if ready else None
+
+    def least_used(self) -> float | None:
+        """Seconds of whoever has used least among those whose models have something to do; None where none has."""
+        return min((self._used[lane.owner] for lane in self._ready(samples=False)), default=None)
+
+    def used(self, owner: str) -> float:
+        return self._used.get(owner, 0.0)
+
+    def reached(self, seconds: float) -> None:
+        """Somebody who has used so much is served, so nobody who comes from now on is owed more."""
+        self._level = max(self._level, seconds)
+
+    def charge_owner(self, owner: str, seconds: float) -> None:
+        self._used[owner] = self.used(owner) + seconds
 
     def charge(self, operation: Operation, seconds: float) -> None:
         """Add the time that an operation took."""
-        self._used[operation.owner] = self._used.get(operation.owner, 0.0) + seconds
+        self.charge_owner(operation.owner, seconds)
         lane = self._lanes.get(operation.lane)
         if lane is None:
             return
@@ -108,5 +133,9 @@ class Lanes:
     def num_waiting(self, owner: str) -> int:
         return sum(len(lane) for lane in self._lanes.values() if lane.owner == owner)
 
-    def _ready(self) -> list[Lane]:
-        return [lane for lane in self._lanes.values() if lane.head is not None]
+    def _turn(self, lane: Lane) -> tuple[float, float]:
+        return self._used[lane.owner], lane.used_seconds
+
+    def _ready(self, *, samples: bool = True) -> list[Lane]:
+        lanes = self._lanes.values()
+        return [lane for lane in lanes if lane.head is not None and (samples or lane.next_seq is not None)]

@@ -24,6 +24,7 @@ from model_foundry.service.janitor import Janitor
 from model_foundry.service.journal import Journal
 from model_foundry.service.keys import Keys
 from model_foundry.service.sampling import Texts
+from model_foundry.service.sampling_batch import SamplingBatch
 from model_foundry.service.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,11 @@ async def _at_work(config: ServiceConfig, journal: Journal, every_key: bool) -> 
     source = resolve_model(config.base_model)
     host = _host(config, books, source)
     journal.claim("base", host.fingerprint, what="models trained over another base")
-    executor = Executor(books, host, Texts(source.folder), _names(config, source))
+    texts = Texts(source.folder)
+    samples = SamplingBatch(
+        host, texts, max_sequences=config.max_samples_at_once, cache_tokens=config.sampling_cache_tokens
+    )
+    executor = Executor(books, host, texts, samples, _names(config, source))
     worker = Worker(executor, books, asyncio.get_running_loop())
     unfinished = books.unfinished()
     front = Front(

@@ -1,8 +1,9 @@
-"""A sampling request on the engine: continuations that stop where they were asked to, and the prompt's own logprobs."""
+"""A sampling request read and checked, and what the engine makes of it where a base cannot be batched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,27 +46,44 @@ def _end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def sample(
-    engine: TorchEngine, model: str, request: Sample, texts: Texts, *, seed: int, context: int | None
-) -> tuple[list[SampledSequence], np.ndarray | None]:
-    """Sequences, and float32 [T] log-probabilities of the prompt where they were asked for (NaN: none).
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request in the engine's terms.
+
+    Attributes:
+        stops: strings to stop at.
+        wants_prompt: the prompt's own logprobs are asked for; `last`: of so many tokens at its end.
+    """
+
+    prompt: np.ndarray
+    params: SamplingParams
+    stops: list[str]
+    num_samples: int
+    wants_prompt: bool
+    last: int | None
+
+
+def prepare(request: Sample, texts: Texts, *, seed: int, longest: int | None) -> Prepared:
+    """Check a request.
+
+    Args:
+        seed: where the client named none.
+        longest: tokens, prompt and answer, where the client named no end.
 
     Raises:
         DataError: something that is not offered, or means nothing.
-        EngineError: tokens outside the vocabulary, or too many.
     """
     for name in _NOT_OFFERED:
         if getattr(request, name):
             raise DataError(f"{name} is not offered by this service", where="asample")
     tokens = [token for chunk in json_chunks(request.prompt, "prompt") for token in chunk]
-    prompt = np.asarray(tokens, dtype=np.int32)
-    params, stops = sampling_params(request.sampling_params, texts, seed=seed, num_tokens=len(tokens), context=context)
-    sequences = _continue(engine, model, [prompt] * request.num_samples, params, stops, texts)
-    if not request.prompt_logprobs:
-        if request.prompt_logprobs_last_n is not None:
-            raise DataError("prompt_logprobs_last_n needs prompt_logprobs", where="asample")
-        return sequences, None
-    return sequences, _prompt_logprobs(engine, model, prompt, request.prompt_logprobs_last_n)
+    params, stops = sampling_params(request.sampling_params, texts, seed=seed, num_tokens=len(tokens), context=longest)
+    wants, last = bool(request.prompt_logprobs), request.prompt_logprobs_last_n
+    if last is not None and not wants:
+        raise DataError("prompt_logprobs_last_n needs prompt_logprobs", where="asample")
+    if last is not None and last >= len(tokens):
+        raise DataError(f"prompt_logprobs_last_n is {last}, of {len(tokens)} tokens", where="asample")
+    return Prepared(np.asarray(tokens, dtype=np.int32), params, stops, request.num_samples, wants, last)
 
 
 def sampling_params(
@@ -94,28 +112,31 @@ def sampling_params(
     return params, strings
 
 
-def _continue(
-    engine: TorchEngine,
-    model: str,
-    prompts: list[np.ndarray],
-    params: SamplingParams,
-    stops: list[str],
-    texts: Texts,
-) -> list[SampledSequence]:
-    if not stops:
-        return list(engine.sample(model, prompts, params))
+def sample_alone(engine: TorchEngine, model: str, asked: Prepared, texts: Texts) -> list[SampledSequence]:
+    """All of it at once, and nothing else meanwhile.
+
+    Raises:
+        EngineError: tokens outside the vocabulary, or too many.
+    """
+    prompts = [asked.prompt] * asked.num_samples
     rows: list[list[tuple[int, float]]] = [[] for _ in prompts]
     stopped: set[int] = set()
-    stream = engine.stream(model, prompts, params)
+    stream = engine.stream(model, prompts, asked.params)
     for row, token, logprob in stream:
         if row in stopped:
             continue
         rows[row].append((token, logprob))
-        if token in params.stop_token_ids or texts.holds([token for token, _ in rows[row]], stops):
+        is_text_over = bool(asked.stops) and texts.holds([token for token, _ in rows[row]], asked.stops)
+        if token in asked.params.stop_token_ids or is_text_over:
             stopped.add(row)
             if len(stopped) == len(rows):
                 break
     stream.close()  # pyright: ignore[reportAttributeAccessIssue] - a generator
+    return sequences_of(rows, stopped)
+
+
+def sequences_of(rows: Sequence[Sequence[tuple[int, float]]], stopped: set[int]) -> list[SampledSequence]:
+    """Samples from their (token, logprob) pairs; `stopped` are those that ended before their length."""
     return [
         SampledSequence(
             tokens=np.array([token for token, _ in pairs], dtype=np.int32),
@@ -126,11 +147,9 @@ def _continue(
     ]
 
 
-def _prompt_logprobs(engine: TorchEngine, model: str, prompt: np.ndarray, last: int | None) -> np.ndarray:
-    """Nothing comes before the first token, so it has none."""
+def prompt_logprobs(engine: TorchEngine, model: str, prompt: np.ndarray, last: int | None) -> np.ndarray:
+    """Float32 [T]. Nothing comes before the first token, so it has none (NaN), nor those before the `last`."""
     out = np.full(len(prompt), np.nan, dtype=np.float32)
-    if last is not None and last >= len(prompt):
-        raise DataError(f"prompt_logprobs_last_n is {last}, of {len(prompt)} tokens", where="asample")
     if len(prompt) > 1:
         inputs = {"target_tokens": prompt[1:], "weights": np.ones(len(prompt) - 1, dtype=np.float32)}
         out[1:] = engine.forward(model, [Datum(prompt[:-1], inputs)], logprobs="all").logprobs[0]

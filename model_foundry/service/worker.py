@@ -1,5 +1,8 @@
 """The one thread that does operations, and how their replies come to whoever waits for them.
 
+Operations on models are done one after the other. Samples of all clients share a batch, which gets a token further
+between two of them, and between two pieces of a long one, whenever its owners have used less time.
+
 An operation's reply and what it changed are in the journal before anybody hears of it. Snapshots are taken after that,
 so that none ever holds the effect of an operation that would be done again.
 """
@@ -13,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import orjson
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,6 +39,8 @@ class Worker:
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._is_open = True
+        self._current: Operation | None = None
+        self._since = self._spent = 0.0
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self, unfinished: Iterable[Operation]) -> None:
@@ -83,22 +89,9 @@ class Worker:
             logger.warning("tidying up failed: %s", error)
 
     def _run(self) -> None:
-        operation: Operation | None = None
-        while True:
-            with self._changed:
-                while self._is_open and not self._calls and (operation := self._lanes.take()) is None:
-                    self._changed.wait()
-                if not self._is_open:
-                    break
-                work = self._calls.popleft() if self._calls else None
-            if work is not None:
-                self._tidy(work)
-                continue
-            began = time.perf_counter()
-            assert operation is not None
-            self._do(operation)
-            with self._changed:
-                self._lanes.charge(operation, time.perf_counter() - began)
+        self.executor.host.engine.between_pieces = self._between
+        while (turn := self._next()) is not None:
+            turn()
         try:
             self.executor.host.snapshot_all()
         except FoundryError as error:
@@ -106,16 +99,99 @@ class Worker:
                 "not every model was written down; the next start does their last operations again (%s)", error
             )
 
-    def _do(self, operation: Operation) -> None:
+    def _next(self) -> Callable[[], None] | None:
+        """What to do now, waited for; None at the end."""
+        samples = self.executor.samples
+        with self._changed:
+            while self._is_open:
+                if self._calls:
+                    return partial(self._tidy, self._calls.popleft())
+                if (operation := self._lanes.take_sample(samples.takes)) is not None:
+                    return partial(self._begin_sample, operation)
+                if samples.is_active and self._are_samples_next(self._lanes.least_used()):
+                    return self._step_samples
+                if (operation := self._lanes.take(samples=not samples.may_batch)) is not None:
+                    return partial(self._do, operation)
+                self._changed.wait()
+        return None
+
+    def _are_samples_next(self, others: float | None) -> bool:
+        """Whether the batch's owners have used less, taken together, than the one who would be next otherwise."""
+        owners = self.executor.samples.owners()
+        return others is None or sum(self._lanes.used(owner) for owner in owners) <= others * len(owners)
+
+    def _between(self) -> None:
+        """A piece of a pass is done: samples that have come begin, and go on until their owners are level with its."""
+        operation, samples = self._current, self.executor.samples
+        if operation is None:
+            return
+        self._charge_current()
+        self._current = None
+        while self._is_open:
+            with self._changed:
+                found = self._lanes.take_sample(samples.takes)
+                others = self._lanes.used(operation.owner)
+                goes_on = samples.is_active and self._are_samples_next(others)
+            if found is not None:
+                self._begin_sample(found)
+            elif goes_on:
+                self._step_samples()
+            else:
+                break
+        self._current, self._since = operation, time.perf_counter()
+
+    def _charge_current(self) -> None:
+        """Time since the last look goes to the operation at hand."""
+        now = time.perf_counter()
+        assert self._current is not None
+        with self._changed:
+            self._lanes.charge(self._current, now - self._since)
+        self._spent += now - self._since
+        self._since = now
+
+    def _begin_sample(self, operation: Operation) -> None:
         began = time.perf_counter()
+        outcome: Outcome | Exception | None
+        try:
+            outcome = self.executor.begin_sample(operation)
+        except Exception as error:
+            outcome = error
+        if outcome is not None:
+            self._finish(operation, outcome)
+        with self._changed:
+            self._lanes.charge(operation, time.perf_counter() - began)
+
+    def _step_samples(self) -> None:
+        """A token for every sample; its time is shared by their owners, place by place."""
+        began, owners = time.perf_counter(), self.executor.samples.owners()
+        with self._changed:
+            self._lanes.reached(min((self._lanes.used(owner) for owner in owners), default=0.0))
+        for operation, outcome in self.executor.step_samples():
+            self._finish(operation, outcome)
+        seconds = time.perf_counter() - began
+        with self._changed:
+            for owner, places in owners.items():
+                self._lanes.charge_owner(owner, seconds * places / owners.total())
+
+    def _do(self, operation: Operation) -> None:
+        self._current, self._since, self._spent = operation, time.perf_counter(), 0.0
+        outcome: Outcome | Exception
         try:
             outcome = self.executor.execute(operation)
         except Exception as error:
-            outcome = self._failure(operation, error)
+            outcome = error
+        self._finish(operation, outcome)
+        self._charge_current()
+        self._current = None
+
+    def _finish(self, operation: Operation, outcome: Outcome | Exception) -> None:
+        """The reply, and what was changed, into the journal; then its client hears of it."""
+        if isinstance(outcome, Exception):
+            outcome = self._failure(operation, outcome)
         operation.reply_kind, operation.reply = outcome.reply_kind, outcome.reply
         self._note_done(operation, outcome)
         self._write(operation, outcome)
-        self._after(operation, time.perf_counter() - began)
+        self._after(operation)
         self.loop.call_soon_threadsafe(operation.done.set)
 
     def _failure(self, operation: Operation, error: Exception) -> Outcome:
@@ -150,10 +226,11 @@ class Worker:
         for effect in outcome.effects:
             effect()
 
-    def _after(self, operation: Operation, seconds: float) -> None:
+    def _after(self, operation: Operation) -> None:
         host = self.executor.host
         if operation.lane not in self.books.models:
             return
+        seconds = self._spent + time.perf_counter() - self._since
         try:
             host.note(operation.lane, seq=operation.seq, seconds=seconds, body_bytes=len(operation.body))
             host.snapshot_if_due(operation.lane)
