@@ -25,7 +25,7 @@ help: ## list these targets
 
 setup: $(STAMP) ## create .venv from the pinned lock (once; again when the lock changes)
 
-$(STAMP): locks/requirements.txt locks/setup.sh pyproject.toml
+$(STAMP): locks/requirements.txt locks/mlx.txt locks/setup.sh pyproject.toml
 	@locks/setup.sh
 
 lock: ## solve pyproject.toml afresh and pin the result (TORCH=x.y.z moves torch)

@@ -78,6 +78,12 @@ rm -f "$done_stamp"
 # torch first and alone: with an exact pin pip takes the build meant for this machine before anything else can ask for another.
 install "installing $(grep '^torch==' "$lock") (the largest part; a minute or more)" --constraint "$lock" "$(grep '^torch==' "$lock")"
 install "installing $(grep -c '==' "$lock") pinned packages" --requirement "$lock"
+if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$lock" --requirement locks/mlx.txt \
+  >>"$log" 2>&1 </dev/null; then
+  say "MLX is installed (engine=mlx)"
+else
+  say "MLX has no build for this machine or could not be fetched; engine=mlx is not available, all else is ($log)"
+fi
 install "installing model_foundry itself, editable" --no-deps --no-build-isolation --editable .
 "$venv/bin/python" -m pip check >>"$log" 2>&1 || fail "installed packages contradict each other: $(tail -n 3 "$log")"
 rm -f "$unfinished"

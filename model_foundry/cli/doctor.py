@@ -29,6 +29,7 @@ CORE = ("click", "jinja2", "numpy", "orjson", "pydantic", "pyyaml", "rich", "saf
 DISTRIBUTIONS = {
     "google.protobuf": ("protobuf",),
     "mlflow": ("mlflow-skinny", "mlflow"),
+    "mlx_lm": ("mlx-lm",),
     "prometheus_client": ("prometheus-client",),
     "tree_sitter": ("tree-sitter",),
     "tree_sitter_gdscript": ("tree-sitter-gdscript",),

@@ -9,6 +9,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "generate": ("anthropic", "httpx"),
     "gguf": ("gguf", "ollama", "xllamacpp"),
     "quant": ("bitsandbytes",),
+    "mlx": ("mlx", "mlx_lm"),
     "serve": ("fastapi", "h11", "httpx", "prometheus_client", "starlette", "uvicorn"),
     "service": ("fastapi", "google.protobuf", "sqlalchemy", "uvicorn", "zstandard"),
     "track": ("tensorboard", "wandb", "mlflow"),

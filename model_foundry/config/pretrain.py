@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from model_foundry.config.architecture import ArchitectureSection
 from model_foundry.config.schema import LoggingSection, TrainingSection
 from model_foundry.config.section import (
+    EngineName,
     Fraction,
     NonNegativeInt,
     PositiveInt,
@@ -133,6 +134,8 @@ class ExperimentConfig(Section):
     """Where packed text and fresh weights are kept, to be used again; default `work` beside run_dir."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order and sampling."""
+    engine: EngineName = "auto"
+    """auto: MLX on Apple silicon where it is installed and computes the model, else torch. mlx: on any machine."""
     model: PretrainModelSection = PretrainModelSection()
     """The shape of the model, or the model to train on."""
     tokenizer: TokenizerSection = TokenizerSection()

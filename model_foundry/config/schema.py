@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from model_foundry.config.gate import GateSection
 from model_foundry.config.section import (
+    EngineName,
     Fraction,
     InputPath,
     NonNegativeInt,
@@ -190,6 +191,8 @@ class TrainConfig(Section):
     """Where the run lives."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order and sampling."""
+    engine: EngineName = "auto"
+    """auto: MLX on Apple silicon where it is installed and computes the model, else torch. mlx: on any machine."""
     model: ModelSection = ModelSection()
     """The model to start from."""
     lora: LoraSection = LoraSection()
@@ -225,6 +228,8 @@ class EvaluateConfig(Section):
     """The questions."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the bootstrap."""
+    engine: EngineName = "auto"
+    """auto: MLX on Apple silicon where it is installed and computes the model, else torch. mlx: on any machine."""
 
 
 class ChatConfig(Section):
@@ -244,3 +249,5 @@ class ChatConfig(Section):
     """Nucleus of the distribution to sample from."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the sampling."""
+    engine: EngineName = "auto"
+    """auto: MLX on Apple silicon where it is installed and computes the model, else torch. mlx: on any machine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -29,6 +29,7 @@ InputPath = Annotated[Path, InputFile]
 CodePath = Annotated[Path, InputRows]
 RowsPath = Annotated[Path, InputRows] | Annotated[str, Field(pattern="^hf://datasets/"), HubName]
 TemplateName = Annotated[str, InputFile]
+EngineName = Literal["auto", "torch", "mlx"]
 
 
 class Section(BaseModel):

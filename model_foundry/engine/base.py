@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,10 @@ from model_foundry.types import (
     SamplingParams,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+EngineKind = Literal["torch", "mlx"]
 LogprobScope = Literal["due", "all"]
 """Which log-probabilities to return: where the loss is due (the rest is NaN), or of every target."""
 
@@ -109,3 +113,85 @@ class Engine(Protocol):
     def delete_model(self, model_id: str) -> None:
         """Forget a model and give its memory back."""
         ...
+
+
+class LocalEngine(Engine, Protocol):
+    """An engine in this process, and what a run asks of it beside the nine verbs. Tensors are torch's.
+
+    Attributes:
+        kind: what its optimizer states are readable by.
+        device, dtype: where and in which type it computes.
+        num_threads: CPU threads; None where the engine's library decides.
+        world_size: processes that share the work.
+        implementation, attention, quantization: as `TorchEngine` has them.
+    """
+
+    @property
+    def kind(self) -> EngineKind: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def num_threads(self) -> int | None: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def implementation(self) -> str: ...
+
+    @property
+    def attention(self) -> str: ...
+
+    @property
+    def quantization(self) -> str: ...
+
+    def create_model(
+        self,
+        base: Path,
+        *,
+        lora: LoraConfig | None,
+        seed: int = 0,
+        adapter: Path | None = None,
+        trainable: bool = True,
+        base_name: str | None = None,
+        optimizer: OptimizerKind = "adamw",
+    ) -> str:
+        """`base_name` is what adapters name as their base; default the folder."""
+        ...
+
+    def discard_gradients(self, model_id: str) -> None:
+        """Forget what is pending, as if `forward_backward` had not been called since the last step."""
+        ...
+
+    def trained_tensors(self, model_id: str) -> dict[str, torch.Tensor]:
+        """What training changes, float32, by name in the files; read them before the next step."""
+        ...
+
+    def state_tensors(self, model_id: str) -> dict[str, torch.Tensor]:
+        """Optimizer moments by name; read them before the next step."""
+        ...
+
+    def state_facts(self, model_id: str) -> dict[str, Any]:
+        """What beside tensors the state holds; JSON values."""
+        ...
+
+    def write_weights(self, model_id: str, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`save_weights` from `trained_tensors` of earlier; another thread may call it."""
+        ...
+
+    def write_state(
+        self, model_id: str, folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """The optimizer's part of `save_state` from what was taken earlier; another thread may call it."""
+        ...
+
+    def describe(self, model_id: str) -> dict[str, Any]:
+        """Facts for plans and reports: engine, implementation, counts of parameters, device, dtype."""
+        ...
+
+    def peak_memory_bytes(self) -> int: ...

@@ -22,6 +22,8 @@ _OUT_OF_MEMORY_SIGNS = (
     "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "STATUS_ALLOC_FAILED",
     # oneDNN, when it finds no room for its kernels or its working memory.
     "could not create a primitive", "could not execute a primitive", "could not create a memory",
+    # MLX on Metal.
+    "Unable to allocate", "Insufficient Memory",
 )  # fmt: skip
 _allocator_tuned = False
 

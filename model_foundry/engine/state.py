@@ -1,4 +1,4 @@
-"""What the torch engine writes and reads: weights by layout, optimizer moments, and the facts a continuation needs.
+"""What an engine writes and reads: weights by layout, optimizer moments, and the facts a continuation needs.
 
 Reading is in two steps, so that nothing is changed until everything fits. It knows nothing of batches or model ids.
 """
@@ -27,14 +27,17 @@ MOMENTS_NAME = "optimizer.safetensors"
 _FACTS = {"optimizer_step": int, "counter_step": int, "seed": int}
 
 
-def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_state(folder: Path, *, engine: str = "torch") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Moments and facts of a checkpoint's `state/`; raises as `read_facts`."""
-    facts = read_facts(folder)
+    facts = read_facts(folder, engine=engine)
     return read_tensors(folder / "state" / MOMENTS_NAME), facts
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path, *, engine: str = "torch") -> dict[str, Any]:
     """What beside tensors a checkpoint's `state/` holds.
+
+    Args:
+        engine: the kind that is to go on from it.
 
     Raises:
         CheckpointError: there is none, or it belongs to another kind of engine.
@@ -45,7 +48,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         hint = "Load the weights alone; the optimizer then starts afresh."
         raise CheckpointError(f"holds no optimizer state ({error})", where=str(folder), hint=hint) from error
-    if not isinstance(facts, dict) or (facts.get("engine"), facts.get("format")) != ("torch", STATE_FORMAT):
+    if not isinstance(facts, dict) or (facts.get("engine"), facts.get("format")) != (engine, STATE_FORMAT):
         found = facts if not isinstance(facts, dict) else f"{facts.get('engine')!r}, format {facts.get('format')}"
         raise CheckpointError(
             f"the optimizer state was written by the engine {found}",
@@ -62,8 +65,8 @@ def differences(facts: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str,
     """Sentences on what differs from the machine that wrote a state, so that the bits may differ from here on."""
     return tuple(
         f"{key} was {facts.get(key)} when this was saved and is {here[key]} now; the last bits may differ"
-        for key in ("torch", "device", "dtype", "num_threads", "world_size")
-        if facts.get(key) != here[key]
+        for key in ("torch", "mlx", "device", "dtype", "num_threads", "world_size")
+        if key in here and facts.get(key) != here[key]
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from model_foundry.checkpoint.tensors import write_tensors
-from model_foundry.engine.base import LogprobScope
+from model_foundry.engine.base import EngineKind, LogprobScope
 from model_foundry.engine.losses import choose_loss
 from model_foundry.engine.muon import FlatMuon
 from model_foundry.engine.optimizer import FlatAdamW, FlatOptimizer
@@ -90,6 +90,7 @@ class TorchEngine:
         between_pieces: called between the pieces of a pass; it may use other models of this engine.
     """
 
+    kind: EngineKind = "torch"
     world_size = 1
 
     def __init__(
@@ -298,7 +299,7 @@ class TorchEngine:
         model = self._get(model_id)
         return {
             "format": STATE_FORMAT,
-            "engine": "torch",
+            "engine": self.kind,
             "optimizer": _optimizer(model).kind,
             "optimizer_step": _optimizer(model).step,
             "counter_step": model.passes.counter.step,
@@ -367,6 +368,7 @@ class TorchEngine:
         state = model.optimizer
         trained, remembered = (0, 0) if state is None else (state.num_parameters, state.num_remembered)
         return {
+            "engine": self.kind,
             "implementation": model.language_model.implementation,
             "base_parameters": base,
             "trained_parameters": trained,

@@ -8,7 +8,8 @@ from datetime import datetime
 import numpy as np
 
 from model_foundry.config.schema import ChatConfig, ModelSection
-from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.engine.base import LocalEngine
+from model_foundry.engine.choose import EngineName, choose_engine, open_engine
 from model_foundry.models.finder import resolve_model
 from model_foundry.rendering import Renderer
 from model_foundry.run.trained import run_of as run_of
@@ -18,12 +19,13 @@ from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Message, SampledSequence, SamplingParams
 
 USUAL_ANSWER_TOKENS = 256
+_ENGINE_OPTIONS = ("device", "dtype", "implementation", "attention", "quantization")
 
 
 class Conversation:
     """One talk; every turn sees the turns before it."""
 
-    def __init__(self, engine: TorchEngine, model_id: str, renderer: Renderer, config: ChatConfig) -> None:
+    def __init__(self, engine: LocalEngine, model_id: str, renderer: Renderer, config: ChatConfig) -> None:
         self._engine, self._model_id, self._renderer, self.config = engine, model_id, renderer, config
         self.messages: list[Message] = []
         if config.system is not None:
@@ -66,17 +68,12 @@ class Conversation:
 class Reader:
     """A loaded model that is asked and not trained."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: ModelSection, *, engine: EngineName = "auto") -> None:
         self.source = resolve_model(section.name)
         section, now = as_trained(section)
         self.renderer = Renderer(Tokenizer.load(self.source.folder), section.template, now=now)
-        self.engine = TorchEngine(
-            device=section.device,
-            dtype=section.dtype,
-            implementation=section.implementation,
-            attention=section.attention,
-            quantization=section.quantization,
-        )
+        options = {name: getattr(section, name) for name in _ENGINE_OPTIONS}
+        self.engine = open_engine(choose_engine(engine, folder=self.source.folder, options=options).name, options)
         self.model_id = self.engine.create_model(
             self.source.folder, lora=None, adapter=self.source.adapter, trainable=False
         )
@@ -87,7 +84,7 @@ class Reader:
 
 def open_conversation(config: ChatConfig) -> Conversation:
     """Load what `model.name` names, with the template that it was trained with."""
-    reader = Reader(config.model)
+    reader = Reader(config.model, engine=config.engine)
     return Conversation(reader.engine, reader.model_id, reader.renderer, config)
 
 

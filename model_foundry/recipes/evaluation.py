@@ -29,7 +29,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     with run_logging(level="info"):
         path, evaluation = _questions(config)
         questions = read_questions(path, system=evaluation.system)
-        reader = Reader(config.model)
+        reader = Reader(config.model, engine=config.engine)
         answers = answer_questions(
             questions,
             lambda prompts, params: reader.sample(list(prompts), params),

@@ -20,6 +20,10 @@ from model_foundry.errors import EngineError
 from model_foundry.types import AdamParams, Datum, LoraConfig
 
 NUM_STEPS = 2
+_OPTIONS = (
+    "device", "dtype", "num_threads", "implementation", "attention", "quantization", "gradient_checkpointing",
+    "micro_batch_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class MemoryTask:
     lora: LoraConfig | None
     device: str
     dtype: str
-    num_threads: int
+    num_threads: int | None
     implementation: str
     gradient_checkpointing: bool
     micro_batch_tokens: int | None
@@ -39,6 +43,7 @@ class MemoryTask:
     weights: tuple[tuple[float, ...], ...]
     attention: str = "auto"
     quantization: str = "none"
+    engine: str = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +84,12 @@ def measure(task: MemoryTask, *, timeout_s: float = 900) -> MemoryPeak:
 
 
 def main() -> None:
+    from model_foundry.engine.choose import open_engine
     from model_foundry.engine.platform import resident_memory_bytes
-    from model_foundry.engine.torch_engine import TorchEngine
 
     values = json.loads(sys.stdin.read())
-    engine = TorchEngine(
-        device=values["device"],
-        dtype=values["dtype"],
-        num_threads=values["num_threads"],
-        implementation=values["implementation"],
-        attention=values["attention"],
-        quantization=values["quantization"],
-        gradient_checkpointing=values["gradient_checkpointing"],
-        micro_batch_tokens=values["micro_batch_tokens"],
-    )
+    options = {name: values[name] for name in _OPTIONS}
+    engine = open_engine(values["engine"], options)
     lora = values["lora"]
     if lora is not None and not isinstance(lora["target_modules"], str):
         lora["target_modules"] = tuple(lora["target_modules"])

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model_foundry.engine.torch_engine import TorchEngine, split_by_tokens
+from model_foundry.engine.base import LocalEngine
+from model_foundry.engine.pieces import split_by_tokens
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
@@ -35,7 +36,7 @@ class Trial:
     peak_bytes: int
 
 
-def try_longest_batch(engine: TorchEngine, model_id: str, work: Work) -> Trial:
+def try_longest_batch(engine: LocalEngine, model_id: str, work: Work) -> Trial:
     """One forward and backward pass of the longest batch; nothing of it remains.
 
     Raises:
@@ -52,11 +53,11 @@ def try_longest_batch(engine: TorchEngine, model_id: str, work: Work) -> Trial:
     return Trial(num_tokens, seconds, pieces, engine.peak_memory_bytes())
 
 
-def predict_memory(work: Work, engine: TorchEngine, model_id: str, *, process_bytes: int) -> MemoryEstimate | None:
-    """The peak by part, from shapes alone; None for architectures that transformers runs, and for several processes."""
+def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_bytes: int) -> MemoryEstimate | None:
+    """The peak by part, from shapes alone; None for what transformers or MLX runs, and several processes."""
     raw = read_config(work.source.folder)
     config = work.config
-    if not is_native(raw) or engine.implementation == "transformers" or engine.world_size > 1:
+    if not is_native(raw) or engine.implementation == "transformers" or engine.world_size > 1 or engine.kind != "torch":
         return None
     shape = ModelConfig.from_hf(raw)
     batch = work.longest_batch()
@@ -94,6 +95,7 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
     seconds = work.epochs * work.tokens_per_epoch / trial.num_tokens * trial.seconds / PASS_SHARE_OF_STEP
     return {
         "model": work.source.name,
+        "engine": facts["engine"],
         "implementation": facts["implementation"],
         "device": facts["device"],
         "dtype": facts["dtype"],
@@ -129,9 +131,10 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     train = plan["data"]["train"]
     share = plan["trained_parameters"] / plan["base_parameters"]
     processes = f"{plan['world_size']} processes, each with " if plan["world_size"] > 1 else ""
+    threads = "" if plan["num_threads"] is None else f", {processes}{plan['num_threads']} threads"
     lines = [
-        f"model       {plan['model']} · {plan['base_parameters']:,} parameters · {plan['implementation']}, "
-        f"{plan['dtype']} on {plan['device']}, {processes}{plan['num_threads']} threads",
+        f"model       {plan['model']} · {plan['base_parameters']:,} parameters · {plan['implementation']} by "
+        f"{plan['engine']}, {plan['dtype']} on {plan['device']}{threads}",
         f"trained     {plan['trained_parameters']:,} parameters ({share:.2%})",
         *(_text_lines(plan) if train.get("kind") == "text" else _row_lines(plan)),
         f"steps       {plan['steps']:,} · {plan['batches_per_epoch']:,} batches an epoch · "
@@ -142,6 +145,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         lines.append(f"memory      {_size(plan['memory']['total'])} predicted: {' · '.join(parts)}")
     else:
         why = "several processes share the model" if plan["world_size"] > 1 else "transformers runs this architecture"
+        why = why if plan["engine"] == "torch" else "MLX's memory is measured only"
         lines.append(f"memory      no prediction: {why}")
     pieces = plan["pieces_of_the_longest_batch"]
     split = f", in {pieces} pieces" if pieces > 1 else ""

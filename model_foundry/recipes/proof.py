@@ -17,7 +17,7 @@ import torch
 from model_foundry.client.local import TrainingClient
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import TrainConfig
-from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.engine.base import LocalEngine
 from model_foundry.errors import FoundryError
 from model_foundry.evals import criteria
 from model_foundry.evals.before_after import Comparison
@@ -64,7 +64,7 @@ def parameters_check(work: Work, before: Mapping[str, torch.Tensor], after: Mapp
     return criteria.parameters_changed(first, last, bound=bound, weight_decay=work.config.training.weight_decay)
 
 
-def memory_check(work: Work, engine: TorchEngine) -> tuple[Check | None, dict[str, Any]]:
+def memory_check(work: Work, engine: LocalEngine) -> tuple[Check | None, dict[str, Any]]:
     """LoRA and full fine-tuning on the same longest batch, each in a fresh process; the peaks go into the report."""
     config = work.config
     if not isinstance(config, TrainConfig) or work.lora is None or config.criteria.memory_saving is None:
@@ -83,6 +83,7 @@ def memory_check(work: Work, engine: TorchEngine) -> tuple[Check | None, dict[st
             implementation=engine.implementation,
             attention=engine.attention,
             quantization="none" if lora is None else engine.quantization,
+            engine=engine.kind,
             gradient_checkpointing=training.gradient_checkpointing,
             micro_batch_tokens=training.micro_batch_tokens,
         )
@@ -96,7 +97,7 @@ def memory_check(work: Work, engine: TorchEngine) -> tuple[Check | None, dict[st
     return check, {"lora_bytes": peaks["lora"], "full_bytes": peaks["full"]}
 
 
-def artefacts_check(work: Work, engine: TorchEngine, model_id: str, final: Path, sample: np.ndarray) -> Check:
+def artefacts_check(work: Work, engine: LocalEngine, model_id: str, final: Path, sample: np.ndarray) -> Check:
     """Load the final weights from the disk into a second model; it must say what the trained one says."""
     problems: dict[str, str | None] = {}
     part = "adapter" if work.lora is not None else "model"
@@ -164,7 +165,7 @@ class _Kept:
     def before_update(self) -> None: ...
 
 
-def replay_check(work: Work, engine: TorchEngine, run: RunDirectory, final: Mapping[str, torch.Tensor]) -> Check | None:
+def replay_check(work: Work, engine: LocalEngine, run: RunDirectory, final: Mapping[str, torch.Tensor]) -> Check | None:
     """Repeat the last steps in a second model, from the first checkpoint within `replay_steps` of the end, or from the
     start when the run is no longer than that, and compare every bit.
 
@@ -220,6 +221,6 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
-def everything(engine: TorchEngine, model_id: str) -> dict[str, torch.Tensor]:
+def everything(engine: LocalEngine, model_id: str) -> dict[str, torch.Tensor]:
     """Trained weights and optimizer moments, live views."""
     return {**engine.trained_tensors(model_id), **engine.state_tensors(model_id)}

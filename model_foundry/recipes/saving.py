@@ -11,7 +11,7 @@ from typing import Any
 
 from model_foundry.checkpoint.background import BackgroundSaver
 from model_foundry.checkpoint.store import FINAL, Checkpoint, step_name
-from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.engine.base import LocalEngine
 from model_foundry.errors import RunError
 from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
@@ -20,7 +20,7 @@ from model_foundry.run.directory import RunDirectory
 class RunSaver:
     """Saves a model's weights and optimizer under the step's name, in the background, keeping few."""
 
-    def __init__(self, run: RunDirectory, engine: TorchEngine, model_id: str, work: Work) -> None:
+    def __init__(self, run: RunDirectory, engine: LocalEngine, model_id: str, work: Work) -> None:
         self._engine, self._model_id, self._prepared = engine, model_id, work
         self.saver = BackgroundSaver(run.checkpoints, keep=work.config.training.save_total_limit)
 
@@ -55,7 +55,7 @@ def checkpoint_metadata(work: Work, step: int) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, engine: TorchEngine, model_id: str, work: Work, say: Callable[[str], None]
+    checkpoint: Checkpoint, engine: LocalEngine, model_id: str, work: Work, say: Callable[[str], None]
 ) -> int:
     """Load weights and optimizer; the step it was saved at.
 

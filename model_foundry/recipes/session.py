@@ -8,10 +8,11 @@ from typing import Any
 
 from model_foundry.client.local import TrainingClient
 from model_foundry.config.schema import TrainConfig
+from model_foundry.engine.base import EngineKind, LocalEngine
+from model_foundry.engine.choose import choose_engine, open_engine
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.engine.ranks import current
 from model_foundry.engine.sharded_engine import ShardedEngine
-from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.models.memory import MemoryEstimate
 from model_foundry.recipes.gatekeeping import enforce
 from model_foundry.recipes.plan import Trial, plan_facts, predict_memory, try_longest_batch
@@ -25,7 +26,7 @@ class Session:
     """The engine that holds the model, and what was found out about both."""
 
     work: Work
-    engine: TorchEngine
+    engine: LocalEngine
     model_id: str
     process_bytes: int
     memory: MemoryEstimate | None
@@ -37,8 +38,11 @@ class Session:
         return TrainingClient(self.engine, self.model_id)
 
 
-def open_session(work: Work) -> Session:
+def open_session(work: Work, *, engine_before: EngineKind | None = None) -> Session:
     """Load the model and try the longest batch on it.
+
+    Args:
+        engine_before: what the run was trained by until now; its last bits are that engine's.
 
     Raises:
         CheckFailedError: the gate refuses the rows.
@@ -47,7 +51,13 @@ def open_session(work: Work) -> Session:
         enforce(work.gate, work.config)
     ranks = current()
     options = work.engine_options()
-    engine = TorchEngine(**options) if ranks is None else ShardedEngine(ranks, **options)
+    choice = choose_engine(
+        engine_before or work.config.engine, folder=work.source.folder, options=options,
+        optimizer=work.config.training.optimizer, num_processes=1 if ranks is None else ranks.size,
+    )  # fmt: skip
+    engine: LocalEngine = open_engine(choice.name, options) if ranks is None else ShardedEngine(ranks, **options)
+    why = choice.why if engine_before is None else "as this run was begun"
+    logger.info("engine: %s on %s (%s)", engine.kind, engine.device.type, why)
     process_bytes = resident_memory_bytes()
     base_name = work.source.name if work.source.adapter is None else str(work.source.folder)
     model_id = engine.create_model(

@@ -129,8 +129,9 @@ def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Sessi
                     return report
                 work = prepare_work(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
                 require_same_data(run.facts["receipt"], _receipt(work, digest), where=str(run.path))
-                session = open_session(work)
+                session = open_session(work, engine_before=run.facts.get("engine", "torch"))
             run.record(
+                engine=session.engine.kind,
                 config=config.model_dump(mode="json"),
                 now=session.work.now.isoformat(),
                 renderer=session.work.renderer.name,

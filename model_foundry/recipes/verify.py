@@ -92,9 +92,11 @@ def verify_run(
     with _folder(keep) as (folder, checks):
         again = folder / "again"
         say(f"running {run} again, in {again}")
-        # The number of threads decides the last bits; the run may have taken it from the environment.
-        threads = {"num_threads": facts["receipt"]["torch"]["num_threads"]}
-        config = config.model_copy(update={"training": config.training.model_copy(update=threads)})
+        # Engine and number of threads decide the last bits; the run may have taken both from the machine.
+        config = config.model_copy(update={"engine": facts.get("engine", "torch")})
+        if config.engine == "torch":
+            threads = {"num_threads": facts["receipt"]["torch"]["num_threads"]}
+            config = config.model_copy(update={"training": config.training.model_copy(update=threads)})
         run_to_end(config, again, now=facts["now"])
         checks += compare_runs(run, again)
     return checks
