@@ -11,7 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quant": ("bitsandbytes",),
     "mlx": ("mlx", "mlx_lm"),
     "serve": ("fastapi", "h11", "httpx", "prometheus_client", "starlette", "uvicorn"),
-    "service": ("fastapi", "google.protobuf", "sqlalchemy", "uvicorn", "zstandard"),
+    "service": ("fastapi", "google.protobuf", "httpx", "sqlalchemy", "uvicorn", "zstandard"),
     "track": ("tensorboard", "wandb", "mlflow"),
 }
 """Extra -> the modules it makes importable."""
