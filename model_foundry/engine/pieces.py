@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from model_foundry.engine.base import LogprobScope
-from model_foundry.engine.losses import Inputs, Loss, head_pass
+from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, head_pass
 from model_foundry.engine.optimizer import FlatOptimizer
 from model_foundry.engine.platform import is_out_of_memory, release_memory
+from model_foundry.engine.side_by_side import run_side_by_side, worthwhile_shares
 from model_foundry.errors import EngineError, OutOfMemoryError
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.language_model import LanguageModel
+from model_foundry.models.memory import MAX_OWN_GRADIENT_BYTES
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.types import Datum, ForwardBackwardOutput
 
@@ -209,7 +213,43 @@ class Passes:
     def _piece(
         self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
     ) -> tuple[float, list[np.ndarray], float]:
-        """One packed pass: loss, log-probabilities by row, and the routers' share of their loss."""
+        """Loss, log-probabilities by row, and the routers' share of their loss."""
+        shares = self._shares(data)
+        if shares is None:
+            return self._pass(data, loss, scope=scope, backward=backward)
+        trained = [] if self.optimizer is None else list(self.optimizer.parameters.values())
+        gradients = [OwnGradients(trained, self.model.head, num_shares=len(shares)) for _ in shares]
+        results = run_side_by_side([
+            partial(self._pass, [data[row] for row in share], loss, scope=scope, backward=backward, own=own)
+            for share, own in zip(shares, gradients, strict=True)
+        ])  # fmt: skip
+        for own in gradients:
+            own.add()
+        logprobs: dict[int, np.ndarray] = {}
+        for share, (_, found, _) in zip(shares, results, strict=True):
+            logprobs.update(zip(share, found, strict=True))
+        return sum(result[0] for result in results), [logprobs[row] for row in range(len(data))], 0.0
+
+    def _shares(self, data: Sequence[Datum]) -> list[list[int]] | None:
+        """The rows of each thread, where the model and the rows allow that threads have rows of their own."""
+        if self.device.type != "cpu" or not self.model.has_no_pass_state:
+            return None
+        num_threads = torch.get_num_threads()
+        num_trained = 0 if self.optimizer is None else self.optimizer.num_parameters
+        if 4 * num_trained * num_threads > MAX_OWN_GRADIENT_BYTES:
+            return None
+        return worthwhile_shares([datum.num_tokens for datum in data], num_threads)
+
+    def _pass(
+        self,
+        data: Sequence[Datum],
+        loss: Loss,
+        *,
+        scope: LogprobScope,
+        backward: bool,
+        own: OwnGradients | None = None,
+    ) -> tuple[float, list[np.ndarray], float]:
+        """One packed pass; its gradients are added to the parameters', or kept in `own`."""
         rows, balance = self._rows(data), self.model.balance if backward else None
         inputs = {
             name: torch.from_numpy(np.concatenate([datum.loss_inputs[name] for datum in data])).to(self.device)
@@ -225,17 +265,47 @@ class Passes:
         chosen = None if bool(wanted.all()) else wanted.nonzero()[:, 0]
         part = flat if chosen is None else flat[chosen]
         picked = inputs if chosen is None else {name: value[chosen] for name, value in inputs.items()}
-        result = head_pass(part, self.model.head, loss, picked, backward=backward)
+        head, chunk = (self.model.head, CHUNK_LOGITS) if own is None else (own.head, own.chunk_logits)
+        result = head_pass(part, head, loss, picked, backward=backward, chunk_logits=chunk)
         if backward and result.d_hidden is not None:
             gradient = result.d_hidden
             if chosen is not None:
                 gradient = torch.zeros_like(flat)
                 gradient[chosen] = result.d_hidden
-            hidden.backward(gradient)
+            if own is None:
+                hidden.backward(gradient)
+            else:
+                own.backward(hidden, gradient)
         logprobs = np.full(inputs["target_tokens"].shape, np.nan, dtype=np.float32)
         logprobs[wanted.cpu().numpy()] = result.logprobs.cpu().numpy()
         ends = np.cumsum([datum.num_tokens for datum in data])[:-1]
         return result.loss, np.split(logprobs, ends), router_loss
+
+
+class OwnGradients:
+    """Gradients of one pass among several at the same time, to be added to the parameters' afterwards, in order.
+
+    Attributes:
+        head: the model's, with a gradient of its own.
+        chunk_logits: how many logits exist at once; all passes together have as many as one alone.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], head: nn.Parameter | None, *, num_shares: int) -> None:
+        self._parameters, self._head = parameters, head
+        self._found: Sequence[torch.Tensor | None] = ()
+        self.head = None if head is None else nn.Parameter(head.detach(), requires_grad=head.requires_grad)
+        self.chunk_logits = CHUNK_LOGITS // num_shares
+
+    def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._found = torch.autograd.grad(hidden, self._parameters, gradient, allow_unused=True)
+
+    def add(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._found, strict=False):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad.add_(gradient)
+        mine = None if self.head is None else self.head.grad
+        if mine is not None and self._head is not None and self._head.grad is not None:
+            self._head.grad.add_(mine)
 
 
 def _wanted(inputs: Inputs, loss: Loss, scope: LogprobScope, *, is_filling: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ from model_foundry.engine.base import LogprobScope
 from model_foundry.engine.losses import Loss
 from model_foundry.engine.pieces import Passes, split_by_tokens
 from model_foundry.engine.platform import is_out_of_memory
+from model_foundry.engine.side_by_side import even_shares
 from model_foundry.errors import OutOfMemoryError
 from model_foundry.models.sharding import ShardedModel
 from model_foundry.types import Datum, ForwardBackwardOutput
@@ -74,7 +75,7 @@ class ShardedPasses(Passes):
     def _pieces(self, lengths: Sequence[int]) -> list[list[int]]:
         """This rank's pieces, and empty ones up to the number that the busiest rank has."""
         every = []
-        for share in share_of_rows(lengths, self.size):
+        for share in even_shares(lengths, self.size):
             pieces = split_by_tokens([lengths[row] for row in share], self.planned_piece_tokens)
             every.append([[share[place] for place in piece] for piece in pieces])
         most = max(len(pieces) for pieces in every)
@@ -93,17 +94,6 @@ class ShardedPasses(Passes):
     ) -> ForwardBackwardOutput:
         self.rows = tuple(sorted(logprobs))
         return Passes._output(self, loss, logprobs, num_pieces, router_loss)
-
-
-def share_of_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of each rank, in their order: the longest rows first, each to the rank with the fewest tokens so far."""
-    shares: list[list[int]] = [[] for _ in range(size)]
-    tokens = [0] * size
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        rank = tokens.index(min(tokens))
-        shares[rank].append(row)
-        tokens[rank] += lengths[row]
-    return [sorted(share) for share in shares]
 
 
 def _filling(data: Sequence[Datum]) -> tuple[Datum, ...]:

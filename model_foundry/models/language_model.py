@@ -67,6 +67,11 @@ class LanguageModel(nn.Module):
         return None
 
     @property
+    def has_no_pass_state(self) -> bool:
+        """Whether several threads may compute passes at the same time: nothing is remembered beside the tensors."""
+        return False
+
+    @property
     def num_parameters(self) -> int:
         """Of the base model; tied ones once, packed ones by the weights they stand for."""
         return sum(parameter.numel() for parameter in self.base_parameters().values())
@@ -143,6 +148,12 @@ class NativeModel(LanguageModel):
     @property
     def balance(self) -> RouterBalance | None:
         return self.decoder.balance
+
+    @property
+    def has_no_pass_state(self) -> bool:
+        decoder = self.decoder
+        counts = self.training and decoder.drops
+        return not (counts or decoder.gradient_checkpointing or decoder.config.experts or self.quantization != "none")
 
     @property
     def num_parameters(self) -> int:

@@ -19,6 +19,8 @@ QUERY_BLOCK_TOKENS = 256
 KEEP_PROBABILITIES_TOKENS = 512
 CHUNK_LOGITS = 12_500_000
 """The same constants as in `attention` and `engine.losses`; a test holds them together."""
+MAX_OWN_GRADIENT_BYTES = 512 * 2**20
+"""Where threads have rows of their own they have gradients of their own, all of them together no larger than this."""
 PROCESS_BYTES = 235_000_000
 """Resident set of an interpreter that has imported torch and the engine, before a model is loaded."""
 LIBRARY_BYTES = 130_000_000
@@ -78,6 +80,7 @@ def estimate_memory(
     packed: bool = False,
     machine: Machine = "cpu",
     optimizer: OptimizerKind = "adamw",
+    num_threads: int = 1,
 ) -> MemoryEstimate:
     """Peak memory of one forward, backward and optimizer step.
 
@@ -89,6 +92,7 @@ def estimate_memory(
         num_due_tokens: tokens with a loss due; default all of them.
         process_bytes: resident set before the model is loaded, where the caller has measured it.
         packed: linear layers in four bits (nf4), under adapters only.
+        num_threads: on a CPU, each has gradients of its own while it computes its rows, where they are not too large.
         machine: `accelerator` is the memory of the device: fused attention, no holes of glibc's heap.
     """
     names = default_targets(config) if adapted is None else set(adapted)
@@ -111,7 +115,10 @@ def estimate_memory(
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes)
     num_moments = 2 * num_trained - (num_hidden_weights(config) if optimizer == "muon" else 0)
     moments = num_moments * FLOAT32_BYTES
-    fixed = weights + num_trained * FLOAT32_BYTES + moments
+    own = num_trained * FLOAT32_BYTES * num_threads
+    side_by_side = machine == "cpu" and num_threads > 1 and own <= MAX_OWN_GRADIENT_BYTES and not gradient_checkpointing
+    gradients = num_trained * FLOAT32_BYTES + (own if side_by_side else 0)
+    fixed = weights + gradients + moments
     # Training every weight copies them into one stretch; the first copy's place is left to what comes.
     loading = fixed + (base if lora is None else 0)
     libraries, process = (LIBRARY_BYTES, process_bytes) if machine == "cpu" else (0, ACCELERATOR_BYTES)
@@ -119,7 +126,7 @@ def estimate_memory(
     step = fixed + activations + logits + libraries
     return MemoryEstimate(
         weights=weights,
-        gradients=num_trained * FLOAT32_BYTES,
+        gradients=gradients,
         optimizer=moments,
         activations=activations,
         logits=logits,

@@ -82,6 +82,7 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
         process_bytes=process_bytes,
         packed=engine.quantization != "none",
         optimizer=config.training.optimizer,
+        num_threads=engine.num_threads or 1,
     )
 
 
