@@ -124,11 +124,19 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True, slots=True)
 class OptimStepOutput:
-    """`grad_norm` is the global L2 norm before clipping; `skipped` when it was not finite and nothing changed."""
+    """`grad_norm` is the global L2 norm before clipping; `skipped` when it was not finite and nothing changed.
+
+    Attributes:
+        step: of the optimizer, which does not count what was skipped.
+        loss_scale: by which gradients were larger in this step, where activations are float16 (see `loss_scale`).
+        next_loss_scale: in the next one.
+    """
 
     grad_norm: float
     skipped: bool
     step: int
+    loss_scale: float | None = None
+    next_loss_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

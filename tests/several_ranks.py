@@ -10,24 +10,27 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from model_foundry.engine.ranks import Ranks, joined
 from model_foundry.engine.sharded_engine import ShardedEngine, follow
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import FoundryError
-from model_foundry.types import AdamParams, Datum, LoraConfig, SamplingParams
+from model_foundry.types import AdamParams, Datum, LoraConfig, MuonParams, OptimizerKind, SamplingParams
 from tests.tiny_models import random_data
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "num_threads": 1}
 STEP = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0)
 LENGTHS = ((12, 30, 7, 21, 5), (9,), (40, 3, 3))  # the second has fewer rows than there are ranks
 LORA = LoraConfig(r=4, lora_alpha=8.0)
-# name: (folder, adapter, the engine's options)
+MUON_STEP = MuonParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0)
+# name: (folder, adapter, the engine's options); "muon" in the name: trained by it
 CASES: dict[str, tuple[str, LoraConfig | None, dict[str, Any]]] = {
     "full": ("llama", None, {}),
     "full in pieces": ("llama-tied", None, {"micro_batch_tokens": 16, "gradient_checkpointing": True}),
@@ -35,6 +38,9 @@ CASES: dict[str, tuple[str, LoraConfig | None, dict[str, Any]]] = {
     "lora with dropout": ("llama-tied", LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.1), {}),
     "dora": ("qwen2", LoraConfig(r=4, lora_alpha=8.0, use_dora=True), {}),
     "lora in bfloat16": ("llama", LORA, {"dtype": "bfloat16"}),
+    "muon": ("llama-tied", None, {}),
+    "muon on experts": ("moe-balanced", None, {}),
+    "float16": ("llama-tied", None, {"dtype": "float16"}),
     "experts": ("moe-balanced", None, {}),
     "experts in pieces": ("moe-balanced", None, {"micro_batch_tokens": 16}),
     "lora on experts": ("moe-balanced", LORA, {}),
@@ -45,11 +51,22 @@ def batches(step: int) -> list[list[Datum]]:
     return [random_data(LENGTHS[(step + n) % 3], seed=10 * step + n) for n in range(2)]
 
 
+def lightened(batch: list[Datum], dtype: torch.dtype) -> list[Datum]:
+    """Weights that the first loss scale of float16 is made for: those of a run add up to one."""
+    share = 2.0**-8 if dtype == torch.float16 else 1.0
+    return [
+        replace(row, loss_inputs={**row.loss_inputs, "weights": row.loss_inputs["weights"] * share}) for row in batch
+    ]
+
+
 def train(engine: TorchEngine, model_id: str, steps: Sequence[int]) -> list[dict[str, float]]:
-    records = []
+    """The step is that of the optimizer that the model was created with."""
+    records, update_by = [], MUON_STEP if engine.state_facts(model_id)["optimizer"] == "muon" else STEP
     for step in steps:
-        outputs = [engine.forward_backward(model_id, batch, logprobs="all") for batch in batches(step)]
-        update = engine.optim_step(model_id, STEP)
+        outputs = [
+            engine.forward_backward(model_id, lightened(batch, engine.dtype), logprobs="all") for batch in batches(step)
+        ]
+        update = engine.optim_step(model_id, update_by)
         records.append({
             "loss": math.fsum(each.loss_sum for each in outputs),
             "router_loss": math.fsum(each.router_loss for each in outputs),
@@ -72,14 +89,17 @@ def compare(ranks: Ranks, models: Path) -> dict[str, Any]:
         alone, together = TorchEngine(**OPTIONS | options), ShardedEngine(ranks, **OPTIONS | options)
         sides = []
         for engine in (alone, together):
-            model_id = engine.create_model(models / folder, lora=lora, seed=5)
+            kind = "muon" if "muon" in name else "adamw"
+            model_id = engine.create_model(models / folder, lora=lora, seed=5, optimizer=kind)
             fresh = final(engine, model_id)
             records = train(engine, model_id, range(3))
             prompts = [np.array([5, 9, 11], dtype=np.int32), np.array([7], dtype=np.int32)]
             answers = engine.sample(model_id, prompts, SamplingParams(max_tokens=6, stop_token_ids=(2,)))
             sides.append((records, final(engine, model_id), [each.tokens.tolist() for each in answers], fresh))
-        shards = together._held_model(model_id).language_model.base_shards().values()
-        held = sum(0 if shard.here is None else shard.here.numel() for shard in shards)
+        model = together._held_model(model_id)
+        assert model.optimizer is not None
+        weights = list(model.language_model.parameters())
+        moments = [shard.holder.to_local() for shard in model.optimizer.state_shards().values()]
         results[name] = {
             "alone": sides[0][0],
             "together": sides[1][0],
@@ -87,27 +107,38 @@ def compare(ranks: Ranks, models: Path) -> dict[str, Any]:
             "apart": max(float(np.abs(sides[0][1][key] - sides[1][1][key]).max()) for key in sides[0][1]),
             "names": [sorted(side[1]) for side in sides],
             "answers": [side[2] for side in sides],
-            "held": held / sum(shard.shape.numel() for shard in shards),
+            "held": {
+                "weights": sum(cast(DTensor, each).to_local().numel() for each in weights)
+                / sum(each.numel() for each in weights),
+                "moments": sum(each.numel() for each in moments) / model.optimizer.num_remembered,
+            },
         }
         together.delete_model(model_id)
     return results
 
 
+STATES: tuple[tuple[str, LoraConfig | None, OptimizerKind], ...] = (
+    ("llama-tied", None, "adamw"),
+    ("moe-balanced", None, "muon"),
+    ("moe-balanced", LORA, "adamw"),
+)
+
+
 def states(ranks: Ranks, models: Path, root: Path) -> dict[str, Any]:
     """Saved by one kind of engine and read by the other: warnings, and the records of two more steps."""
     results: dict[str, Any] = {}
-    for folder, lora in (("llama-tied", None), ("moe-balanced", None), ("moe-balanced", LORA)):
+    for folder, lora, optimizer in STATES:
         alone, together = TorchEngine(**OPTIONS), ShardedEngine(ranks, **OPTIONS)
         for name, writer, reader in (
             ("1 to n", alone, together),
             ("n to 1", together, alone),
             ("n to n", together, together),
         ):
-            written = writer.create_model(models / folder, lora=lora, seed=5)
+            written = writer.create_model(models / folder, lora=lora, seed=5, optimizer=optimizer)
             train(writer, written, range(2))
             place = Path(tempfile.mkdtemp(dir=root))
             writer.save_state(written, place)
-            read = reader.create_model(models / folder, lora=lora, seed=77)
+            read = reader.create_model(models / folder, lora=lora, seed=77, optimizer=optimizer)
             warnings = reader.load_state(read, place, optimizer=True)
             before, after = final(writer, written), final(reader, read)
             results[f"{folder} {'full' if lora is None else 'lora'} {name}"] = {
@@ -130,7 +161,7 @@ def refusals(ranks: Ranks, models: Path, root: Path) -> dict[str, Any]:
         "gpt2": lambda: engine.create_model(models / "gpt2", lora=LORA),
         "nf4": lambda: ShardedEngine(ranks, **OPTIONS, quantization="nf4"),
         "transformers": lambda: ShardedEngine(ranks, **OPTIONS, implementation="transformers"),
-        "muon": lambda: engine.create_model(models / "llama", lora=None, optimizer="muon"),
+        "muon": lambda: engine.create_model(models / "llama", lora=LORA, optimizer="muon"),
         "no such adapter": lambda: engine.create_model(models / "llama", lora=None, adapter=empty),
         "no such checkpoint": lambda: engine.load_state(model_id, empty, optimizer=True),
         "a token outside": lambda: engine.forward(model_id, [Datum.from_row(np.array([1, 9999]), np.ones(2))]),

@@ -25,8 +25,8 @@ _SHAPE = tuple(ArchitectureSection.model_fields)
 class PretrainModelSection(ArchitectureSection):
     name: str | None = None
     """A model to train on, as everywhere else, in place of one from nothing; its shape is its own."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; weights and moments are float32 in any case. auto: bfloat16 where it is multiplied natively."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type; weights and moments stay float32. auto: bfloat16 where native. float16 trains with a loss scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run. auto: CUDA, then MPS, then the CPU."""
     attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"

@@ -24,8 +24,8 @@ from model_foundry.config.section import (
 class ModelSection(Section):
     name: str = "smollm2-135m-instruct"
     """A known name, a Hugging Face folder, a GGUF file, a run directory or a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type of the weights. auto: bfloat16 where the device multiplies it natively, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type. auto: bfloat16 where it is multiplied natively, else float32. float16 trains with a loss scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run. auto: CUDA, then MPS, then the CPU."""
     implementation: Literal["auto", "native", "transformers"] = "auto"
@@ -114,7 +114,7 @@ class TrainingSection(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm here; 0 switches clipping off."""
     max_skipped_steps: NonNegativeInt = 5
-    """Stop with an error after this many steps with NaN or infinite gradients in a row."""
+    """Stop after more steps in a row with NaN or infinite gradients; not counted are those a loss scale may mend."""
     micro_batch_tokens: PositiveInt | None = None
     """Split a pass into pieces of at most this many tokens (same gradients up to rounding); default no splitting."""
     gradient_checkpointing: bool = False

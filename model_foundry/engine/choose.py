@@ -98,6 +98,7 @@ def mlx_obstacle(
     """What of all this MLX's engine does not have, or None."""
     wanted = {
         f"model.device={options.get('device')}": options.get("device") == "cuda",
+        f"model.dtype={options.get('dtype')} (it would need a loss scale)": options.get("dtype") == "float16",
         f"model.attention={options.get('attention')}": options.get("attention", "auto") != "auto",
         f"model.quantization={options.get('quantization')}": options.get("quantization", "none") != "none",
         "model.implementation=transformers": options.get("implementation") == "transformers",

@@ -125,6 +125,7 @@ def head_pass(
     inputs: Inputs,
     *,
     backward: bool,
+    scale: float = 1.0,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> HeadResult:
     """Loss, log-probabilities and gradient of the tokens where a loss is due.
@@ -133,6 +134,7 @@ def head_pass(
         hidden: [M, D] before the head; without a head, logits [M, V].
         head: [V, D]. When it is trained, its gradient is added to `head.grad` (float32).
         inputs: the loss's inputs, each [M], or each [M, K].
+        scale: gradients, and not the loss, are multiplied by it.
         chunk_logits: how many logits exist at once.
     """
     num_tokens = hidden.shape[0]
@@ -146,7 +148,8 @@ def head_pass(
     )
     for first in range(0, num_tokens, step):
         # A call of its own: its logits are gone before the next piece makes its own.
-        _head_piece(slice(first, min(first + step, num_tokens)), hidden, head, weight, loss, inputs, result)
+        part = slice(first, min(first + step, num_tokens))
+        _head_piece(part, hidden, head, weight, loss, inputs, scale, result)
     return result
 
 
@@ -157,6 +160,7 @@ def _head_piece(
     weight: torch.Tensor | None,
     loss: Loss,
     inputs: Inputs,
+    scale: float,
     result: HeadResult,
 ) -> None:
     """One piece of tokens; its share of the result is written into `result`."""
@@ -173,7 +177,7 @@ def _head_piece(
     if result.d_hidden is None:
         return
     del logits
-    slope = slope.to(probabilities.dtype).view(shape[0], -1)
+    slope = slope.mul_(scale).to(probabilities.dtype).view(shape[0], -1)
     d_logits = probabilities.mul_(-slope.sum(1, keepdim=True)).scatter_add_(1, targets, slope).to(hidden.dtype)
     if weight is None or head is None:
         result.d_hidden[part] = d_logits

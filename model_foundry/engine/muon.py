@@ -12,13 +12,14 @@ of. It knows nothing of models: who calls says which parameters are hidden matri
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from model_foundry.engine.optimizer import FlatOptimizer, adamw_update
-from model_foundry.types import MuonParams
+from model_foundry.errors import EngineError
+from model_foundry.types import MuonParams, OptimizerKind
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x ← a x + b (x xᵀ) x + c (x xᵀ)² x, chosen by Jordan for a steep slope at zero: singular values end
@@ -61,7 +62,7 @@ class FlatMuon(FlatOptimizer):
             momentum.lerp_(grad, 1 - params.momentum)
             # Nesterov's momentum: look one step ahead.
             direction = orthogonalised(grad.lerp_(momentum, params.momentum), self.dtype)
-            rate = params.learning_rate * RMS_OF_ADAMW * math.sqrt(max(shape[1:]))
+            rate = params.learning_rate * update_size(shape)
             weight.mul_(1 - params.learning_rate * params.weight_decay).add_(direction, alpha=-rate)
         adamw_update(self, self.num_hidden, (self.exp_avg, self.exp_avg_sq), params)
 
@@ -96,6 +97,19 @@ class FlatMuon(FlatOptimizer):
             out[f"exp_avg.{name}"] = self.exp_avg[own].view(shape)
             out[f"exp_avg_sq.{name}"] = self.exp_avg_sq[own].view(shape)
         return out
+
+
+def update_size(shape: Sequence[int]) -> float:
+    """What an orthogonal update [.., out, in] is multiplied by, to be as large as AdamW's."""
+    return RMS_OF_ADAMW * math.sqrt(max(shape[-2:]))
+
+
+def require_whole_matrices(kind: OptimizerKind, *, whole: bool) -> None:
+    """Raises EngineError: Muon for an adapter."""
+    if kind == "muon" and not whole:
+        # What is applied is the product of the two factors, and that is not orthogonal when they are.
+        what = "muon makes the updates of whole matrices orthogonal, and an adapter holds factors of them"
+        raise EngineError(what, where="optimizer", hint="Train the adapter with adamw, or every weight with muon.")
 
 
 def orthogonalised(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,8 @@ Shapes: T tokens of a row, N tokens of a piece, M of them with a loss due, D wid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from model_foundry.engine.base import LogprobScope
+from model_foundry.engine.loss_scale import LossScale
 from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, head_pass
 from model_foundry.engine.optimizer import FlatOptimizer
 from model_foundry.engine.platform import is_out_of_memory, release_memory
@@ -26,7 +28,7 @@ from model_foundry.models.balance import RouterBalance
 from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.memory import MAX_OWN_GRADIENT_BYTES
 from model_foundry.models.randomness import DropoutCounter
-from model_foundry.types import Datum, ForwardBackwardOutput
+from model_foundry.types import Datum, ForwardBackwardOutput, OptimStepOutput
 
 T = TypeVar("T")
 
@@ -38,6 +40,7 @@ class Passes:
     Attributes:
         planned_piece_tokens: pieces of at most this many tokens, by configuration.
         max_piece_tokens: the same, learnt where memory ran out.
+        loss_scale: what gradients are larger by, where activations are float16.
         pending: batches since the last step.
         torn: a pass was broken off half-way (Ctrl-C), so the gradients are not those of `pending`.
         between: called after each piece; it must leave this model alone.
@@ -49,10 +52,16 @@ class Passes:
     optimizer: FlatOptimizer | None
     planned_piece_tokens: int | None = None
     max_piece_tokens: int | None = None
+    loss_scale: LossScale | None = None
     pending: list[tuple[tuple[Datum, ...], Loss]] = field(default_factory=list)
     torn: bool = False
     between: Callable[[], None] = lambda: None
     _piece_lengths: tuple[int, ...] = ()
+
+    @property
+    def gradient_scale(self) -> float:
+        """How many times too large the pending gradients are."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def forward(self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope) -> ForwardBackwardOutput:
         """The loss alone, without dropout."""
@@ -112,6 +121,18 @@ class Passes:
         """Nothing is pending, for the optimizer has cleared the gradients."""
         self.pending.clear()
         self.torn = False
+
+    def step(self, apply: Callable[..., OptimStepOutput]) -> OptimStepOutput:
+        """The optimizer's step of what is pending, by its `apply`; afterwards nothing is."""
+        scale = self.loss_scale
+        output = apply(gradient_scale=self.gradient_scale)
+        self.forget()
+        self.counter.step += 1
+        if scale is None:
+            return output
+        used = scale.value
+        scale.after(skipped=output.skipped)
+        return replace(output, loss_scale=used, next_loss_scale=scale.value)
 
     def _replay(self) -> None:
         """The gradients of `pending`, computed again from nothing."""
@@ -260,13 +281,16 @@ class Passes:
         if balance is not None:
             balance.listen(sum(self._piece_lengths))
         hidden = self.model.hidden(rows)
-        router_loss = 0.0 if balance is None else balance.settle()
+        router_loss = 0.0 if balance is None else balance.settle(self.gradient_scale)
         flat = hidden.detach()
         chosen = None if bool(wanted.all()) else wanted.nonzero()[:, 0]
         part = flat if chosen is None else flat[chosen]
         picked = inputs if chosen is None else {name: value[chosen] for name, value in inputs.items()}
-        head, chunk = (self.model.head, CHUNK_LOGITS) if own is None else (own.head, own.chunk_logits)
-        result = head_pass(part, head, loss, picked, backward=backward, chunk_logits=chunk)
+        chunk = CHUNK_LOGITS if own is None else own.chunk_logits
+        with self.model.opened_head() if own is None else nullcontext(own.head) as head:
+            result = head_pass(
+                part, head, loss, picked, backward=backward, scale=self.gradient_scale, chunk_logits=chunk
+            )  # fmt: skip
         if backward and result.d_hidden is not None:
             gradient = result.d_hidden
             if chosen is not None:

@@ -52,10 +52,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where it is native, else float32."""
+    """`auto`: bfloat16 where it is native, else float32; float16 only where it is asked for."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def set_threads(num_threads: int | None) -> int:

@@ -20,13 +20,15 @@ import torch
 
 from model_foundry.checkpoint.tensors import read_entries
 from model_foundry.engine.base import LogprobScope
+from model_foundry.engine.loss_scale import LossScale
 from model_foundry.engine.losses import choose_loss
+from model_foundry.engine.muon import require_whole_matrices
 from model_foundry.engine.optimizer import check_params
 from model_foundry.engine.pieces import check_batch
 from model_foundry.engine.platform import is_out_of_memory
 from model_foundry.engine.ranks import LostRankError, Ranks, Said
 from model_foundry.engine.sampling import stream_tokens
-from model_foundry.engine.sharded_optimizer import ShardedAdamW
+from model_foundry.engine.sharded_optimizer import ShardedAdamW, ShardedMuon, ShardedOptimizer
 from model_foundry.engine.sharded_passes import ShardedPasses
 from model_foundry.engine.sharded_views import GatheredTensor, LedModel, logprobs_by_row, rows_as_arrays, rows_of_arrays
 from model_foundry.engine.state import (
@@ -55,7 +57,6 @@ from model_foundry.models.sharding import (
 )
 from model_foundry.models.targets import adapt
 from model_foundry.types import (
-    AdamParams,
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
@@ -75,7 +76,7 @@ class _Model:
     base_name: str
     lora: LoraConfig | None
     targets: list[str]
-    optimizer: ShardedAdamW | None
+    optimizer: ShardedOptimizer | None
     passes: ShardedPasses
     decoding: DecodingState | None = None
     logits: torch.Tensor | None = None
@@ -123,16 +124,14 @@ class ShardedEngine(TorchEngine):
         """Load a model, each rank its part of it; folders are read by every rank.
 
         Raises:
-            EngineError: Muon, which needs whole matrices.
+            EngineError: Muon for an adapter.
             ModelError: a folder cannot be read or does not fit, or the native decoder does not run the model.
         """
-        if optimizer != "adamw":
-            what = f"{optimizer} needs whole matrices, and several processes hold rows of them"
-            raise EngineError(what, where="optimizer", hint="Train with adamw, or in one process, without torchrun.")
+        require_whole_matrices(optimizer, whole=trainable and lora is None and adapter is None)
         told = self._all(
             "create_model", base=str(base.resolve()), lora=None if lora is None else asdict(lora), seed=seed,
             adapter=None if adapter is None else str(adapter.resolve()), trainable=trainable,
-            base_name=base_name or str(base),
+            base_name=base_name or str(base), optimizer=optimizer,
         )  # fmt: skip
         return str(told[0].fields["model_id"])
 
@@ -184,7 +183,8 @@ class ShardedEngine(TorchEngine):
         )
 
     def optim_step(self, model_id: str, params: OptimParams) -> OptimStepOutput:
-        check_params(params, kind=_optimizer(self._get(model_id)).kind, takes=AdamParams)
+        optimizer = _optimizer(self._get(model_id))
+        check_params(params, kind=optimizer.kind, takes=optimizer.takes)
         done = self._all("optim_step", together=True, model_id=model_id, params=asdict(params))
         return OptimStepOutput(**done[0].fields)
 
@@ -303,19 +303,25 @@ class ShardedEngine(TorchEngine):
             model.start_adapter(seed=asked["seed"])
         optimizer = None
         if trainable:
-            trained = divided(item for item in model.named_parameters() if item[1].requires_grad)
-            optimizer = ShardedAdamW(trained, self.ranks.sum_in_order)
+            optimizer = self._sharded_optimizer(model, asked["optimizer"])
             model.compute_in(self.dtype)
         model.train(trainable)
         if model.balance is not None:
             model.balance.total = self.ranks.total
         passes = ShardedPasses(
             model, counter, self.device, cast(Any, optimizer), planned_piece_tokens=self.micro_batch_tokens,
-            rank=self.ranks.rank, size=self.ranks.size,
+            loss_scale=self._new_loss_scale(), rank=self.ranks.rank, size=self.ranks.size,
         )  # fmt: skip
         model_id = f"model-{next(self._ids)}"
         self._held[model_id] = _Model(model, base, asked["base_name"], lora, targets, optimizer, passes)
         return Said("done", {"model_id": model_id})
+
+    def _sharded_optimizer(self, model: ShardedModel, kind: OptimizerKind) -> ShardedOptimizer:
+        trained = divided(item for item in model.named_parameters() if item[1].requires_grad)
+        if kind == "adamw":
+            return ShardedAdamW(trained, self.ranks.sum_in_order)
+        hidden = model.hidden_matrices()
+        return ShardedMuon(trained, self.ranks.sum_in_order, hidden=hidden, dtype=self._orthogonalising_dtype())
 
     def _do_pass(self, said: Said) -> Said:
         asked, passes = said.fields, self._held_model(said.fields["model_id"]).passes
@@ -333,9 +339,8 @@ class ShardedEngine(TorchEngine):
 
     def _do_optim_step(self, said: Said) -> Said:
         model = self._held_model(said.fields["model_id"])
-        output = _optimizer(model).apply(AdamParams(**said.fields["params"]))
-        model.passes.clear()
-        model.passes.counter.step += 1
+        optimizer = _optimizer(model)
+        output = model.passes.step(partial(optimizer.apply, optimizer.takes(**said.fields["params"])))
         return Said("done", asdict(output))
 
     def _do_discard(self, said: Said) -> Said:
@@ -355,6 +360,9 @@ class ShardedEngine(TorchEngine):
         state, counter = _optimizer(model), model.passes.counter
         facts = read_facts(folder) if said.fields["optimizer"] else None
         moments = folder / "state" / MOMENTS_NAME
+        scale = None
+        if model.passes.loss_scale is not None:
+            scale = LossScale.of_facts((facts or {}).get("loss_scale"), str(folder))
         if facts is not None:
             where = str(folder / "state")
             require_optimizer(facts, state.kind, where=str(folder))
@@ -367,6 +375,7 @@ class ShardedEngine(TorchEngine):
             require_fit(model.language_model.base_shards(), stored_tensors(part), kind="weights", where=str(part))
             read_shards(model.language_model.base_shards(), weight_files(part))
         model.passes.clear()
+        model.passes.loss_scale = scale
         model.language_model.settle()
         if facts is None:
             state.reset()
@@ -463,7 +472,7 @@ def _lora_of(fields: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(**{**fields, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
 
 
-def _optimizer(model: Any) -> ShardedAdamW:
+def _optimizer(model: Any) -> ShardedOptimizer:
     if model.optimizer is None:
         raise EngineError("this model was loaded to be read, not trained", hint="Create it with trainable=True.")
     return model.optimizer

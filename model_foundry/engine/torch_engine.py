@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from model_foundry.checkpoint.tensors import write_tensors
 from model_foundry.engine.base import EngineKind, LogprobScope
+from model_foundry.engine.loss_scale import LossScale
 from model_foundry.engine.losses import choose_loss
-from model_foundry.engine.muon import FlatMuon
+from model_foundry.engine.muon import FlatMuon, require_whole_matrices
 from model_foundry.engine.optimizer import FlatAdamW, FlatOptimizer
 from model_foundry.engine.pieces import Passes, check_batch
 from model_foundry.engine.pieces import split_by_tokens as split_by_tokens
@@ -81,7 +83,8 @@ class TorchEngine:
 
     Args:
         device: auto, cpu, cuda or mps.
-        dtype: auto, float32 or bfloat16; adapters, moments and fully trained weights are float32 in any case.
+        dtype: auto, float32, bfloat16 or float16 (with a loss scale); adapters, moments and fully trained weights are
+            float32 in any case.
         num_threads: CPU threads; default every core.
         micro_batch_tokens: split passes into pieces of at most this many tokens; default the whole batch at once.
         quantization: how frozen linear layers are kept; models trained whole are refused with any but `none`.
@@ -142,10 +145,7 @@ class TorchEngine:
             what = f"{self.quantization} weights cannot be trained, only adapters on top of them"
             hint = "Set lora.enabled=true, or model.quantization=none."
             raise ModelError(what, where="model.quantization", hint=hint)
-        if optimizer == "muon" and not whole:
-            # What is applied is the product of the two factors, and that is not orthogonal when they are.
-            what = "muon makes the updates of whole matrices orthogonal, and an adapter holds factors of them"
-            raise EngineError(what, where="optimizer", hint="Train the adapter with adamw, or every weight with muon.")
+        require_whole_matrices(optimizer, whole=whole)
         model = self._load(base, whole=whole)
         counter = DropoutCounter(seed=seed)
         model.draw_dropout_by(counter)
@@ -162,8 +162,8 @@ class TorchEngine:
             model.compute_in(self.dtype)
         model.train(trainable)
         passes = Passes(
-            model, counter, self.device, state,
-            planned_piece_tokens=self.micro_batch_tokens, between=lambda: self.between_pieces(),
+            model, counter, self.device, state, planned_piece_tokens=self.micro_batch_tokens,
+            loss_scale=self._new_loss_scale(), between=lambda: self.between_pieces(),
         )  # fmt: skip
         model_id = f"model-{next(self._ids)}"
         self._models[model_id] = _Model(model, base, base_name or str(base), lora, state, passes)
@@ -185,11 +185,16 @@ class TorchEngine:
             gradient_checkpointing=self.gradient_checkpointing,
         )
 
+    def _new_loss_scale(self) -> LossScale | None:
+        return LossScale() if self.dtype == torch.float16 else None
+
     def _new_optimizer(self, model: LanguageModel, lora: LoraConfig | None, kind: OptimizerKind) -> FlatOptimizer:
         if kind == "adamw":
             return FlatAdamW(_trained(model, lora))
-        dtype = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
-        return FlatMuon(model.base_parameters(), hidden=model.hidden_matrices(), dtype=dtype)
+        return FlatMuon(model.base_parameters(), hidden=model.hidden_matrices(), dtype=self._orthogonalising_dtype())
+
+    def _orthogonalising_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
 
     def forward(
         self,
@@ -222,10 +227,7 @@ class TorchEngine:
         model = self._get(model_id)
         optimizer = _optimizer(model)
         model.passes.mend()
-        output = optimizer.apply(params)
-        model.passes.forget()
-        model.passes.counter.step += 1
-        return output
+        return model.passes.step(partial(optimizer.apply, params))
 
     def discard_gradients(self, model_id: str) -> None:
         """Forget what is pending, as if `forward_backward` had not been called since the last step."""
@@ -297,6 +299,7 @@ class TorchEngine:
     def state_facts(self, model_id: str) -> dict[str, Any]:
         """What beside tensors the state holds; JSON values."""
         model = self._get(model_id)
+        scale = model.passes.loss_scale
         return {
             "format": STATE_FORMAT,
             "engine": self.kind,
@@ -305,6 +308,7 @@ class TorchEngine:
             "counter_step": model.passes.counter.step,
             "seed": model.passes.counter.seed,
             "max_piece_tokens": model.passes.max_piece_tokens,
+            "loss_scale": None if scale is None else scale.facts(),
             "torch": torch.__version__,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -334,11 +338,13 @@ class TorchEngine:
         model = self._get(model_id)
         state, counter = _optimizer(model), model.passes.counter
         moments, facts = read_state(folder) if optimizer else ({}, {})
+        scale = None if model.passes.loss_scale is None else LossScale.of_facts(facts.get("loss_scale"), str(folder))
         pairs = self._fitting_weights(model, folder)
         if optimizer:
             require_optimizer(facts, state.kind, where=str(folder))
             pairs += state.fitting_state(moments, where=str(folder / "state"))
         model.passes.clear()
+        model.passes.loss_scale = scale
         _copy(pairs)
         if not optimizer:
             state.reset()

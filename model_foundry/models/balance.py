@@ -93,14 +93,15 @@ class RouterBalance:
             choices = torch.bincount(chosen[: self.num_tokens].flatten(), minlength=self.num_experts).to(seen.dtype)
             self._choices = choices if self._choices is None else self._choices + choices
 
-    def settle(self) -> float:
-        """Set the slope for the backward pass of the piece just computed; its share of the loss."""
+    def settle(self, scale: float = 1.0) -> float:
+        """Set the slope, times `scale`, for the backward pass of the piece just computed; its share of the loss."""
         self.counted()
         if self._choices is None or self._probabilities is None:
             return 0.0
         factor = self.coefficient * self._weight * self.num_experts / self._num_pairs**2
-        self.slope = self._choices * factor
-        return float((self.slope.double() * self._probabilities.double()).sum())
+        slope = self._choices * factor
+        self.slope = slope * scale
+        return float((slope.double() * self._probabilities.double()).sum())
 
     def close(self) -> None:
         """The batch is done."""

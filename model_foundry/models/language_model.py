@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -87,6 +88,10 @@ class LanguageModel(nn.Module):
     def head(self) -> nn.Parameter | None:
         """[V, D], or None where `hidden` gives logits already."""
         raise NotImplementedError
+
+    def opened_head(self) -> AbstractContextManager[nn.Parameter | None]:
+        """`head`, to compute a loss and its gradient from; where a process holds a part of it, whole for that long."""
+        return nullcontext(self.head)
 
     def linears(self) -> Mapping[str, Adaptable]:
         """Every layer that can carry an adapter, by its Hugging Face name (without `.weight`)."""

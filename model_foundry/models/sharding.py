@@ -1,7 +1,7 @@
 """The native decoder divided over ranks by FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023).
 
 Every parameter is cut along its first axis and each rank keeps one part. A layer is put together when it is computed,
-forwards and backwards, and taken apart again; embeddings and head stand together for the length of a pass. Gradients
+forwards and backwards, and taken apart again; embedding and head see to themselves (`sharded_vocabulary`). Gradients
 are summed over ranks as they arise, each rank keeping those of its part: losses here are sums, not means.
 
 No rank ever holds the whole model: it is laid out without memory, divided, and each rank reads its rows of each tensor
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from model_foundry.errors import ArchitectureMismatchError, ModelError
 from model_foundry.models.adapter import PREFIX
 from model_foundry.models.attention import Attention
 from model_foundry.models.config import ModelConfig, native_obstacle
-from model_foundry.models.decoder import Decoder
 from model_foundry.models.experts import ExpertLinear, ExpertStack
 from model_foundry.models.folder import read_config, stored_tensors, weight_files
 from model_foundry.models.language_model import DecodingState, NativeModel, set_attention
 from model_foundry.models.lora import Linear, fresh_A
 from model_foundry.models.rope import rope_frequencies
+from model_foundry.models.sharded_vocabulary import DividedDecoder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -79,18 +80,20 @@ class Shard:
 
 
 class ShardedModel(NativeModel):
-    """A decoder whose parameters are divided; the layers and the root are put together by FSDP's hooks.
+    """A decoder whose parameters are divided; the layers and the last norm are put together by FSDP's hooks.
 
     Call `settle` when weights are about to change, and after a pass that has no backward pass.
     """
 
+    decoder: DividedDecoder
+
     @property
-    def head(self) -> nn.Parameter:
-        head = self.decoder.head_weight
-        if self.training and head.requires_grad and head.grad is None:
-            # A rank without a token to predict must have a gradient to hand in all the same.
-            head.grad = torch.zeros_like(head)
-        return head
+    def has_no_pass_state(self) -> bool:
+        """Layers are put together for one pass at a time."""
+        return False
+
+    def opened_head(self) -> AbstractContextManager[nn.Parameter]:
+        return self.decoder.opened_head()
 
     @property
     def _root(self) -> FSDPModule:
@@ -98,7 +101,7 @@ class ShardedModel(NativeModel):
         return root
 
     def settle(self) -> None:
-        """Embeddings and head are taken apart again."""
+        """The last norm is taken apart again."""
         self._root.reshard()
 
     def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
@@ -139,7 +142,7 @@ class ShardedModel(NativeModel):
 
 
 class _ShardedDecoding:
-    """Embeddings and head stand together while a step is computed; layers see to themselves."""
+    """The last norm stands together while a step is computed; all else sees to itself."""
 
     def __init__(self, model: ShardedModel, inner: DecodingState) -> None:
         self.model, self.inner = model, inner
@@ -186,7 +189,7 @@ def lay_out(
         for name, entry in entries.items()
         if not (shape.tie_word_embeddings and name == HEAD and EMBEDDING in entries)
     )
-    decoder = Decoder(shape, outlines, dtype=dtype, device="meta", where=str(folder))
+    decoder = DividedDecoder(shape, outlines, dtype=dtype, device="meta", where=str(folder))
     decoder.gradient_checkpointing = gradient_checkpointing
     decoder.frequencies = rope_frequencies(shape)[0].to(device)
     set_attention(decoder, attention, device=device, dtype=dtype)
@@ -201,7 +204,8 @@ def divide(model: ShardedModel, mesh: DeviceMesh, device: torch.device) -> None:
     decoder = model.decoder
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
+    vocabulary = decoder.divide_vocabulary(mesh)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, ignored_params=vocabulary)
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -9,16 +9,18 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import takewhile
 from typing import Any, Protocol
 
 from model_foundry.checkpoint.schedule import should_save
 from model_foundry.client.local import TrainingClient
+from model_foundry.engine.loss_scale import LEAST_SCALE
 from model_foundry.errors import EngineError
 from model_foundry.evals.compression import bits_per_byte
 from model_foundry.recipes.work import Work
 from model_foundry.run.progress import Progress
 from model_foundry.run.spikes import is_spike
-from model_foundry.types import Datum
+from model_foundry.types import Datum, OptimStepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ def train(
                 "tokens": num_tokens,
                 "trained_tokens": sum(_num_trained(datum) for batch in batches for datum in batch),
                 "skipped": update.skipped,
+                **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
                 "clock": _clock(seconds, num_tokens) | {"memory_bytes": memory_bytes()},
             }
         )
@@ -89,8 +92,8 @@ def train(
         if is_spike(loss, before):
             logger.warning("step %s: the loss spikes, %.4f after %.4f", step, loss, before[-1])
         before.append(loss)
-        skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
-        _judge_skips(skipped_in_a_row, step, update.grad_norm, config.max_skipped_steps)
+        skipped_in_a_row = 0 if not update.skipped else skipped_in_a_row + (not _is_mended(loss, update.loss_scale))
+        _judge_skip(update, skipped_in_a_row, step, config.max_skipped_steps)
         if step == work.total_steps or (config.eval_steps and step % config.eval_steps == 0):
             measure(client, work, recorder, step=step)
         interrupted = stop() and step < work.total_steps
@@ -147,10 +150,19 @@ def validate(client: TrainingClient, work: Work, recorder: Recorder, *, step: in
     logger.info("step %s: %s", step, said)
 
 
-def _judge_skips(in_a_row: int, step: int, grad_norm: float, limit: int) -> None:
-    if in_a_row == 0:
+def _is_mended(loss: float | None, loss_scale: float | None) -> bool:
+    """Whether a smaller loss scale may mend a skipped step: the loss was a number, and the scale can still fall."""
+    return loss is not None and math.isfinite(loss) and (loss_scale or LEAST_SCALE) > LEAST_SCALE
+
+
+def _judge_skip(update: OptimStepOutput, in_a_row: int, step: int, limit: int) -> None:
+    if not update.skipped:
         return
-    logger.warning("step %s skipped: the gradient norm is %s", step, grad_norm)
+    if update.loss_scale is None:
+        logger.warning("step %s skipped: the gradient norm is %s", step, update.grad_norm)
+    else:
+        said = "step %s skipped: gradients overflow float16 at a loss scale of %g; from now on it is %g"
+        logger.warning(said, step, update.loss_scale, update.next_loss_scale)
     if in_a_row > limit:
         raise EngineError(
             f"{in_a_row} steps in a row had NaN or infinite gradients",
@@ -161,9 +173,11 @@ def _judge_skips(in_a_row: int, step: int, grad_norm: float, limit: int) -> None
 
 
 def trailing_skips(records: Sequence[Mapping[str, Any]]) -> int:
-    """How many of the last steps in a run's records were skipped, up to the first that was not."""
-    steps = [record["skipped"] for record in records if record["kind"] == "step"]
-    return next((count for count, skipped in enumerate(reversed(steps)) if not skipped), len(steps))
+    """How many of the last steps in a run's records were skipped, up to the first that was not, without those that a
+    smaller loss scale may have mended."""
+    steps = [record for record in records if record["kind"] == "step"]
+    last = takewhile(lambda record: record["skipped"], reversed(steps))
+    return sum(not _is_mended(record["loss"], record.get("loss_scale")) for record in last)
 
 
 def _num_trained(datum: Datum) -> int:

@@ -81,13 +81,16 @@ def test_a_signal_saves_and_one_process_goes_on(config: Path, straight: Path, tm
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds a rank's process in /proc")
-@pytest.mark.parametrize("victim, size", [(1, 2), pytest.param(0, 4, marks=pytest.mark.prove)])
+@pytest.mark.parametrize(
+    "victim, size, then",
+    [(1, 2, 2), pytest.param(0, 2, 4, marks=pytest.mark.prove), pytest.param(3, 4, 2, marks=pytest.mark.prove)],
+)
 def test_a_rank_that_is_killed_ends_the_run_and_it_goes_on(
-    victim: int, size: int, config: Path, straight: Path, tmp_path: Path
+    victim: int, size: int, then: int, config: Path, straight: Path, tmp_path: Path
 ) -> None:
     """Prevents ranks that wait for ever for one that is gone, and a run that is lost with it."""
     run = tmp_path / "run"
-    process = torchrun(2, "train", config, f"run_dir={run}")
+    process = torchrun(size, "train", config, f"run_dir={run}")
     wait_until(lambda: num_steps(run) >= 9, process)
     os.kill(process_of(process, victim), signal.SIGKILL)
     done = finished(process)
@@ -95,7 +98,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_it_goes_on(
     if victim != 0:
         assert "another process of this run is gone" in the_error(done)
         assert json.loads((run / "run.json").read_text())["outcome"]["state"] == "failed"
-    again = finished(torchrun(size, "train", config, f"run_dir={run}", "--resume", "auto"))
+    again = finished(torchrun(then, "train", config, f"run_dir={run}", "--resume", "auto"))
     assert again.returncode == 0, again.stderr
     assert_the_same_run(run, straight)
 

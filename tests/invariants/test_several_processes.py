@@ -51,13 +51,14 @@ def measured(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pyt
 def test_the_curve_is_that_of_one_process(measured: dict[str, Any], case: str) -> None:
     """Prevents gradients averaged instead of summed, a norm of one rank's rows, masks that depend on the rank, experts
     balanced rank by rank, rows counted twice, and validation on weights that are a step old."""
-    found, tight = measured["compared"][case], 3e-2 if "bfloat16" in case else 1e-5
+    found, is_half = measured["compared"][case], "float16" in case
+    tight = 3e-2 if is_half else 3e-3 if "muon" in case else 1e-5  # Muon's iterations are in bfloat16
     for alone, together in zip(found["alone"], found["together"], strict=True):
         assert together == pytest.approx(alone, rel=tight, abs=tight)
     assert found["same start"]
     assert found["names"][0] == found["names"][1]
-    assert found["apart"] < (0.02 if "bfloat16" in case else 2e-5)
-    if "bfloat16" not in case:
+    assert found["apart"] < (0.02 if is_half else 1e-2 if "muon" in case else 2e-5)
+    if not is_half:
         assert found["answers"][0] == found["answers"][1]
 
 
@@ -68,17 +69,19 @@ def test_the_experts_were_balanced(measured: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_holds_its_share(measured: dict[str, Any], case: str) -> None:
-    """Prevents a model that is divided in name, with every weight on every rank."""
-    assert measured["compared"][case]["held"] < 1 / measured["size"] + 0.05
+    """Prevents a model that is divided in name, with every weight on every rank, or embedding and head on each."""
+    for part, share in measured["compared"][case]["held"].items():
+        assert 0 < share < 1 / measured["size"] + 0.08, part  # tiny tensors are not cut evenly
 
 
 def test_a_state_is_read_by_any_number_of_processes(measured: dict[str, Any]) -> None:
     """Prevents a checkpoint that only as many processes as wrote it can read, or only by this engine."""
     assert len(measured["states"]) == 9
     for name, found in measured["states"].items():
+        tight = 3e-3 if "moe-balanced full" in name else 1e-5
         assert found["same bits"], name
         for went_on, resumed in zip(found["went on"], found["resumed"], strict=True):
-            assert resumed == pytest.approx(went_on, rel=1e-5, abs=1e-5), name
+            assert resumed == pytest.approx(went_on, rel=tight, abs=tight), name
         changed = [warning for warning in found["warnings"] if warning.startswith("world_size")]
         assert len(changed) == (0 if name.endswith("n to n") else 1), name
         weights = "adapter/adapter_model.safetensors" if "lora" in name else "model/model.safetensors"
@@ -92,7 +95,7 @@ def test_what_several_processes_cannot_do_is_refused_and_the_rest_goes_on(measur
         "gpt2": "native decoder alone",
         "nf4": "model.quantization: nf4",
         "transformers": "model.implementation",
-        "muon": "muon needs whole matrices",
+        "muon": "muon makes the updates of whole matrices orthogonal",
         "no such adapter": "adapter_config.json",
         "no such checkpoint": "holds no optimizer state",
         "a token outside": "token 9999",

@@ -226,3 +226,24 @@ def test_a_model_too_large_for_this_machine_is_planned_by_its_shape(chatml_folde
     assert plan["num_parameters"] > 10**12
     assert plan["measured"] is False
     assert not (tmp_path / "work").exists()
+
+
+def test_float16_has_its_scale_in_the_records_and_repeats_to_the_bit(chatml_folder: Path, tmp_path: Path) -> None:
+    """The scale goes through the checkpoint: repeated from the middle, the last steps are the same."""
+    model = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 32}
+    curves = {}
+    for dtype in ("float32", "float16"):
+        config = tiny_experiment(
+            tmp_path / dtype, tokenizer=chatml_folder, model=model | {"dtype": dtype},
+            criteria={"below_unigram": None, "replay_steps": 6},
+        )  # fmt: skip
+        report = run_training(config)
+        assert report.verdict == "passed", report.checks
+        curves[dtype] = [
+            each for each in read_metrics(config.run_dir / "metrics.jsonl") if each["kind"] == "step"
+        ]  # fmt: skip
+    assert [each["loss"] for each in curves["float16"]] == pytest.approx(
+        [each["loss"] for each in curves["float32"]], rel=1e-2
+    )
+    assert {each["loss_scale"] for each in curves["float16"]} == {65536.0}
+    assert all("loss_scale" not in each for each in curves["float32"])

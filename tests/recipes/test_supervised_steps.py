@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from model_foundry.recipes.preparation import prepare
+from model_foundry.recipes.supervised import trailing_skips
 from model_foundry.recipes.training_run import run_training
 from model_foundry.run.directory import utc_now
 from model_foundry.run.metrics import comparable_lines
@@ -221,3 +222,16 @@ def test_a_run_in_a_thread_trains_as_one_in_the_main_thread(model: Path, tmp_pat
     thread.join()
     assert not caught
     assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_skips_that_a_smaller_loss_scale_may_mend_are_not_counted_on_resume() -> None:
+    """float16 starts with a scale that may be too large by far: that is no reason to stop."""
+
+    def record(*, skipped: bool, loss: float | None = 2.0, **more: float) -> dict[str, Any]:
+        return {"kind": "step", "skipped": skipped, "loss": loss, **more}
+
+    mended = record(skipped=True, loss_scale=65536.0)
+    assert trailing_skips([mended] * 9) == 0
+    assert trailing_skips([record(skipped=True), record(skipped=False), record(skipped=True), mended]) == 1
+    assert trailing_skips([record(skipped=True, loss=None, loss_scale=65536.0)]) == 1
+    assert trailing_skips([record(skipped=True, loss_scale=1.0)] * 3) == 3

@@ -40,6 +40,7 @@ def test_what_is_there_decides(machine: Machine, by_itself: str, asked: str | No
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "model.quantization=nf4": ("llama", {"quantization": "nf4"}, {}),
     "model.attention=sdpa": ("llama", {"attention": "sdpa"}, {}),
+    "model.dtype=float16": ("llama", {"dtype": "float16"}, {}),
     "model.implementation=transformers": ("llama", {"implementation": "transformers"}, {}),
     "model.device=cuda": ("llama", {"device": "cuda"}, {}),
     "training.num_threads": ("llama", {"num_threads": 2}, {}),
