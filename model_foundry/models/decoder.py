@@ -33,6 +33,9 @@ SHAPE_TOKENS = 32
 """On a CPU, sizes come in multiples of this: for every number of tokens it meets, oneDNN compiles kernels and keeps
 them, 20 MB for a model of 30 layers."""
 
+NORM_BLOCK_ELEMENTS = 100_000
+"""On a CPU the backward pass of a norm goes by rows of so many numbers, which stay in the cache between operations."""
+
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D], not yet rotated) → [N, H, D]."""
 Thin = Callable[[torch.Tensor, str], torch.Tensor]
@@ -63,14 +66,22 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        inverse = _inverse_rms(x, ctx.eps)
-        normed = x * inverse
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        scaled = grad * weight.to(x.dtype)
-        shared = (scaled * normed).mean(-1, keepdim=True)
-        return normed.mul_(-shared).add_(scaled).mul_(inverse).to(x.dtype), d_weight, None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        width, wanted = x.shape[-1], ctx.needs_input_grad[1]
+        rows, gradients, gain = x.reshape(-1, width), grad.reshape(-1, width), weight.to(wide)
+        dx = torch.empty_like(rows)
+        d_weight = torch.zeros_like(gain) if wanted else None
+        step = max(1, NORM_BLOCK_ELEMENTS // width) if x.device.type == "cpu" else rows.shape[0]
+        for first in range(0, rows.shape[0], step):
+            part = slice(first, first + step)
+            inverse = _inverse_rms(rows[part], ctx.eps)
+            normed, scaled = rows[part].to(wide) * inverse, gradients[part].to(wide)
+            both = scaled * normed
+            if d_weight is not None:
+                d_weight += both.sum(0)
+            shared = torch.mv(both, gain).div_(-width)
+            dx[part] = torch.addcmul(scaled * gain, normed, shared[:, None]).mul_(inverse)
+        return dx.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
