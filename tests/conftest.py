@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ CORPUS = [
 # A change is judged by the same examples every time; on a developer's machine every run tries new ones.
 settings.register_profile("ci", derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A command called in this process sets up logging for good, as the process is its own; the next test starts afresh."""
+    loggers = [logging.getLogger(name) for name in ("model_foundry", "uvicorn.error")]
+    before = [(one.level, one.propagate, list(one.handlers)) for one in loggers]
+    yield
+    for one, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        one.setLevel(level)
+        one.propagate, one.handlers[:] = propagate, handlers
 
 
 def byte_level_tokenizer(specials: list[str], *, vocab_size: int = 500) -> Tokenizer:
