@@ -89,6 +89,8 @@ class PretrainTrainingSection(TrainingSection):
     """AdamW's second-moment decay."""
     save_steps: NonNegativeInt = 200
     """Save a checkpoint every so many steps; 0 saves only the end."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers by torch.compile. auto: where a few measured passes of a run above ten minutes say it pays."""
     eval_steps: NonNegativeInt = 100
     """Measure the held-out loss and write samples every so many steps; 0 only at the start and the end."""
 

@@ -232,6 +232,12 @@ class ShardedEngine(TorchEngine):
         done = self._all("load_state", model_id=model_id, folder=str(folder.resolve()), optimizer=optimizer)
         return tuple(done[0].fields["warnings"])
 
+    def compile_layers(self, model_id: str, on: bool) -> None:
+        """Raises EngineError: FSDP's layers are put together by hooks, and are computed as they are."""
+        if on:
+            what = "torch.compile is for one process: here layers are put together as they are computed"
+            raise EngineError(what, where="training.compile", hint="Set training.compile=off.")
+
     def delete_model(self, model_id: str) -> None:
         self._get(model_id)
         self._all("delete_model", model_id=model_id)

@@ -119,6 +119,7 @@ class TorchEngine:
         self.quantization: Quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
         self.between_pieces: Callable[[], None] = _nothing
+        self._compiles = False
         self._models: dict[str, _Model] = {}
         self._ids = itertools.count(1)
 
@@ -160,6 +161,7 @@ class TorchEngine:
         if trainable:
             state = self._new_optimizer(model, lora, optimizer)
             model.compute_in(self.dtype)
+            model.compile_layers(self._compiles)
         model.train(trainable)
         passes = Passes(
             model, counter, self.device, state, planned_piece_tokens=self.micro_batch_tokens,
@@ -259,6 +261,16 @@ class TorchEngine:
     def language_model(self, model_id: str) -> LanguageModel:
         """The model itself, for what computes with it otherwise than the nine verbs do."""
         return self._get(model_id).language_model
+
+    def compile_layers(self, model_id: str, on: bool) -> None:
+        """Compile the layers of this model, and of those that are made to be trained from now on; or compute them as
+        they are.
+
+        Raises:
+            ModelError: they cannot be compiled; nothing was changed.
+        """
+        self._get(model_id).language_model.compile_layers(on)
+        self._compiles = on
 
     def trained_tensors(self, model_id: str) -> dict[str, torch.Tensor]:
         """What training changes, float32, by name in the files: live views, not copies."""

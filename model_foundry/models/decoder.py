@@ -150,6 +150,8 @@ class Decoder(nn.Module):
 
     Attributes:
         attention: back end, see `attention.choose_attention`.
+        compiled_layers: the layers as training passes compute them, see `compiled`; empty: as they are.
+        attend: `attend_packed`, or a form of it that a compiler goes around.
         counter: what dropout masks are drawn by in training; None where nothing is dropped.
         balance: the load-balancing loss, where the model has one.
 
@@ -170,6 +172,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, dtype
         self.gradient_checkpointing = False
+        self.compiled_layers: list[Any] = []
+        self.attend = attend_packed
         self.attention: Attention = choose_attention("auto", torch.device(device), dtype).chosen
         self.counter: DropoutCounter | None = None
         make = ParameterMaker(expected_shapes(config), dtype, torch.device(device), packing)
@@ -295,18 +299,19 @@ class Decoder(nn.Module):
         thin = self._thin if self.training and self.config.dropout else keep_all
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend_packed(
+            return self.attend(
                 q, k, v, rope, rows, self.config.window(layer),
                 backend=self.attention, dropout=self._attention_dropout(layer),
             )  # fmt: skip
 
         x = thin(self.embed(tokens), "embed_tokens")
+        layers = self.compiled_layers if self.training and self.compiled_layers else self.layers
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Re-entrant checkpointing needs an input that asks for gradients; this form does not.
-            for layer in self.layers:
+            for layer in layers:
                 x = checkpoint(layer, x, attend, thin, use_reentrant=False)
         else:
-            for layer in self.layers:
+            for layer in layers:
                 x = layer(x, attend, thin)
         return self.norm(x)  # pyright: ignore[reportReturnType]
 

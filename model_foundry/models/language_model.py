@@ -20,6 +20,7 @@ from torch import nn
 from model_foundry.errors import ArchitectureMismatchError, ModelError
 from model_foundry.models.attention import Attention, PackedRows, choose_attention
 from model_foundry.models.balance import RouterBalance
+from model_foundry.models.compiled import compile_layers
 from model_foundry.models.config import ModelConfig, native_obstacle
 from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, fill_up, prefill
 from model_foundry.models.experts import ExpertStack
@@ -114,6 +115,16 @@ class LanguageModel(nn.Module):
         """Activations in this type, even where the weights are kept in float32 to be trained."""
         raise NotImplementedError
 
+    def compile_layers(self, on: bool) -> None:
+        """Training passes by layers that torch.compile made, or by the layers as they are.
+
+        Raises:
+            ModelError: this model's cannot be compiled.
+        """
+        if on:
+            what = "torch.compile is for the native decoder, and transformers runs this model"
+            raise ModelError(what, where="training.compile", hint="Set training.compile=off.")
+
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Every base weight, for full fine-tuning; tied ones once."""
         return {name: p for name, p in self.named_parameters() if ".lora_" not in name}
@@ -157,7 +168,7 @@ class NativeModel(LanguageModel):
     @property
     def has_no_pass_state(self) -> bool:
         decoder = self.decoder
-        counts = self.training and decoder.drops
+        counts = self.training and (decoder.drops or decoder.compiled_layers)
         return not (counts or decoder.gradient_checkpointing or decoder.config.experts or self.quantization != "none")
 
     @property
@@ -182,6 +193,9 @@ class NativeModel(LanguageModel):
 
     def compute_in(self, dtype: torch.dtype) -> None:
         self.decoder.compute_dtype = dtype
+
+    def compile_layers(self, on: bool) -> None:
+        compile_layers(self.decoder, on=on)
 
     def decoding(self, num_sequences: int, capacity: int) -> DecodingState:
         return _NativeDecoding(self.decoder, num_sequences, capacity)

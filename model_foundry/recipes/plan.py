@@ -154,9 +154,16 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"            {_size(plan['measured_peak_bytes'])} measured on the longest batch{split}",
         f"disk        {_size(plan['disk_bytes'])} at most: {plan['saves']} saves of {_size(plan['checkpoint_bytes'])}, "
         f"{plan['checkpoints_kept']} kept",
+        *_compiling_lines(plan),
         f"time        about {duration(plan['seconds'])} at {plan['tokens_per_second']:,.0f} tokens/s (measured)",
     ]
     return "\n".join(lines)
+
+
+def _compiling_lines(plan: Mapping[str, Any]) -> list[str]:
+    if (compiling := plan.get("compiling")) is None:
+        return []
+    return [f"compile     {'on' if compiling['on'] else 'off'}: {compiling['why']}"]
 
 
 def _row_lines(plan: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.engine.ranks import current
 from model_foundry.engine.sharded_engine import ShardedEngine
 from model_foundry.models.memory import MemoryEstimate
+from model_foundry.recipes.compiling import choose_compiling
 from model_foundry.recipes.gatekeeping import enforce
 from model_foundry.recipes.plan import Trial, plan_facts, predict_memory, try_longest_batch
 from model_foundry.recipes.work import Work
@@ -38,11 +40,14 @@ class Session:
         return TrainingClient(self.engine, self.model_id)
 
 
-def open_session(work: Work, *, engine_before: EngineKind | None = None) -> Session:
+def open_session(
+    work: Work, *, engine_before: EngineKind | None = None, compiling_before: Mapping[str, Any] | None = None
+) -> Session:
     """Load the model and try the longest batch on it.
 
     Args:
         engine_before: what the run was trained by until now; its last bits are that engine's.
+        compiling_before: what it recorded about compiling, for the same reason.
 
     Raises:
         CheckFailedError: the gate refuses the rows.
@@ -73,4 +78,6 @@ def open_session(work: Work, *, engine_before: EngineKind | None = None) -> Sess
     if trial.num_pieces > 1:
         logger.warning("the longest batch is computed in %s pieces to fit the memory", trial.num_pieces)
     plan = plan_facts(work, engine.describe(model_id), trial, memory)
+    compiling = choose_compiling(work, engine, model_id, seconds=plan["seconds"], before=compiling_before)
+    plan["compiling"] = None if compiling is None else compiling.as_dict()
     return Session(work, engine, model_id, process_bytes, memory, trial, plan)

@@ -129,12 +129,15 @@ def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Sessi
                     return report
                 work = prepare_work(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
                 require_same_data(run.facts["receipt"], _receipt(work, digest), where=str(run.path))
-                session = open_session(work, engine_before=run.facts.get("engine", "torch"))
+                session = open_session(
+                    work, engine_before=run.facts.get("engine", "torch"), compiling_before=run.facts.get("compiling")
+                )
             run.record(
                 engine=session.engine.kind,
                 config=config.model_dump(mode="json"),
                 now=session.work.now.isoformat(),
                 renderer=session.work.renderer.name,
+                compiling=run.facts.get("compiling") or session.plan["compiling"],
                 total_steps=session.work.total_steps,
             )
             report = _train_and_prove(run, session, digest, resumed=resumed)

@@ -17,6 +17,7 @@ from pathlib import Path
 from model_foundry.checkpoint.compare import compare_checkpoints
 from model_foundry.checkpoint.store import FINAL
 from model_foundry.config.commands import RunConfig
+from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.errors import RunError, UsageError
 from model_foundry.recipes.killing import Kill, kill_often, run_to_end
 from model_foundry.recipes.methods import start_fingerprint
@@ -49,6 +50,7 @@ def verify_resume(
         say(f"1 of 2: undisturbed, in {straight}")
         rhythm = run_to_end(config, straight)
         say(f"2 of 2: killed {kills} times and resumed, in {broken}")
+        config = compiling_as(config, straight)
         chooser, done = random.Random(seed), []
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
@@ -97,9 +99,19 @@ def verify_run(
         if config.engine == "torch":
             threads = {"num_threads": facts["receipt"]["torch"]["num_threads"]}
             config = config.model_copy(update={"training": config.training.model_copy(update=threads)})
+        config = compiling_as(config, run)
         run_to_end(config, again, now=facts["now"])
         checks += compare_runs(run, again)
     return checks
+
+
+def compiling_as(config: RunConfig, run: Path) -> RunConfig:
+    """Compile where that run did: what it measured may come out otherwise the next time."""
+    compiling = RunDirectory.read(run).facts.get("compiling")
+    if not isinstance(config, ExperimentConfig) or compiling is None:
+        return config
+    update = {"compile": "on" if compiling["on"] else "off"}
+    return config.model_copy(update={"training": config.training.model_copy(update=update)})
 
 
 def compare_runs(first: Path, second: Path) -> list[Check]:
