@@ -63,5 +63,5 @@ def compile_layers(decoder: Decoder, *, on: bool) -> None:
     settings = cast(Any, dynamo.config)
     settings.recompile_limit = settings.accumulated_recompile_limit = MAX_GRAPHS
     settings.fail_on_recompile_limit_hit = True
-    decoder.attend = torch.compiler.disable(attend_packed)
+    decoder.attend = cast(Any, torch.compiler.disable(attend_packed))
     decoder.compiled_layers = [torch.compile(layer, dynamic=False) for layer in decoder.layers]

@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         self.config, self.compute_dtype = config, dtype
         self.gradient_checkpointing = False
         self.compiled_layers: list[Any] = []
-        self.attend = attend_packed
+        self.attend: Callable[..., torch.Tensor] = attend_packed
         self.attention: Attention = choose_attention("auto", torch.device(device), dtype).chosen
         self.counter: DropoutCounter | None = None
         make = ParameterMaker(expected_shapes(config), dtype, torch.device(device), packing)

@@ -75,13 +75,13 @@ def _compile(work: Work, engine: LocalEngine, model_id: str) -> float:
     if not isinstance(engine, TorchEngine):
         what = f"torch.compile is not for the engine {engine.kind}"
         raise EngineError(what, where="training.compile", hint="Set training.compile=off.")
-    engine.compile_layers(model_id, True)
     try:
+        engine.compile_layers(model_id, True)
         return _seconds(work, engine, model_id, 1)
-    except FoundryError:
-        raise
     except Exception as error:  # whatever a compiler, its tools or its files may raise
         engine.compile_layers(model_id, False)
+        if isinstance(error, FoundryError):
+            raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "Set training.compile=off."
         raise EngineError(f"torch.compile failed ({reason})", where="training.compile", hint=hint) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.engine.torch_engine import TorchEngine
@@ -71,6 +72,22 @@ def test_a_short_run_is_not_compiled_and_says_so(chatml_folder: Path, tmp_path: 
     config = experiment(tmp_path, chatml_folder, "auto")
     assert chosen(config, seconds=30) == Compiling(False, "the run takes about 30 s, too short for compiling to pay")
     assert not chosen(config, seconds=1e9, before={"on": False, "why": "…"}).on
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_leaves_the_layers_as_they_are(
+    chatml_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` must train on, by layers that work."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(compiler),))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    wide = experiment(tmp_path, chatml_folder, "auto", model__hidden_size=48)  # kernels that no test has compiled yet
+    found = chosen(wide, seconds=1e9)
+    assert not found.on
+    assert "torch.compile failed" in found.why
 
 
 def test_a_compiler_that_is_missing_is_named(
