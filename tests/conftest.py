@@ -32,7 +32,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """A command called in this process sets up logging for good, as the process is its own; the next test starts afresh."""
+    """A command called in this process sets logging up for good, as its own; the next test starts afresh."""
     loggers = [logging.getLogger(name) for name in ("model_foundry", "uvicorn.error")]
     before = [(one.level, one.propagate, list(one.handlers)) for one in loggers]
     yield
