@@ -12,6 +12,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
 PARALLEL := -n $(WORKERS) --dist loadfile
 ARGS ?=
+NOT_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 || echo " and not gpu")
 
 # An environment that came here from another folder holds that folder's path in every script: make it again.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -19,9 +20,10 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 endif
 
 .PHONY: help setup lock demo lifecycle test test-unit check format bench prove clean
+.PHONY: coverage test-e2e-workflow test-e2e-real-model test-e2e-mlx test-e2e-ollama test-e2e-quick test-e2e-all
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv from the pinned lock (once; again when the lock changes)
 
@@ -49,11 +51,41 @@ lifecycle: $(STAMP) ## raw text to a chat model: corpus, vocabulary, pretraining
 	@printf '%s\n' 'Next:' '  open $(LIFE)/base/report.html $(LIFE)/chat/report.html' \
 	  '  $(VENV)/bin/foundry chat $(LIFE)/chat prompt="Where does the island of Merrowick lie?"'
 
-test: $(STAMP) ## every test but the long proofs and the GPU's
-	@$(PYTEST) $(PARALLEL) -m "not prove and not gpu" tests $(ARGS)
+test: $(STAMP) ## every test but the long proofs; the GPU's where there is one
+	@$(PYTEST) $(PARALLEL) -m "not prove$(NOT_GPU)" tests $(ARGS)
 
 test-unit: $(STAMP) ## the quick tests, under 30 seconds
-	@$(PYTEST) $(PARALLEL) -m "not slow and not prove and not gpu" tests/unit tests/project $(ARGS)
+	@$(PYTEST) $(PARALLEL) -m "not slow and not prove$(NOT_GPU)" tests/unit tests/project $(ARGS)
+
+# The three tiers. FT_TEST_MODEL and FT_E2E_MODEL_ID name other models; ARGS=--short does fewer steps in the full tiers.
+TIERS := $(PY) -m tests.tiers
+test-e2e-workflow: $(STAMP) ## tier 1: the whole way on a random model, under 30 seconds
+	@$(TIERS) workflow $(ARGS)
+
+test-e2e-real-model: $(STAMP) ## tier 2: a real model improves by five numbers, under 5 minutes; wants FT_REAL_MODEL_ENABLE=1
+	@$(TIERS) real-model $(ARGS)
+
+test-e2e-mlx: $(STAMP) ## tier 3 on MLX: an adapter trained and asked there, under 15 minutes
+	@$(TIERS) mlx $(ARGS)
+
+test-e2e-ollama: $(STAMP) ## tier 3 on torch: adapter, GGUF, llama.cpp, Ollama where it is, under 15 minutes
+	@$(TIERS) ollama $(ARGS)
+
+test-e2e-quick: $(STAMP) ## tiers 1 and 2
+	@FT_REAL_MODEL_ENABLE=1 $(TIERS) workflow real-model $(ARGS)
+
+test-e2e-all: $(STAMP) ## every tier; the report is runs/e2e/report.json
+	@FT_REAL_MODEL_ENABLE=1 $(TIERS) workflow real-model mlx ollama $(ARGS)
+
+# Share of lines and branches that the tests execute, processes that they start included.
+CAREFUL := checkpoint/* config/* rendering/* engine/losses.py
+coverage: $(STAMP) ## as test, and what it executes: 85 % of all, 95 % where a fault is silent; build/coverage
+	@$(VENV)/bin/coverage erase
+	@$(PYTEST) $(PARALLEL) -m "not prove$(NOT_GPU)" --cov --cov-report= tests $(ARGS)
+	@$(VENV)/bin/coverage html -q -d build/coverage && $(VENV)/bin/coverage json -q -o build/coverage/coverage.json
+	@set -f; for part in $(CAREFUL); do echo "== $$part: at least 95 %"; \
+	  $(VENV)/bin/coverage report --include="model_foundry/$$part" --fail-under=95 || exit 1; done
+	@echo "== all: at least 85 %"; $(VENV)/bin/coverage report --fail-under=85 | tail -n 2; exit $${PIPESTATUS[0]}
 
 check: $(STAMP) ## lint, format, types, layering, sizes
 	$(PY) -m ruff check .
@@ -68,8 +100,8 @@ format: $(STAMP) ## rewrite the sources as `make check` wants them
 bench: $(STAMP) ## one benchmark: make bench NAME=b1 (no NAME lists them; ARGS="--rounds 5")
 	@$(PY) -m benchmarks $(NAME) $(ARGS)
 
-prove: $(STAMP) ## the long proofs: every kill, soaks
-	@$(PYTEST) -m "prove and not gpu" tests $(ARGS)
+prove: $(STAMP) ## the long proofs: every kill, soaks, faults put into the modules that must not be wrong
+	@$(PYTEST) -m "prove$(NOT_GPU)" tests $(ARGS)
 
 clean: ## remove caches and built files; keeps .venv and runs/
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* *.egg-info

@@ -99,9 +99,10 @@ def choose_loss(name: str, settings: Settings | None = None) -> Loss:
     for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise EngineError(f"{key} is {value!r}", where=f"loss {name}")
-    if given.get("clip_low_threshold", 0) > given.get("clip_high_threshold", math.inf):
+    agreed = {**loss.settings, **given}
+    if "clip_low_threshold" in agreed and agreed["clip_low_threshold"] > agreed["clip_high_threshold"]:
         raise EngineError("clip_low_threshold is above clip_high_threshold", where=f"loss {name}")
-    return replace(loss, settings={**loss.settings, **given}) if given else loss
+    return replace(loss, settings=agreed) if given else loss
 
 
 CHUNK_LOGITS = 12_500_000

@@ -76,7 +76,7 @@ def test_a_documented_command_exists(page: str, line: str) -> None:
     program, *rest = words
     if program == "make":
         targets = set(
-            re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+            re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         )
         named = [word for word in rest if "=" not in word and not word.startswith("-")]
         assert not set(named) - targets, f"{page}: `{line}` names no target of the Makefile"

@@ -21,6 +21,9 @@ SCHEDULES: list[Schedule] = ["linear", "log", "explicit"]
 def test_schedules_by_example() -> None:
     assert save_steps(total_steps=25, every=10) == [10, 20, 25]
     assert save_steps(total_steps=20, every=0) == [20]
+    assert save_steps(total_steps=3) == [3], "no distance means the end alone"
+    assert [step for step in range(5) if should_save(step, total_steps=3)] == [3]
+    assert save_steps(total_steps=3, every=1) == [1, 2, 3]
     assert save_steps(total_steps=20, schedule="log") == [1, 2, 4, 8, 16, 20]
     assert save_steps(total_steps=20, schedule="explicit", at=(3, 7, 40)) == [3, 7, 20]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -159,3 +162,45 @@ def test_many_targets_of_a_token_are_a_distribution_over_them() -> None:
     assert torch.allclose(result.logprobs, lp.detach(), atol=1e-5)
     assert result.d_hidden is not None
     assert torch.allclose(result.d_hidden, d_hidden, atol=1e-5)
+
+
+def test_a_clip_whose_ends_have_crossed_is_refused_by_the_default_too() -> None:
+    """A lone upper end of 0.5 lies below PPO's lower end of 0.8: every ratio would become 0.5."""
+    with pytest.raises(EngineError, match="above clip_high_threshold"):
+        choose_loss("ppo", {"clip_high_threshold": 0.5})
+    assert choose_loss("ppo", {"clip_low_threshold": 1.2}).settings["clip_low_threshold"] == 1.2, (
+        "equal ends are possible"
+    )
+    assert choose_loss("cispo", {"clip_low_threshold": 0.0}).settings["clip_low_threshold"] == 0.0
+
+
+def test_an_unknown_setting_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(EngineError, match=r"the loss dro takes beta, and got gamma"):
+        choose_loss("dro", {"gamma": 1.0})
+    with pytest.raises(EngineError, match=r"the loss cross_entropy takes no settings, and got beta"):
+        choose_loss("cross_entropy", {"beta": 1.0})
+
+
+def test_cross_entropy_alone_takes_several_targets() -> None:
+    """The others' inputs are one number a token; K columns of them mean nothing."""
+    assert [name for name, loss in LOSSES.items() if loss.many_targets] == ["cross_entropy"]
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_no_more_logits_exist_at_once_than_were_allowed(with_head: bool) -> None:
+    """Pieces of any size give the same loss: only memory tells them apart, and that only on a large vocabulary."""
+    hidden, head, inputs = batch(53, 8, 97)
+    logits = hidden @ head.detach().t()
+    sizes: list[int] = []
+
+    def terms(logprobs: torch.Tensor, inputs: Mapping[str, torch.Tensor], settings: object) -> torch.Tensor:
+        sizes.append(logprobs.shape[0])
+        return -inputs["weights"] * logprobs
+
+    loss = replace(CROSS_ENTROPY, terms=terms)
+    given = (hidden, head) if with_head else (logits, None)
+    head_pass(*given, loss, inputs, backward=False, chunk_logits=970)
+    assert sizes == [10, 10, 10, 10, 10, 3]
+    sizes.clear()
+    head_pass(*given, loss, inputs, backward=False, chunk_logits=1)
+    assert sizes == [1] * 53, "one token's logits are the least"
