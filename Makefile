@@ -100,7 +100,7 @@ format: $(STAMP) ## rewrite the sources as `make check` wants them
 bench: $(STAMP) ## one benchmark: make bench NAME=b1 (no NAME lists them; ARGS="--rounds 5")
 	@$(PY) -m benchmarks $(NAME) $(ARGS)
 
-prove: $(STAMP) ## the long proofs: every kill, soaks, faults put into the modules that must not be wrong
+prove: $(STAMP) ## the long proofs: every kill, soaks, faults put into the losses
 	@$(PYTEST) -m "prove$(NOT_GPU)" tests $(ARGS)
 
 clean: ## remove caches and built files; keeps .venv and runs/

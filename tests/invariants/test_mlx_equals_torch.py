@@ -14,7 +14,7 @@ pytest.importorskip("mlx.core", reason="MLX has no build for this machine")
 
 from model_foundry.engine.mlx_arrays import to_mlx, to_torch
 from model_foundry.engine.mlx_engine import MlxEngine
-from model_foundry.engine.mlx_losses import TERMS
+from model_foundry.engine.mlx_losses import TERMS, target_logprobs
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import ArchitectureMismatchError, CheckpointError, EngineError
 from model_foundry.models.finder import resolve_model
@@ -237,6 +237,18 @@ def test_arrays_keep_every_bit_on_the_way() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tensor = torch.randn(7, 5).to(dtype)
         assert torch.equal(to_torch(to_mlx(tensor)), tensor)
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 970, 10**7])
+def test_several_targets_in_pieces_of_any_size(chunk_logits: int) -> None:
+    """Distillation has K targets a token; a piece that ends one token early drops the last one's loss."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, head = torch.randn(53, 8, generator=generator), torch.randn(97, 8, generator=generator)
+    targets = torch.randint(0, 97, (53, 3), generator=generator)
+    expected = torch.log_softmax(hidden @ head.T, dim=1).gather(1, targets)
+    found = target_logprobs(to_mlx(hidden), to_mlx(head), to_mlx(targets.int()), chunk_logits=chunk_logits)
+    assert found.shape == (53, 3)
+    assert torch.allclose(to_torch(found), expected, atol=BOUND)
 
 
 def test_what_is_not_computed_is_refused(tiny_folder: TinyFolder, tmp_path: Path) -> None:

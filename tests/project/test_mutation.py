@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.mutation.__main__ import ACCEPTED, TARGETS
+from tests.mutation.__main__ import ACCEPTED, LOOKED_AT, TARGETS
 from tests.mutation.mutants import mutants_of
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_a_reason_is_for_a_mutant_that_there_is() -> None:
 
 @pytest.mark.prove
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("module", TARGETS)
+@pytest.mark.parametrize("module", LOOKED_AT)
 def test_faults_are_noticed(module: str) -> None:
     """In a process of its own, which has not imported the module."""
     done = subprocess.run(
