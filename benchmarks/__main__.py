@@ -13,6 +13,8 @@ BENCHMARKS = {
     "b2": ("b2_lora_vs_full", "LoRA against full fine-tuning, ours and PEFT's"),
     "b3": ("b3_peak_memory", "peak memory above the loaded model on 4k tokens, beside TRL"),
     "b4": ("b4_pretraining", "pretraining a small model from scratch, beside HF Trainer"),
+    "b5": ("b5_tenants", "16 tenants with short requests, through the tinker SDK, beside a loop over PEFT adapters"),
+    "b6": ("b6_round_trip", "the round trip of a future that does nothing, and how long the event loop stands still"),
     "b7": ("b7_generation", "batched generation, beside HF generate and llama.cpp; one sequence alone"),
     "b8": ("b8_samples", "eight samples of one long prompt, beside HF generate"),
     "b9": ("b9_start_up", "foundry --help, and the time to the first optimizer step"),

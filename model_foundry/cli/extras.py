@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "mlx": ("mlx", "mlx_lm"),
     "serve": ("fastapi", "h11", "httpx", "prometheus_client", "starlette", "uvicorn"),
     "service": ("fastapi", "google.protobuf", "httpx", "sqlalchemy", "uvicorn", "zstandard"),
+    "postgres": ("psycopg",),
     "track": ("tensorboard", "wandb", "mlflow"),
 }
 """Extra -> the modules it makes importable."""

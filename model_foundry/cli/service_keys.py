@@ -23,6 +23,11 @@ _STATE_DIR = click.option(
     show_default=True,
     help="The service's state; it may be running.",
 )
+_JOURNAL_URL = click.option(
+    "--journal-url",
+    envvar="FOUNDRY_JOURNAL_URL",
+    help="The service's journal_url, where it keeps its journal in PostgreSQL.",
+)
 
 
 @click.group(name="keys")
@@ -31,12 +36,12 @@ def command() -> None:
 
 
 @contextmanager
-def _keys(state_dir: Path) -> Iterator[Keys]:
+def _keys(state_dir: Path, journal_url: str | None) -> Iterator[Keys]:
     from model_foundry.service.journal import Journal
     from model_foundry.service.keys import Keys
 
     state_dir.mkdir(parents=True, exist_ok=True)
-    journal = Journal(state_dir)
+    journal = Journal(state_dir, url=journal_url)
     try:
         yield Keys(journal, is_open=False)
     finally:
@@ -47,9 +52,10 @@ def _keys(state_dir: Path) -> Iterator[Keys]:
 @click.argument("name")
 @click.option("--role", default="user", show_default=True, help="user, or admin, who sees everybody's models.")
 @_STATE_DIR
-def mint(name: str, role: str, state_dir: Path) -> None:
+@_JOURNAL_URL
+def mint(name: str, role: str, state_dir: Path, journal_url: str | None) -> None:
     """Make a key, and print it: it cannot be shown again."""
-    with _keys(state_dir) as keys:
+    with _keys(state_dir, journal_url) as keys:
         key, secret = keys.mint(name, role)
     click.echo(secret)
     click.echo(f"{key.role} key {name!r}; a running service takes it within seconds", err=True)
@@ -58,9 +64,10 @@ def mint(name: str, role: str, state_dir: Path) -> None:
 @command.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
 @_STATE_DIR
-def list_keys(as_json: bool, state_dir: Path) -> None:
+@_JOURNAL_URL
+def list_keys(as_json: bool, state_dir: Path, journal_url: str | None) -> None:
     """Names, roles and dates; never the keys."""
-    with _keys(state_dir) as keys:
+    with _keys(state_dir, journal_url) as keys:
         found = keys.list()
     rows = [
         {
@@ -86,9 +93,10 @@ def list_keys(as_json: bool, state_dir: Path) -> None:
 @command.command()
 @click.argument("name")
 @_STATE_DIR
-def revoke(name: str, state_dir: Path) -> None:
+@_JOURNAL_URL
+def revoke(name: str, state_dir: Path, journal_url: str | None) -> None:
     """Take a key back; what was trained with it stays."""
-    with _keys(state_dir) as keys:
+    with _keys(state_dir, journal_url) as keys:
         keys.revoke(name)
     click.echo(f"revoked {name!r}")
 

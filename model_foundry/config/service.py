@@ -25,6 +25,9 @@ class ServiceConfig(Section):
     """Port to listen on; 0 takes a free one and says it."""
     state_dir: Path = Path("runs/service")
     """Where the journal, snapshots and checkpoints live. It can be copied to another machine and started there."""
+    journal_url: str | None = None
+    """postgresql://USER@HOST:PORT/NAME, to keep the journal there; default a SQLite file in state_dir. The password
+    comes from PGPASSWORD or ~/.pgpass. Snapshots and checkpoints stay in state_dir."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: CUDA, then MPS, then the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -34,6 +37,10 @@ class ServiceConfig(Section):
     micro_batch_tokens: PositiveInt = 512
     """Split passes into pieces of at most this many tokens. Samples of other clients go on between two pieces. Part of
     what makes a restart go on bit for bit."""
+    co_batching: Literal["invariant", "off"] = "invariant"
+    """Do short passes of several models as one, up to micro_batch_tokens. invariant: where each gets the same bits as
+    alone, which is said at the start where it is not so; in bfloat16 the layers are kept twice more for it. off: never.
+    Part of what makes a restart go on bit for bit."""
     max_samples_at_once: PositiveInt = 64
     """Samples that are computed together; one key has at most half of these places. More wait."""
     sampling_cache_tokens: Annotated[int, Field(ge=256)] = 65536
@@ -41,10 +48,15 @@ class ServiceConfig(Section):
     answer together, can be longer."""
     max_resident_models: PositiveInt = 16
     """Models being trained that are in memory at once, and as many samplers; the others wait on the disk."""
+    max_resident_mb: PositiveInt | None = None
+    """Memory for adapters being trained, with gradients and moments, in MB; with more, those not used for longest wait
+    on the disk. Default: as much as max_resident_models of them take."""
     max_models_per_key: PositiveInt = 64
     """Models that one key may have; with more, creating one is answered with 429."""
     max_waiting_per_key: PositiveInt = 4096
     """Operations of one key that may wait; with more, another is answered with 429."""
+    max_checkpoint_mb_per_key: PositiveInt | None = None
+    """Checkpoints of one key on the disk, in MB; with as many or more, another save fails. Default: no limit."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64_000_000
     """Largest request body, unpacked."""
     snapshot_seconds: Seconds = 10.0

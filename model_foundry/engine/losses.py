@@ -165,21 +165,16 @@ def _head_piece(
     result: HeadResult,
 ) -> None:
     """One piece of tokens; its share of the result is written into `result`."""
-    chunk = {name: value[part] for name, value in inputs.items()}
     logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
-    shape = chunk["target_tokens"].shape
-    targets = chunk["target_tokens"].view(shape[0], -1)
-    # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
-    probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    logp = _log(probabilities.gather(1, targets), logits, targets).view(shape)
-    result.logprobs[part] = logp
-    slope, value = _slope(loss, logp, chunk)
-    result.loss += float(value.cpu().double().sum())
+    chunk = {name: value[part] for name, value in inputs.items()}
+    scored = score(logits, loss, chunk, backward=result.d_hidden is not None, scale=scale)
+    result.logprobs[part] = scored.logprobs
+    result.loss += float(scored.values.cpu().double().sum())
     if result.d_hidden is None:
         return
     del logits
-    slope = slope.mul_(scale).to(probabilities.dtype).view(shape[0], -1)
-    d_logits = probabilities.mul_(-slope.sum(1, keepdim=True)).scatter_add_(1, targets, slope).to(hidden.dtype)
+    d_logits = scored.d_logits
+    assert d_logits is not None
     if weight is None or head is None:
         result.d_hidden[part] = d_logits
         return
@@ -187,6 +182,35 @@ def _head_piece(
     if head.requires_grad:
         gradient = (d_logits.t() @ hidden[part]).float()
         head.grad = gradient if head.grad is None else head.grad.add_(gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """values: the loss of each target, before it is summed. logprobs: float32. Both shaped as the targets.
+    d_logits: [M, V] in the type of the logits."""
+
+    values: torch.Tensor
+    logprobs: torch.Tensor
+    d_logits: torch.Tensor | None
+
+
+@torch.no_grad()
+def score(logits: torch.Tensor, loss: Loss, inputs: Inputs, *, backward: bool, scale: float = 1.0) -> Scored:
+    """A loss over logits [M, V] and its inputs, each [M] or [M, K]; nothing of a token depends on the others.
+
+    The gradient, and not the loss, is multiplied by `scale`.
+    """
+    shape = inputs["target_tokens"].shape
+    targets = inputs["target_tokens"].view(shape[0], -1)
+    # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
+    probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logp = _log(probabilities.gather(1, targets), logits, targets).view(shape)
+    slope, values = _slope(loss, logp, inputs)
+    if not backward:
+        return Scored(values, logp, None)
+    slope = slope.mul_(scale).to(probabilities.dtype).view(shape[0], -1)
+    d_logits = probabilities.mul_(-slope.sum(1, keepdim=True)).scatter_add_(1, targets, slope).to(logits.dtype)
+    return Scored(values, logp, d_logits)
 
 
 def _log(chosen: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

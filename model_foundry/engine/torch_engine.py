@@ -31,6 +31,8 @@ from model_foundry.engine.platform import (
     set_threads,
 )
 from model_foundry.engine.sampling import collect, stream_tokens
+from model_foundry.engine.shared_base import AdapterLayers, SharedBase
+from model_foundry.engine.shared_passes import PassRequest, Share, SharedPasses, run_together
 from model_foundry.engine.state import (
     MOMENTS_NAME,
     STATE_FORMAT,
@@ -40,7 +42,7 @@ from model_foundry.engine.state import (
     require_optimizer,
     write_full_weights,
 )
-from model_foundry.errors import EngineError, ModelError, OutOfMemoryError
+from model_foundry.errors import EngineError, FoundryError, ModelError, OutOfMemoryError
 from model_foundry.models.adapter import (
     adapter_tensors,
     fitting_adapter,
@@ -51,6 +53,7 @@ from model_foundry.models.adapter import (
 )
 from model_foundry.models.attention import Attention
 from model_foundry.models.language_model import Implementation, LanguageModel, load_language_model, share_weights
+from model_foundry.models.lora import Linear
 from model_foundry.models.packing import Quantization
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.models.targets import adapt
@@ -120,6 +123,7 @@ class TorchEngine:
         self.gradient_checkpointing = gradient_checkpointing
         self.between_pieces: Callable[[], None] = _nothing
         self._compiles = False
+        self._shared: tuple[Path, SharedBase] | None = None
         self._models: dict[str, _Model] = {}
         self._ids = itertools.count(1)
 
@@ -163,13 +167,36 @@ class TorchEngine:
             model.compute_in(self.dtype)
             model.compile_layers(self._compiles)
         model.train(trainable)
-        passes = Passes(
-            model, counter, self.device, state, planned_piece_tokens=self.micro_batch_tokens,
-            loss_scale=self._new_loss_scale(), between=lambda: self.between_pieces(),
-        )  # fmt: skip
+        passes = self._passes(base, model, counter, state, lora)
         model_id = f"model-{next(self._ids)}"
         self._models[model_id] = _Model(model, base, base_name or str(base), lora, state, passes)
         return model_id
+
+    def share_base(self, model_id: str) -> None:
+        """Let adapters created from now on over this model's base share passes: see `forward_backward_together`.
+
+        Raises:
+            EngineError: passes over this base, or on this device, cannot be shared.
+        """
+        model = self._get(model_id)
+        self._shared = (model.base, SharedBase(model.language_model, device=self.device))
+
+    def _passes(
+        self, base: Path, model: LanguageModel, counter: DropoutCounter, state: FlatOptimizer | None,
+        lora: LoraConfig | None,
+    ) -> Passes:  # fmt: skip
+        planned, between = self.micro_batch_tokens, lambda: self.between_pieces()
+        plain = state is not None and lora is not None and not lora.use_dora and not lora.lora_dropout
+        if self._shared is None or self._shared[0] != base or not plain:
+            return Passes(
+                model, counter, self.device, state, planned_piece_tokens=planned,
+                loss_scale=self._new_loss_scale(), between=between,
+            )  # fmt: skip
+        layers = {name: layer for name, layer in model.linears().items() if isinstance(layer, Linear)}
+        return SharedPasses(
+            model, counter, self.device, state, planned_piece_tokens=planned, between=between,
+            base=self._shared[1], adapter=AdapterLayers(layers),
+        )  # fmt: skip
 
     def _load(self, base: Path, *, whole: bool) -> LanguageModel:
         """The base. Where this engine holds it as it is, without an adapter, its weights are shared, not read again."""
@@ -224,6 +251,34 @@ class TorchEngine:
         _optimizer(model)
         check_batch(data, model.language_model, loss)
         return model.passes.forward_backward(data, loss, scope=logprobs)
+
+    def can_join(self, model_id: str, data: Sequence[Datum]) -> bool:
+        """Whether a batch may be a part of `run_together`: its model's base is shared, and it is one piece."""
+        passes = self._get(model_id).passes
+        return isinstance(passes, SharedPasses) and passes.fits_in_one(data)
+
+    def run_together(
+        self, requests: Sequence[PassRequest], *, backward: bool
+    ) -> list[ForwardBackwardOutput | FoundryError]:
+        """`forward_backward`, or `forward`, of batches that `can_join`, each of another model, in one pass.
+
+        Each ends with the bits that it would have alone, or with its own error. The logprobs are those of every token.
+        """
+        outputs: dict[int, ForwardBackwardOutput | FoundryError] = {}
+        shares: dict[int, Share] = {}
+        for number, request in enumerate(requests):
+            model = self._get(request.model_id)
+            try:
+                loss = choose_loss(request.loss_fn, request.loss_config)
+                check_batch(request.data, model.language_model, loss)
+            except EngineError as error:
+                outputs[number] = error
+                continue
+            assert isinstance(model.passes, SharedPasses)
+            shares[number] = Share(model.passes, request.data, loss)
+        if shares:
+            outputs.update(zip(shares, run_together(list(shares.values()), backward=backward), strict=True))
+        return [outputs[number] for number in range(len(requests))]
 
     def optim_step(self, model_id: str, params: OptimParams) -> OptimStepOutput:
         model = self._get(model_id)

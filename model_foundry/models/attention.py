@@ -12,7 +12,7 @@ Shapes: N packed tokens, H query heads, K key/value heads, G = H // K, D head wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -52,6 +52,12 @@ class RowGroup:
     def num_rows(self) -> int:
         return len(self.rows)
 
+    def moved(self, *, rows: int, tokens: int) -> RowGroup:
+        """The same group in a batch with so many rows and tokens before it."""
+        index = None if self.index is None else self.index + tokens
+        start = self.start if self.index is not None else self.start + tokens
+        return replace(self, index=index, start=start, rows=tuple(row + rows for row in self.rows))
+
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """The group's part of packed x [N, ..]: [S·T, ..]."""
         if self.index is None:
@@ -85,6 +91,17 @@ class PackedRows:
             stack.append(row)
         groups.append(_group(stack, lengths, starts, device))
         return cls(tuple(lengths), tuple(groups), positions)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedRows]) -> PackedRows:
+        """Parts one after the other, each with its own groups, so that none's depend on the others."""
+        groups: list[RowGroup] = []
+        first_row = first_token = 0
+        for part in parts:
+            groups += [group.moved(rows=first_row, tokens=first_token) for group in part.groups]
+            first_row, first_token = first_row + len(part.lengths), first_token + sum(part.lengths)
+        lengths = tuple(length for part in parts for length in part.lengths)
+        return cls(lengths, tuple(groups), torch.cat([part.positions for part in parts]))
 
     def mask(self, first_query: int, num_queries: int, first_key: int, window: int | None) -> torch.Tensor | None:
         """bool [num_queries, keys up to the block's end], True where a query must not look; None where all may."""

@@ -47,6 +47,12 @@ class Adaptable(Protocol):
     def adapt(self, lora: LoraConfig, *, name: str, seed: int, counter: DropoutCounter) -> None: ...
 
 
+class Together(Protocol):
+    """Applies layers to x [N, in] whose rows belong to several adapters."""
+
+    def __call__(self, x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ...]: ...
+
+
 class Linear(nn.Module):
     """A linear layer, [.., in] → [.., out], that may carry one adapter.
 
@@ -55,6 +61,7 @@ class Linear(nn.Module):
         transposed: the weight is stored [in, out] as GPT-2's Conv1D does.
         lora_A: [r, in] float32, lora_B: [out, r] float32; None without an adapter.
         lora_magnitude: [out] float32 with DoRA.
+        together: applies this layer and its neighbours in `project`'s place, where rows have several adapters.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool = False) -> None:
@@ -71,6 +78,7 @@ class Linear(nn.Module):
         self.dropout = 0.0
         self.salt = 0
         self.counter: DropoutCounter | None = None
+        self.together: Together | None = None
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -119,6 +127,8 @@ def fresh_A(rank: int, num_in: int, *, seed: int, name: str) -> torch.Tensor:
 
 def project(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ...]:
     """Apply several layers to one input x [.., in]; one [.., out] each."""
+    if (together := layers[0].together) is not None:
+        return together(x, layers)
     plain = all(
         layer.lora_A is not None
         and layer.lora_magnitude is None

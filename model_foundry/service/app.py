@@ -13,6 +13,7 @@ from model_foundry.service.bodies import Refusal, read_json, reply, text, whole_
 from model_foundry.service.books import Sampler, finished
 from model_foundry.service.front import Front, new_session
 from model_foundry.service.listing import listing_routes, path_info
+from model_foundry.service.page_routes import page_routes
 
 Route = Callable[[Front, Request], Awaitable[Response]]
 UNEMBED_NOTE = (
@@ -27,6 +28,8 @@ def make_app(front: Front) -> FastAPI:
     app = FastAPI(title="Model Foundry training service", openapi_url=None, docs_url=None, redoc_url=None)
     for (method, path), route in {**_ROUTES, **listing_routes()}.items():
         app.add_route(f"/api/v1/{path}", _handler(front, route), methods=[method])
+    for path, route in page_routes().items():
+        app.add_route(path, _handler(front, route), methods=["GET"])
     return app
 
 

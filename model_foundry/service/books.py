@@ -86,6 +86,7 @@ class Operation:
         encoding: of `body`: json or proto.
         seed: drawn when it was accepted, for whatever the client left to chance.
         reply: JSON or protobuf by `reply_kind`; an error in JSON where it `failed`.
+        loss, num_tokens: of a pass that leaves gradients.
         done: set when the reply is in the journal.
     """
 
@@ -101,6 +102,8 @@ class Operation:
     failed: bool = False
     reply_kind: str | None = None
     reply: bytes = b""
+    loss: float | None = None
+    num_tokens: int | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -202,10 +205,26 @@ class Books:
                     failed=operation.failed,
                     reply_kind=operation.reply_kind,
                     reply=operation.reply,
+                    loss=operation.loss,
+                    num_tokens=operation.num_tokens,
                 )
             )
 
         return write
+
+    def training_so_far(self) -> list[tuple[str, str, float | None, int | None]]:
+        """(model, kind, loss, tokens) of every pass and step that was done, a model's in order."""
+
+        def read(connection: Connection) -> list[tuple[str, str, float | None, int | None]]:
+            table = tables.operations
+            wanted = (table.c.kind.in_(("forward_backward", "optim_step")), table.c.finished.is_not(None))
+            columns = (table.c.lane, table.c.kind, table.c.loss, table.c.num_tokens)
+            rows = connection.execute(
+                select(*columns).where(*wanted, ~table.c.failed).order_by(table.c.lane, table.c.seq)
+            )
+            return [(row.lane, row.kind, row.loss, row.num_tokens) for row in rows]
+
+        return self.journal.run(read, durable=False).result()
 
     def drop_bodies(self, model_id: str, seq: int) -> Work[None]:
         """Forget the bodies of operations up to `seq`: no snapshot that is kept needs them."""

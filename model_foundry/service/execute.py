@@ -6,21 +6,24 @@ on the disk names the request that it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from model_foundry.checkpoint.store import CheckpointStore
-from model_foundry.errors import CheckpointError, DataError
+from model_foundry.errors import CheckpointError, DataError, FoundryError
 from model_foundry.service import passes, sampling
 from model_foundry.service.books import Books, Checkpoint, Effect, Model, Operation, Sampler
+from model_foundry.service.curves import Curves
 from model_foundry.service.host import Host, Resident
 from model_foundry.service.journal import Work
 from model_foundry.service.replies import sample_reply
 from model_foundry.service.requests import CreateModel, LoadWeights, Sample, SaveForSampler, SaveWeights, read_request
 from model_foundry.service.sampling_batch import SamplingBatch
+from model_foundry.service.tensors import Pass
 
 
 @dataclass(slots=True)
@@ -45,7 +48,8 @@ class Outcome:
 class Executor:
     """Does operations one after the other.
 
-    `base_models` are the names by which clients may ask for the base; the first is the one it is told by.
+    `base_models` are the names by which clients may ask for the base; the first is the one it is told by. A key with
+    checkpoints of `max_checkpoint_bytes` or more makes no more.
     """
 
     books: Books
@@ -53,9 +57,11 @@ class Executor:
     texts: sampling.Texts
     samples: SamplingBatch
     base_models: tuple[str, ...]
+    curves: Curves = field(default_factory=Curves)
+    max_checkpoint_bytes: float = math.inf
 
     def execute(self, operation: Operation) -> Outcome:
-        """Do an operation.
+        """Do an operation that is no pass and no sample.
 
         Raises:
             FoundryError: it is refused or failed; the model is as it was before.
@@ -121,17 +127,55 @@ class Executor:
             raise DataError("there is no such checkpoint", where=path)
         return found
 
-    def run_pass(self, operation: Operation) -> Outcome:
+    def read_pass(self, operation: Operation) -> Pass | None:
+        """What a pass asks for; None of another operation.
+
+        Raises:
+            FoundryError: it is refused.
+        """
+        return passes.read_body(operation) if operation.kind in passes.KINDS else None
+
+    def can_join(self, operation: Operation, asked: Pass) -> bool:
+        """Whether a pass can be done together with those of other models; its model is in memory then.
+
+        Raises:
+            FoundryError: there is no such model, or it cannot be brought back.
+        """
+        return self.host.engine.can_join(self.host.resident(self.model(operation)).engine_id, asked.data)
+
+    def run_pass(self, operation: Operation, asked: Pass) -> Outcome:
+        """Do a pass alone, in pieces.
+
+        Raises:
+            FoundryError: it is refused or failed; the gradients are as they were.
+        """
         resident = self.host.resident(self.model(operation))
-        reply, has_gradients = passes.do_pass(self.host.engine, resident.engine_id, operation)
-        if has_gradients:
+        return self._pass_done(operation, resident, passes.do_pass(self.host.engine, resident.engine_id, asked))
+
+    def _pass_done(self, operation: Operation, resident: Resident, done: passes.PassDone) -> Outcome:
+        if done.adds_gradients:
             resident.has_gradients = resident.is_dirty = True
-        return Outcome("pass", reply)
+            operation.loss, operation.num_tokens = done.loss, done.num_tokens
+            self.curves.of(operation.lane).note_pass(done.loss, done.num_tokens)
+        return Outcome("pass", done.reply)
+
+    def run_passes(self, operations: Sequence[Operation], asked: Sequence[Pass]) -> list[Outcome | Exception]:
+        """Passes of different models that `can_join`, all forward only or none, at once.
+
+        They are at most as many as stay in memory together.
+        """
+        residents = [self.host.resident(self.model(operation)) for operation in operations]
+        results = passes.do_together(self.host.engine, [resident.engine_id for resident in residents], asked)
+        return [
+            result if isinstance(result, FoundryError) else self._pass_done(operation, resident, result)
+            for operation, resident, result in zip(operations, residents, results, strict=True)
+        ]
 
     def optim_step(self, operation: Operation) -> Outcome:
         resident = self.host.resident(self.model(operation))
         reply = passes.do_step(self.host.engine, resident.engine_id, operation)
         resident.has_gradients, resident.is_dirty = False, True
+        self.curves.of(operation.lane).note_step()
         return _json(reply)
 
     def save_weights(self, operation: Operation) -> Outcome:
@@ -180,6 +224,7 @@ class Executor:
             raise DataError(
                 "a checkpoint of this name exists", where=known.path, hint="Use overwrite, or another name."
             )
+        self._check_quota(model.owner)
         lora = {key: model.facts[key] for key in ("rank", "seed", "train_unembed", "train_mlp", "train_attn")}
         metadata = {
             "request_id": operation.request_id, "model": self.host.fingerprint,
@@ -196,6 +241,12 @@ class Executor:
             facts={"lora": lora, "user_metadata": request.user_metadata, "is_ephemeral": is_ephemeral},
         )  # fmt: skip
 
+    def _check_quota(self, owner: str) -> None:
+        used = sum(each.size_bytes for each in self.books.checkpoints.values() if each.owner == owner)
+        if used >= self.max_checkpoint_bytes:
+            what = f"checkpoints of this key take {used:,} bytes, and may take {self.max_checkpoint_bytes:,.0f}"
+            raise DataError(what, where="save_weights", hint="Delete some, or let them expire.")
+
     def _writer(self, resident: Resident, kind: str) -> Callable[[Any], None]:
         engine = self.host.engine
         if kind == "training":
@@ -205,6 +256,7 @@ class Executor:
     def unload_model(self, operation: Operation) -> Outcome:
         model = self.model(operation)
         self.host.forget(model.model_id)
+        self.curves.forget(model.model_id)
         return self.created(replace(model, state="unloaded"), {"model_id": model.model_id, "type": "unload_model"})
 
     def begin_sample(self, operation: Operation) -> Outcome | None:
@@ -253,8 +305,6 @@ def _json(reply: dict[str, Any]) -> Outcome:
 _KINDS: dict[str, Callable[[Executor, Operation], Outcome]] = {
     "create_model": Executor.create_model,
     "load_weights": Executor.load_weights,
-    "forward_backward": Executor.run_pass,
-    "forward": Executor.run_pass,
     "optim_step": Executor.optim_step,
     "save_weights": Executor.save_weights,
     "save_weights_for_sampler": Executor.save_for_sampler,

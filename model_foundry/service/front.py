@@ -28,6 +28,7 @@ from model_foundry.service.worker import Worker
 
 HOLD_SECONDS = 25.0
 """How long a question after a future is held; clients give up on the connection after 45."""
+_BETWEEN_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,12 @@ class Front:
         request_id = text(values, "request_id")
         operation = self.open.get(request_id)
         if operation is None:
-            operation = await self.commit(self.books.read_operation(request_id), durable=False)
+            try:
+                operation = await self.commit(self.books.read_operation(request_id), durable=False)
+            except Refusal as refusal:
+                # Clients ask again at once after a 5xx, so they are held a while and told why.
+                await asyncio.sleep(_BETWEEN_SECONDS)
+                return _try_again(request_id, refusal.what)
         if operation is None or tenant.sees not in (None, operation.owner):
             raise Refusal(404, f"there is no request {request_id}")
         try:
@@ -205,13 +211,16 @@ class Front:
         return result(operation, accept=request.headers.get("accept", ""))
 
     def _pending(self, operation: Operation) -> Response:
-        why = self.worker.waiting_for(operation)
-        values = {
-            "type": "try_again",
-            "request_id": operation.request_id,
-            "queue_state": "active" if why is None else "paused_capacity",
-        }
-        return reply(values if why is None else {**values, "queue_state_reason": why}, 408)
+        return _try_again(operation.request_id, self.worker.waiting_for(operation))
+
+
+def _try_again(request_id: str, why: str | None) -> Response:
+    values = {
+        "type": "try_again",
+        "request_id": request_id,
+        "queue_state": "active" if why is None else "paused_capacity",
+    }
+    return reply(values if why is None else {**values, "queue_state_reason": why}, 408)
 
 
 def result(operation: Operation, *, accept: str) -> Response:

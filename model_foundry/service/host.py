@@ -7,6 +7,7 @@ newest are kept, and the journal keeps what was done since the older one, so tha
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from model_foundry.checkpoint import atomic
 from model_foundry.checkpoint.store import Checkpoint as StoredCheckpoint
 from model_foundry.checkpoint.store import CheckpointStore
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import CheckpointCorruptError, CheckpointError, DataError, ModelError
+from model_foundry.errors import CheckpointCorruptError, CheckpointError, DataError, EngineError, ModelError
 from model_foundry.models.finder import ModelSource
 from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.service import passes
@@ -39,6 +40,7 @@ class Resident:
 
     engine_id: str
     seq: int
+    num_bytes: int
     has_gradients: bool = False
     seconds: float = 0.0
     body_bytes: int = 0
@@ -52,6 +54,11 @@ class Host:
         folder: the state folder.
         max_models: models of clients in memory at once, beside as many samplers; the rest is on the disk.
         snapshot_seconds: work after which a model is written down.
+        max_bytes: that models of clients take together, with gradients and moments; a single one may take more.
+        shares_passes: do short passes of several models as one, where this base and machine give each the same bits.
+
+    Attributes:
+        kept: models that stay in memory for what is being done.
 
     Raises:
         ModelError: the base cannot be loaded, or is an adapter.
@@ -66,6 +73,8 @@ class Host:
         folder: Path,
         max_models: int,
         snapshot_seconds: float,
+        max_bytes: float = math.inf,
+        shares_passes: bool = True,
     ) -> None:
         if source.adapter is not None:
             hint = "Merge it first: foundry export RUN; then serve the merged folder."
@@ -73,13 +82,23 @@ class Host:
                 "the service trains adapters over a base, and this is an adapter", where=source.name, hint=hint
             )
         self.books, self.engine, self.source, self.folder = books, engine, source, folder
-        self.max_models, self.snapshot_seconds = max_models, snapshot_seconds
+        self.max_models, self.max_bytes, self.snapshot_seconds = max_models, max_bytes, snapshot_seconds
         self.fingerprint = fingerprint(source.folder)
         self.base_id = engine.create_model(source.folder, lora=None, trainable=False)
+        self.shares_passes = shares_passes and self._share_base()
         self.facts = engine.describe(self.base_id)
         self.architecture = str(read_config(source.folder).get("model_type"))
+        self.kept: set[str] = set()
         self._residents: OrderedDict[str, Resident] = OrderedDict()
         self._samplers: OrderedDict[tuple[str, float], str] = OrderedDict()
+
+    def _share_base(self) -> bool:
+        try:
+            self.engine.share_base(self.base_id)
+        except EngineError as error:
+            logger.warning("every pass is done alone: %s", error)
+            return False
+        return True
 
     def lora(self, model: Model) -> LoraConfig:
         """An adapter's shape from what was asked for.
@@ -102,7 +121,8 @@ class Host:
     def create(self, model: Model, *, checkpoint: Checkpoint | None = None, optimizer: bool = False) -> Resident:
         """A new model, fresh or from a checkpoint; nothing is left behind where that fails."""
         self._make_room()
-        resident = Resident(self._fresh(model), seq=0, is_dirty=True)
+        resident = self._resident(model, seq=0)
+        resident.is_dirty = True
         if checkpoint is not None:
             try:
                 self.load(resident, checkpoint, optimizer=optimizer)
@@ -110,6 +130,7 @@ class Host:
                 self.engine.delete_model(resident.engine_id)
                 raise
         self._residents[model.model_id] = resident
+        self._keep_within(model.model_id)
         return resident
 
     def load(self, resident: Resident, checkpoint: Checkpoint, *, optimizer: bool) -> None:
@@ -132,12 +153,21 @@ class Host:
         self._make_room()
         resident = self._bring_back(model)
         self._residents[model.model_id] = resident
+        self._keep_within(model.model_id)
         return resident
 
-    def _fresh(self, model: Model) -> str:
-        return self.engine.create_model(
+    def is_resident(self, model_id: str) -> bool:
+        """Whether a model is in memory; asked from any thread."""
+        return model_id in self._residents
+
+    def _resident(self, model: Model, *, seq: int) -> Resident:
+        """A fresh one."""
+        engine_id = self.engine.create_model(
             self.source.folder, lora=self.lora(model), seed=int(model.facts["seed"]), base_name=self.base_name
         )
+        facts = self.engine.describe(engine_id)
+        # Weights and what the optimizer remembers, and the gradients.
+        return Resident(engine_id, seq, num_bytes=facts["checkpoint_bytes"] + 4 * facts["trained_parameters"])
 
     @property
     def base_name(self) -> str:
@@ -152,7 +182,7 @@ class Host:
             if later.step > model.done_seq:
                 atomic.remove_directory(later.path)
         snapshot = store.newest_valid(logger.warning)
-        resident = Resident(self._fresh(model), seq=-1 if snapshot is None else snapshot.step)
+        resident = self._resident(model, seq=-1 if snapshot is None else snapshot.step)
         try:
             if snapshot is not None:
                 self.engine.load_state(resident.engine_id, snapshot.path, optimizer=True)
@@ -168,7 +198,8 @@ class Host:
                 what = f"its snapshots are damaged, and its operation {operation.seq} is not kept any more"
                 raise CheckpointError(what, where=model.model_id, hint="Go on from its last checkpoint.")
             if operation.kind == "forward_backward":
-                resident.has_gradients |= passes.do_pass(self.engine, resident.engine_id, operation)[1]
+                done = passes.do_pass(self.engine, resident.engine_id, passes.read_body(operation))
+                resident.has_gradients |= done.adds_gradients
             elif operation.kind == "optim_step":
                 passes.do_step(self.engine, resident.engine_id, operation)
                 resident.has_gradients = False
@@ -237,8 +268,22 @@ class Host:
             atomic.remove_directory(self.snapshots(model_id).root)
 
     def _make_room(self) -> None:
-        while len(self._residents) >= self.max_models:
-            self.evict(next(iter(self._residents)))
+        """For one more."""
+        while len(self._residents) >= self.max_models and self._evict_one():
+            pass
+
+    def _keep_within(self, model_id: str) -> None:
+        """Others give way until the memory for models is kept to, with this one in it."""
+        while sum(resident.num_bytes for resident in self._residents.values()) > self.max_bytes:
+            if not self._evict_one(besides=model_id):
+                return
+
+    def _evict_one(self, besides: str | None = None) -> bool:
+        """The one not used for longest; rather one without gradients, which would be computed again."""
+        free = [name for name in self._residents if name not in self.kept and name != besides]
+        if free:
+            self.evict(next((name for name in free if not self._residents[name].has_gradients), free[0]))
+        return bool(free)
 
     def sampler(self, checkpoint: Checkpoint | None) -> str:
         """The engine's model to sample from; the base for None."""

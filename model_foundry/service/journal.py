@@ -1,4 +1,4 @@
-"""What the service has accepted, on the disk before it is answered: one SQLite file, written by one thread.
+"""What the service has accepted, on the disk before it is answered: one database, written by one thread.
 
 Works that wait for the disk together share one transaction and one sync. A work that only records what could be
 computed again (`durable=False`) is written without waiting for the disk: it survives the death of the process, and
@@ -28,19 +28,24 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    create_engine,
-    event,
     insert,
     select,
+    text,
+    update,
 )
 from sqlalchemy.exc import DatabaseError
 
 from model_foundry.errors import RunError
+from model_foundry.service.databases import FILE_NAME as FILE_NAME
+from model_foundry.service.databases import database
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
-SCHEMA_VERSION = 1
-FILE_NAME = "journal.sqlite"
+SCHEMA_VERSION = 2
+_MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: ("ALTER TABLE operations ADD COLUMN loss FLOAT", "ALTER TABLE operations ADD COLUMN num_tokens INTEGER"),
+}
+"""Version -> what makes the next one of it."""
 logger = logging.getLogger(__name__)
 
 metadata = MetaData()
@@ -82,29 +87,33 @@ operations = Table(
     Column("encoding", String, nullable=False), Column("body", LargeBinary), Column("seed", BigInteger, nullable=False),
     Column("created", Float, nullable=False), Column("finished", Float),
     Column("failed", Boolean, nullable=False), Column("reply_kind", String), Column("reply", LargeBinary),
+    Column("loss", Float), Column("num_tokens", Integer),
     Index("by_lane", "lane", "seq"), Index("by_finished", "finished"),
 )  # fmt: skip
 
 
 class Journal:
-    """The file, and the thread that writes it.
+    """The database, and the thread that writes it.
+
+    Args:
+        url: of a PostgreSQL database; None: a SQLite file in the folder.
+        exclusive: no other service may be at work in a PostgreSQL database.
 
     Raises:
-        RunError: it was written by another version, or cannot be opened.
+        RunError: it was written by a newer version, cannot be opened, or is another service's at work.
+        UsageError: the URL is not one of PostgreSQL.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
-        self._engine = create_engine(f"sqlite:///{self.path}", connect_args={"check_same_thread": False})
-        event.listen(self._engine, "connect", _configure)
-        event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    def __init__(self, folder: Path, *, url: str | None = None, exclusive: bool = False) -> None:
+        self._database = database(folder, url, exclusive=exclusive)
+        self.where = self._database.where
+        self._engine = self._database.open()
         self._queue: queue.SimpleQueue[tuple[Work[Any], bool, Future[Any]] | None] = queue.SimpleQueue()
         try:
             self._connection = self._engine.connect()
-            self._check_version()
+            self._bring_up_to_date()
         except DatabaseError as error:
-            raise RunError(f"cannot be opened ({error.orig})", where=str(self.path)) from error
-        self._is_durable = True
+            raise RunError(f"cannot be opened ({str(error.orig).strip()})", where=self.where) from error
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
 
@@ -121,15 +130,22 @@ class Journal:
         self._connection.close()
         self._engine.dispose()
 
-    def _check_version(self) -> None:
+    def _bring_up_to_date(self) -> None:
+        """Make the tables, or change those of an older version, in one transaction."""
         with self._connection.begin():
-            metadata.create_all(self._connection)
+            meta.create(self._connection, checkfirst=True)
             row = self._connection.execute(select(meta.c.value).where(meta.c.key == "schema")).first()
             if row is None:
+                metadata.create_all(self._connection)
                 self._connection.execute(insert(meta).values(key="schema", value=str(SCHEMA_VERSION)))
-            elif row.value != str(SCHEMA_VERSION):
-                what = f"the journal has schema {row.value}, and this version reads {SCHEMA_VERSION}"
-                raise RunError(what, where=str(self.path), hint="Start it with the version that wrote it.")
+                return
+            if int(row.value) > SCHEMA_VERSION:
+                what = f"the journal has schema {row.value}, and this version reads up to {SCHEMA_VERSION}"
+                raise RunError(what, where=self.where, hint="Start it with the version that wrote it.")
+            for version in range(int(row.value), SCHEMA_VERSION):
+                for statement in _MIGRATIONS[version]:
+                    self._connection.execute(text(statement))
+            self._connection.execute(update(meta).where(meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
 
     def claim(self, key: str, value: str, *, what: str) -> None:
         """Note a fact on first use.
@@ -146,7 +162,7 @@ class Journal:
 
         if self.run(write).result() != value:
             hint = "Start it with the base that it had, or choose another state_dir."
-            raise RunError(f"this state holds {what}", where=str(self.path.parent), hint=hint)
+            raise RunError(f"this state holds {what}", where=self.where, hint=hint)
 
     def _write(self) -> None:
         is_open = True
@@ -161,8 +177,10 @@ class Journal:
 
     def _commit(self, works: list[tuple[Work[Any], bool, Future[Any]]]) -> None:
         try:
-            self._sync_on_commit(any(durable for _, durable, _ in works))
+            durable = any(durable for _, durable, _ in works)
+            self._database.before(self._connection, durable=durable)
             with self._connection.begin():
+                self._database.within(self._connection, durable=durable)
                 results = [work(self._connection) for work, _, _ in works]
         except Exception as error:
             if len(works) == 1:
@@ -174,17 +192,3 @@ class Journal:
             return
         for (_, _, future), result in zip(works, results, strict=True):
             future.set_result(result)
-
-    def _sync_on_commit(self, durable: bool) -> None:
-        if durable != self._is_durable:
-            # Past SQLAlchemy, which would begin a transaction first, and in one it may not be changed.
-            raw: Any = self._connection.connection.driver_connection
-            raw.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._is_durable = durable
-
-
-def _configure(connection: Any, _: Any) -> None:
-    # SQLAlchemy begins transactions itself, so that none is begun behind its back.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
-        connection.execute(f"PRAGMA {pragma}")

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 
 from model_foundry.service.books import Operation
 
+PASSES = ("forward_backward", "forward")
+SLACK_SECONDS = 0.5
+"""So much more an owner may have used whose step is done before another's pass."""
+
 
 @dataclass(slots=True)
 class Lane:
@@ -86,7 +90,25 @@ class Lanes:
             return None
         lane = min(ready, key=self._turn)
         self.reached(self._used[lane.owner])
+        if lane.head is not None and lane.head.kind in PASSES:
+            # Whoever has a step to do first can be in the next pass then, together with this one.
+            others = [other for other in ready if other.head is not None and other.head.kind not in PASSES]
+            other = min(others, key=self._turn, default=lane)
+            lane = other if self._used[other.owner] <= self._used[lane.owner] + SLACK_SECONDS else lane
         return lane.take()
+
+    def take_like(self, kind: str, besides: set[str]) -> Operation | None:
+        """The next operation of this kind, of whoever has used least, from another lane than `besides`."""
+        ready = [lane for lane in self._ready(samples=False) if lane.name not in besides]
+        ready = [lane for lane in ready if lane.head is not None and lane.head.kind == kind]
+        return min(ready, key=self._turn).take() if ready else None
+
+    def put_back(self, operation: Operation) -> None:
+        """An operation of a model that was taken and not done: it is the next of its lane again."""
+        lane = self._lanes[operation.lane]
+        assert operation.seq is not None
+        lane.next_seq = operation.seq
+        lane.held[operation.seq] = operation
 
     def take_sample(self, is_welcome: Callable[[str], bool]) -> Operation | None:
         """The next sampling operation of the owner who has used least among those who are welcome."""
@@ -108,13 +130,16 @@ class Lanes:
         self._used[owner] = self.used(owner) + seconds
 
     def charge(self, operation: Operation, seconds: float) -> None:
-        """Add the time that an operation took."""
+        """Add time that an operation took."""
         self.charge_owner(operation.owner, seconds)
         lane = self._lanes.get(operation.lane)
-        if lane is None:
-            return
-        lane.used_seconds += seconds
-        if lane.next_seq is None and not lane:
+        if lane is not None:
+            lane.used_seconds += seconds
+
+    def settle(self, operation: Operation) -> None:
+        """An operation is done and noted: a lane that is empty goes."""
+        lane = self._lanes.get(operation.lane)
+        if lane is not None and not lane:
             del self._lanes[operation.lane]
 
     def waiting_for(self, operation: Operation) -> str | None:
@@ -129,6 +154,10 @@ class Lanes:
         if not others and not mine:
             return None
         return f"{mine} operations of this model are before it, and {others} of other clients are waiting"
+
+    def owners(self) -> set[str]:
+        """Everybody who has ever had something done."""
+        return set(self._used)
 
     def num_waiting(self, owner: str) -> int:
         return sum(len(lane) for lane in self._lanes.values() if lane.owner == owner)

@@ -105,13 +105,13 @@ async def run_checkpoints(front: Front, request: Request) -> Response:
 
 async def all_checkpoints(front: Front, request: Request) -> Response:
     tenant = front.tenant(request)
-    mine = [item for item in _shown(front) if tenant.sees in (None, item.owner)]
+    mine = [item for item in shown_checkpoints(front) if tenant.sees in (None, item.owner)]
     mine.sort(key=lambda item: item.created, reverse=True)
     page, cursor = _page(request, mine)
     return reply({"checkpoints": [_checkpoint(item) for item in page], "cursor": cursor})
 
 
-def _shown(front: Front) -> list[Checkpoint]:
+def shown_checkpoints(front: Front) -> list[Checkpoint]:
     """Named checkpoints that have not expired; those of a sampling session alone are nobody's to list."""
     now = front.books.clock()
     return [
@@ -122,7 +122,7 @@ def _shown(front: Front) -> list[Checkpoint]:
 
 
 def _of_run(front: Front, run_id: str, *kinds: str) -> list[Checkpoint]:
-    return [item for item in _shown(front) if item.run_id == run_id and item.kind in kinds]
+    return [item for item in shown_checkpoints(front) if item.run_id == run_id and item.kind in kinds]
 
 
 def _checkpoint(item: Checkpoint) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 from google.protobuf.message import DecodeError
 
+from model_foundry.engine.shared_passes import PassRequest
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import DataError
+from model_foundry.errors import DataError, FoundryError
 from model_foundry.service.books import Operation
 from model_foundry.service.messages import MESSAGES
 from model_foundry.service.replies import pass_reply
 from model_foundry.service.requests import OptimStep, read_request
 from model_foundry.service.tensors import Pass, read_json_pass, read_pass
-from model_foundry.types import AdamParams
+from model_foundry.types import AdamParams, ForwardBackwardOutput
 
+KINDS = ("forward_backward", "forward")
 _FIELDS = {"forward_backward": "forward_backward_input", "forward": "forward_input"}
 _KNOWN_KEYS = {"model_id", "seq_id", "type", "forward_only"}
 
@@ -40,20 +44,45 @@ def read_body(operation: Operation) -> Pass:
     return read_json_pass(body, field=field, forward_only=bool(forward_only))
 
 
-def do_pass(engine: TorchEngine, model: str, operation: Operation) -> tuple[bytes, bool]:
-    """The reply, and whether gradients are pending now that were not.
+@dataclass(frozen=True, slots=True)
+class PassDone:
+    """A pass's reply, and what it was."""
+
+    reply: bytes
+    loss: float
+    num_tokens: int
+    adds_gradients: bool
+
+
+def do_pass(engine: TorchEngine, model: str, asked: Pass) -> PassDone:
+    """Do a pass.
 
     Raises:
         FoundryError: refused; the gradients are as they were.
     """
-    asked = read_body(operation)
     run = engine.forward if asked.forward_only else engine.forward_backward
     out = run(model, asked.data, loss_fn=asked.loss_fn, loss_config=asked.loss_config, logprobs="all")
-    metrics = {"loss:sum": out.loss_sum, "num_tokens:sum": float(sum(datum.num_tokens for datum in asked.data))}
+    return _done(asked, out)
+
+
+def do_together(engine: TorchEngine, models: Sequence[str], asked: Sequence[Pass]) -> list[PassDone | FoundryError]:
+    """`do_pass` of several models at once, all forward only or none: each one's reply, or why it was refused."""
+    requests = [
+        PassRequest(model, each.data, each.loss_fn, each.loss_config) for model, each in zip(models, asked, strict=True)
+    ]
+    outputs = engine.run_together(requests, backward=not asked[0].forward_only)
+    return [
+        out if isinstance(out, FoundryError) else _done(each, out) for each, out in zip(asked, outputs, strict=True)
+    ]
+
+
+def _done(asked: Pass, out: ForwardBackwardOutput) -> PassDone:
+    num_tokens = sum(datum.num_tokens for datum in asked.data)
+    metrics = {"loss:sum": out.loss_sum, "num_tokens:sum": float(num_tokens)}
     if out.router_loss:
         metrics["router_loss:sum"] = out.router_loss
     rows = [_as_asked(row, columns) for row, columns in zip(out.logprobs, asked.columns, strict=True)]
-    return pass_reply(rows, metrics), not asked.forward_only
+    return PassDone(pass_reply(rows, metrics), out.loss_sum, num_tokens, not asked.forward_only)
 
 
 def _as_asked(logprobs: np.ndarray, columns: int | None) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import RunError
 from model_foundry.models.finder import KNOWN_MODELS, ModelSource, resolve_model
 from model_foundry.service.books import Books
+from model_foundry.service.curves import Curves
 from model_foundry.service.execute import Executor
 from model_foundry.service.front import Front, Limits
 from model_foundry.service.host import Host
@@ -43,7 +45,7 @@ async def running(config: ServiceConfig, *, every_key: bool) -> AsyncIterator[Fr
     """
     lock = _lock(config.state_dir)
     try:
-        journal = Journal(config.state_dir)
+        journal = Journal(config.state_dir, url=config.journal_url, exclusive=True)
         try:
             async with _at_work(config, journal, every_key) as front:
                 yield front
@@ -63,7 +65,10 @@ async def _at_work(config: ServiceConfig, journal: Journal, every_key: bool) -> 
     samples = SamplingBatch(
         host, texts, max_sequences=config.max_samples_at_once, cache_tokens=config.sampling_cache_tokens
     )
-    executor = Executor(books, host, texts, samples, _names(config, source))
+    curves = Curves(books.training_so_far())
+    executor = Executor(
+        books, host, texts, samples, _names(config, source), curves, _bytes(config.max_checkpoint_mb_per_key)
+    )
     worker = Worker(executor, books, asyncio.get_running_loop())
     unfinished = books.unfinished()
     front = Front(
@@ -94,7 +99,13 @@ def _host(config: ServiceConfig, books: Books, source: ModelSource) -> Host:
     return Host(
         books, engine, source, folder=config.state_dir,
         max_models=config.max_resident_models, snapshot_seconds=config.snapshot_seconds,
+        max_bytes=_bytes(config.max_resident_mb),
+        shares_passes=config.co_batching == "invariant",
     )  # fmt: skip
+
+
+def _bytes(megabytes: int | None) -> float:
+    return math.inf if megabytes is None else megabytes * 1e6
 
 
 def _names(config: ServiceConfig, source: ModelSource) -> tuple[str, ...]:

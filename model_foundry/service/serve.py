@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -16,6 +17,7 @@ from model_foundry.service.app import make_app
 from model_foundry.service.front import Front
 from model_foundry.service.running import running
 
+_SWITCH_SECONDS = 0.0005
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,8 @@ def serve(config: ServiceConfig, *, announce: Callable[[str], None]) -> None:
 
 
 async def _serve(config: ServiceConfig, announce: Callable[[str], None]) -> None:
+    # The worker computes in Python between its products: the loop must not wait 5 ms, the default, each time it does.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     async with running(config, every_key=_is_loopback(config.host)) as front:
         listener = _listen(config.host, config.port)
         if not front.keys.takes_every_key and not front.keys.list():

@@ -1,7 +1,8 @@
 """The one thread that does operations, and how their replies come to whoever waits for them.
 
-Operations on models are done one after the other. Samples of all clients share a batch, which gets a token further
-between two of them, and between two pieces of a long one, whenever its owners have used less time.
+Operations on models are done one after the other, but for short passes of several models, which are one pass. Samples
+of all clients share a batch, which gets a token further between two operations, and between two pieces of a long one,
+whenever its owners have used less time.
 
 An operation's reply and what it changed are in the journal before anybody hears of it. Snapshots are taken after that,
 so that none ever holds the effect of an operation that would be done again.
@@ -13,9 +14,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import orjson
@@ -25,9 +26,21 @@ from model_foundry.errors import CheckpointError, DataError, EngineError, Foundr
 from model_foundry.service.books import Books, Model, Operation
 from model_foundry.service.execute import Executor, Outcome
 from model_foundry.service.lanes import Lanes
+from model_foundry.service.tensors import Pass
 
 _RETRY_SECONDS = 1.0
+GATHER_SECONDS = 0.015
+"""How long a pass waits for others to share it with, where the one before was shared: their next is about to come."""
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What an owner has: operations that wait, samples in the batch, seconds of computing so far."""
+
+    waiting: int
+    samples: int
+    seconds: float
 
 
 class Worker:
@@ -41,6 +54,8 @@ class Worker:
         self._is_open = True
         self._current: Operation | None = None
         self._since = self._spent = 0.0
+        self._last_group = 1
+        self._places: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self, unfinished: Iterable[Operation]) -> None:
@@ -50,8 +65,9 @@ class Worker:
         self._thread.start()
 
     def submit(self, operation: Operation) -> None:
-        model = self.books.models.get(operation.lane)
         with self._changed:
+            # Read with the lock held: a lane that was left a moment ago begins again after what was done last.
+            model = self.books.models.get(operation.lane)
             self._lanes.add(operation, next_seq=None if model is None else model.done_seq + 1)
             self._changed.notify()
 
@@ -62,6 +78,14 @@ class Worker:
     def num_waiting(self, owner: str) -> int:
         with self._changed:
             return self._lanes.num_waiting(owner)
+
+    def queues(self) -> dict[str, Queue]:
+        """By owner."""
+        with self._changed:
+            return {
+                owner: Queue(self._lanes.num_waiting(owner), self._places[owner], self._lanes.used(owner))
+                for owner in self._lanes.owners()
+            }
 
     def free_seq(self, model: Model) -> int:
         """A sequence id after everything of a model that has come."""
@@ -111,7 +135,8 @@ class Worker:
                 if samples.is_active and self._are_samples_next(self._lanes.least_used()):
                     return self._step_samples
                 if (operation := self._lanes.take(samples=not samples.may_batch)) is not None:
-                    return partial(self._do, operation)
+                    # Of a base that is not sampled in a batch, samples stand in the line.
+                    return partial(self._begin_sample if operation.kind == "asample" else self._do, operation)
                 self._changed.wait()
         return None
 
@@ -157,42 +182,116 @@ class Worker:
         except Exception as error:
             outcome = error
         if outcome is not None:
-            self._finish(operation, outcome)
+            self._finish([(operation, outcome, 0.0)])
         with self._changed:
             self._lanes.charge(operation, time.perf_counter() - began)
+            self._lanes.settle(operation)
+            self._places = self.executor.samples.owners()
 
     def _step_samples(self) -> None:
         """A token for every sample; its time is shared by their owners, place by place."""
         began, owners = time.perf_counter(), self.executor.samples.owners()
         with self._changed:
             self._lanes.reached(min((self._lanes.used(owner) for owner in owners), default=0.0))
-        for operation, outcome in self.executor.step_samples():
-            self._finish(operation, outcome)
+        self._finish([(operation, outcome, 0.0) for operation, outcome in self.executor.step_samples()])
         seconds = time.perf_counter() - began
         with self._changed:
             for owner, places in owners.items():
                 self._lanes.charge_owner(owner, seconds * places / owners.total())
+            self._places = self.executor.samples.owners()
 
     def _do(self, operation: Operation) -> None:
         self._current, self._since, self._spent = operation, time.perf_counter(), 0.0
         outcome: Outcome | Exception
         try:
-            outcome = self.executor.execute(operation)
+            asked = self.executor.read_pass(operation)
+            if asked is not None and self.executor.can_join(operation, asked):
+                self._do_together(operation, asked)
+                return
+            outcome = self.executor.execute(operation) if asked is None else self.executor.run_pass(operation, asked)
         except Exception as error:
             outcome = error
-        self._finish(operation, outcome)
+        self._charge_current()
+        self._finish([(operation, outcome, self._spent)])
         self._charge_current()
         self._current = None
+        with self._changed:
+            self._lanes.settle(operation)
 
-    def _finish(self, operation: Operation, outcome: Outcome | Exception) -> None:
-        """The reply, and what was changed, into the journal; then its client hears of it."""
-        if isinstance(outcome, Exception):
-            outcome = self._failure(operation, outcome)
-        operation.reply_kind, operation.reply = outcome.reply_kind, outcome.reply
-        self._note_done(operation, outcome)
-        self._write(operation, outcome)
-        self._after(operation)
-        self.loop.call_soon_threadsafe(operation.done.set)
+    def _do_together(self, operation: Operation, asked: Pass) -> None:
+        """A pass, with those of other models that wait for their turn; it raises nothing."""
+        self._current, host = None, self.executor.host
+        host.kept = {operation.lane}
+        group = self._gather(operation, asked)
+        began = time.perf_counter()
+        outcomes: list[Outcome | Exception]
+        try:
+            outcomes = self.executor.run_passes([each for each, _ in group], [each for _, each in group])
+        except Exception as error:
+            outcomes = [error] * len(group)
+        host.kept = set()
+        seconds = time.perf_counter() - began
+        shares = [_num_tokens(each) / sum(_num_tokens(other) for _, other in group) for _, each in group]
+        self._finish([
+            (done, outcome, seconds * share) for (done, _), outcome, share in zip(group, outcomes, shares, strict=True)
+        ])  # fmt: skip
+        seconds = time.perf_counter() - began
+        with self._changed:
+            for (done, _), share in zip(group, shares, strict=True):
+                self._lanes.charge(done, seconds * share)
+                self._lanes.settle(done)
+
+    def _gather(self, operation: Operation, asked: Pass) -> list[tuple[Operation, Pass]]:
+        """Passes of as many models as one piece holds; those of the group before are waited for, a moment."""
+        host = self.executor.host
+        group, left = [(operation, asked)], (host.engine.micro_batch_tokens or 0) - _num_tokens(asked)
+        deadline = time.perf_counter() + GATHER_SECONDS
+        while left > 0 and len(group) < host.max_models:
+            with self._changed:
+                found = self._lanes.take_like(operation.kind, {each.lane for each, _ in group})
+                if found is None:
+                    remaining = deadline - time.perf_counter()
+                    if len(group) >= self._last_group or remaining <= 0 or not self._is_open:
+                        break
+                    self._changed.wait(remaining)
+                    continue
+            host.kept.add(found.lane)
+            try:
+                other = self.executor.read_pass(found)
+                if other is None or _num_tokens(other) > left or other.forward_only != asked.forward_only:
+                    joins = False
+                else:
+                    joins = self.executor.can_join(found, other)
+            except Exception as error:
+                self._finish([(found, error, 0.0)])
+                with self._changed:
+                    self._lanes.settle(found)
+                continue
+            if other is None or not joins:
+                with self._changed:
+                    self._lanes.put_back(found)
+                break
+            group.append((found, other))
+            left -= _num_tokens(other)
+        self._last_group = len(group)
+        return group
+
+    def _finish(self, done: Sequence[tuple[Operation, Outcome | Exception, float]]) -> None:
+        """Replies, and what was changed, into the journal, in one transaction; then their clients hear of it.
+
+        `done`: operations, what came of each, and the seconds that it took.
+        """
+        outcomes = [
+            self._failure(operation, outcome) if isinstance(outcome, Exception) else outcome
+            for operation, outcome, _ in done
+        ]
+        for (operation, _, _), outcome in zip(done, outcomes, strict=True):
+            operation.reply_kind, operation.reply = outcome.reply_kind, outcome.reply
+            self._note_done(operation, outcome)
+        self._write([(operation, outcome) for (operation, _, _), outcome in zip(done, outcomes, strict=True)])
+        for operation, _, seconds in done:
+            self._after(operation, seconds)
+            self.loop.call_soon_threadsafe(operation.done.set)
 
     def _failure(self, operation: Operation, error: Exception) -> Outcome:
         operation.failed = True
@@ -214,28 +313,39 @@ class Worker:
         done_seq = model.done_seq if operation.seq is None else max(model.done_seq, operation.seq)
         outcome.add(self.books.put(replace(model, done_seq=done_seq, last_request=operation.created)))
 
-    def _write(self, operation: Operation, outcome: Outcome) -> None:
+    def _write(self, done: Sequence[tuple[Operation, Outcome]]) -> None:
         """Into the journal; while the disk is full, nobody hears of it, and nothing else is begun."""
-        while True:
-            try:
-                self.books.journal.run(self.books.answer(operation, *outcome.changes), durable=False).result()
-                break
-            except SQLAlchemyError as error:
+        left = list(done)
+        while left:
+            writes = [
+                self.books.journal.run(self.books.answer(operation, *outcome.changes), durable=False)
+                for operation, outcome in left
+            ]
+            failed = [error for write in writes if (error := write.exception()) is not None]
+            left = [each for each, write in zip(left, writes, strict=True) if write.exception() is not None]
+            for error in failed:
+                if not isinstance(error, SQLAlchemyError):
+                    raise error
                 logger.error("the journal cannot be written (%s); trying again", error)
+            if left:
                 time.sleep(_RETRY_SECONDS)
-        for effect in outcome.effects:
-            effect()
+        for _, outcome in done:
+            for effect in outcome.effects:
+                effect()
 
-    def _after(self, operation: Operation) -> None:
+    def _after(self, operation: Operation, seconds: float) -> None:
         host = self.executor.host
         if operation.lane not in self.books.models:
             return
-        seconds = self._spent + time.perf_counter() - self._since
         try:
             host.note(operation.lane, seq=operation.seq, seconds=seconds, body_bytes=len(operation.body))
             host.snapshot_if_due(operation.lane)
         except FoundryError as error:
             logger.warning("%s could not be written down; it stays in the journal (%s)", operation.lane, error)
+
+
+def _num_tokens(asked: Pass) -> int:
+    return sum(datum.num_tokens for datum in asked.data)
 
 
 def _category(error: Exception) -> str:

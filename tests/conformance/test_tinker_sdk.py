@@ -64,6 +64,7 @@ def test_what_is_trained_over_the_wire_is_what_the_engine_trains(
     losses = train(model, steps=3)
     path = model.save_state("end").result().path
     engine = TorchEngine(num_threads=1, device="cpu", dtype="float32")
+    engine.share_base(engine.create_model(service.base, lora=None, trainable=False))
     alone = engine.create_model(service.base, lora=LoraConfig(r=4, lora_alpha=32.0), seed=7)
     adam = AdamParams(learning_rate=1e-2, beta1=0.9, beta2=0.95, eps=1e-12)
     want = []

@@ -1,7 +1,8 @@
 """`kill -9` at any instant changes nothing but the time it takes: the official client goes on, the bits are the same.
 
-The service is killed while two unmodified clients train, and started again; what they end with is compared, byte by
-byte, with what they end with when nobody is killed.
+The service is killed while two unmodified clients train and sample, and started again; what they end with is compared,
+byte by byte, with what they end with when nobody is killed. Passes of both share the base's products as it happens, and
+are done again alone: another bit in a shared one would be seen here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinker
@@ -21,8 +23,13 @@ from tests.service_rig import KEY, Service, batch, files_of
 STEPS = 8
 
 
-def train(url: str, base: Path, *, seed: int, begun: threading.Barrier) -> None:
-    """Passes sent ahead of their results, steps whose betas change, a save, a load with optimizer, a last save."""
+def train(url: str, base: Path, *, seed: int, begun: threading.Barrier) -> list[list[int]]:
+    """Passes sent ahead of their results, steps whose betas change, a save, a load with optimizer, a last save.
+
+    Returns:
+        Tokens sampled half-way, while the other client trains.
+    """
+    sampled: list[list[int]] = []
     client = tinker.ServiceClient(base_url=url, api_key=KEY)
     model = client.create_lora_training_client(base_model=str(base), rank=4 + seed, seed=seed).result()
     # The SDK gives a creation up after a minute without a connection; whatever comes later, after five or never.
@@ -34,19 +41,25 @@ def train(url: str, base: Path, *, seed: int, begun: threading.Barrier) -> None:
             future.result()
         if step == STEPS // 2:
             path = model.save_state(f"middle-{seed}").result().path
+            sampler = model.save_weights_and_get_sampling_client(f"sampler-{seed}")
+            params = types.SamplingParams(max_tokens=60, seed=seed, stop=[])
+            answer = sampler.sample(types.ModelInput.from_ints([5, 6, 7]), num_samples=3, sampling_params=params)
+            sampled = [sequence.tokens for sequence in answer.result().sequences]
             model = client.create_training_client_from_state_with_optimizer(path).result()
     model.save_state(f"end-{seed}").result()
+    return sampled
 
 
-def run(base: Path, state: Path, kills: list[float]) -> dict[str, dict[str, bytes]]:
+def run(base: Path, state: Path, kills: list[float]) -> dict[str, Any]:
     """Train two clients at once; kill the service after each of so many seconds, and start it again."""
     with Service(base, state, "snapshot_seconds=0.05") as service:
         errors: list[BaseException] = []
+        sampled: dict[str, list[list[int]]] = {}
         begun = threading.Barrier(3)
 
         def client(seed: int) -> None:
             try:
-                train(service.url, base, seed=seed, begun=begun)
+                sampled[f"samples-{seed}"] = train(service.url, base, seed=seed, begun=begun)
             except BaseException as error:
                 errors.append(error)
 
@@ -61,17 +74,16 @@ def run(base: Path, state: Path, kills: list[float]) -> dict[str, dict[str, byte
         for thread in threads:
             thread.join()
         assert not errors, errors
-    return {f"end-{seed}": files_of(next(state.glob(f"runs/*/weights/end-{seed}"))) for seed in (1, 2)}
+    ends = {f"end-{seed}": files_of(next(state.glob(f"runs/*/weights/end-{seed}"))) for seed in (1, 2)}
+    return {**ends, **sampled}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, bytes]]:
+def undisturbed(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(tiny_folder("llama-tied"), tmp_path_factory.mktemp("straight") / "state", [])
 
 
-def check(seed: int, num_kills: int, base: Path, folder: Path, want: dict[str, dict[str, bytes]]) -> None:
+def check(seed: int, num_kills: int, base: Path, folder: Path, want: dict[str, Any]) -> None:
     draw = random.Random(seed)
     kills = [draw.uniform(0.0, 1.5) for _ in range(num_kills)]
     assert run(base, folder / f"state-{seed}", kills) == want, f"killed after {kills}"
@@ -79,7 +91,7 @@ def check(seed: int, num_kills: int, base: Path, folder: Path, want: dict[str, d
 
 @pytest.mark.slow
 def test_a_service_killed_three_times_ends_with_the_same_bits(
-    undisturbed: dict[str, dict[str, bytes]], tiny_folder: Callable[[str], Path], tmp_path: Path
+    undisturbed: dict[str, Any], tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """An operation that is lost, done twice, or done again from another state changes the last bit at least."""
     assert {"adapter_model.safetensors", "optimizer.safetensors"} == undisturbed["end-1"].keys()
@@ -88,8 +100,6 @@ def test_a_service_killed_three_times_ends_with_the_same_bits(
 
 @pytest.mark.prove
 @pytest.mark.timeout(7200)
-def test_two_hundred_kills(
-    undisturbed: dict[str, dict[str, bytes]], tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_two_hundred_kills(undisturbed: dict[str, Any], tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     for seed in range(1, 51):
         check(seed, 4, tiny_folder("llama-tied"), tmp_path, undisturbed)

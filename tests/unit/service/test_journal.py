@@ -105,3 +105,29 @@ def test_keys_are_kept_as_hashes_and_can_be_taken_back(tmp_path: Path) -> None:
     assert keys.tenant(secret) is None
     journal.close()
     assert secret.encode() not in (tmp_path / FILE_NAME).read_bytes()
+
+
+def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    """Its operations had no losses; one of a newer version is left as it is."""
+    journal = Journal(tmp_path)
+    assert journal.run(Books(journal).accept(operation(0), None)).result()
+    journal.close()
+    raw = sqlite3.connect(tmp_path / FILE_NAME)
+    for change in (
+        "alter table operations drop column loss",
+        "alter table operations drop column num_tokens",
+        "update meta set value = '1' where key = 'schema'",
+    ):
+        raw.execute(change)
+    raw.commit()
+    journal = Journal(tmp_path)
+    books = Books(journal)
+    (found,) = books.unfinished()
+    found.kind, found.reply_kind, found.loss, found.num_tokens = "forward_backward", "pass", 2.5, 5
+    journal.run(books.answer(found)).result()
+    assert books.training_so_far() == [("m", "optim_step", 2.5, 5)]
+    journal.close()
+    raw.execute(f"update meta set value = '{tables.SCHEMA_VERSION + 1}' where key = 'schema'")
+    raw.commit()
+    with pytest.raises(RunError, match="reads up to"):
+        Journal(tmp_path)

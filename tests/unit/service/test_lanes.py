@@ -84,5 +84,56 @@ def test_samplers_come_and_go_without_a_trace() -> None:
         assert taken is not None
         assert taken.seq == number
         lanes.charge(taken, 0.1)
+        lanes.settle(taken)
     assert lanes.num_waiting("me") == 0
     assert not lanes._lanes
+
+
+def test_a_step_goes_before_a_pass_but_not_for_ever() -> None:
+    """Who has stepped can share the next pass; one who only ever steps must not keep the others from theirs."""
+    lanes = Lanes()
+    for seq in range(40):
+        step = operation("steps", seq, "steps")
+        step.kind = "optim_step"
+        lanes.add(step, next_seq=0)
+        lanes.add(operation("passes", seq, "passes"), next_seq=0)
+    owners = []
+    for _ in range(20):
+        taken = lanes.take()
+        assert taken is not None
+        owners.append(taken.owner)
+        lanes.charge(taken, 0.2)
+    assert owners[:2] == ["steps", "steps"]
+    assert 8 <= owners.count("passes") <= 11
+
+
+def test_what_is_put_back_is_next_and_only_other_models_are_joined() -> None:
+    lanes = Lanes()
+    for name in ("a", "b"):
+        for seq in (3, 4):
+            lanes.add(operation(name, seq, name), next_seq=3)
+    first = lanes.take()
+    assert first is not None
+    found = lanes.take_like("forward", {first.lane})
+    assert found is not None
+    assert found.lane != first.lane
+    assert lanes.take_like("forward", {"a", "b"}) is None
+    assert lanes.take_like("optim_step", set()) is None
+    lanes.put_back(found)
+    again = lanes.take_like("forward", {first.lane})
+    assert again is found
+
+
+def test_samples_are_taken_beside_the_line_and_only_of_those_who_are_welcome() -> None:
+    lanes = Lanes()
+    lanes.add(operation("m", 0, "a"), next_seq=0)
+    for owner in ("a", "b"):
+        lanes.add(operation(f"{owner}:sample", None, owner), next_seq=None)
+    taken = lanes.take_sample(lambda owner: owner == "b")
+    assert taken is not None
+    assert taken.owner == "b"
+    assert lanes.take_sample(lambda owner: owner == "b") is None
+    model = lanes.take(samples=False)
+    assert model is not None
+    assert model.lane == "m"
+    assert lanes.take(samples=False) is None

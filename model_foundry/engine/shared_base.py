@@ -1,0 +1,402 @@
+"""One pass over rows of several adapters: the frozen layers multiply all rows at once, adapters each their own.
+
+Rows of an adapter are a segment. Its part of a pass, to the last bit, is what it would be alone: the base's products
+are steady (see `steady_products`), and everything else sees a segment's rows alone or is row by row. Gradients go to
+the adapters directly; autograd sees the base only.
+
+Each thread computes rows of its own with operations of one thread: hundreds of small products are not handed out and
+gathered again one by one, and nobody waits for a core that a client is using. A large segment is cut into units, one
+for each thread, by its own rows' lengths alone; their gradients are added in order.
+
+It knows the native decoder and losses. It does not know model ids, optimizers, or what is done where memory runs out.
+
+Shapes: N rows of a pass, padding included, n of a segment, D width, r rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, score
+from model_foundry.engine.side_by_side import even_shares, run_side_by_side, worthwhile_shares
+from model_foundry.engine.steady_products import LEAST_ROWS, STEP_ROWS, Sizes, SteadyProduct, steady_pair
+from model_foundry.errors import EngineError
+from model_foundry.models.attention import PackedRows
+from model_foundry.models.experts import ExpertMLP
+from model_foundry.models.language_model import LanguageModel, NativeModel, share_weights
+from model_foundry.models.lora import Linear
+from model_foundry.types import Datum
+
+SEGMENT_ROWS = 16
+"""A segment is filled up to a multiple of this, by tokens after its last row's end."""
+
+
+class AdapterLayers:
+    """An adapter's layers by their Hugging Face names, and their weights as the base's products need them.
+
+    Call `changed` whenever the weights have.
+    """
+
+    def __init__(self, layers: Mapping[str, Linear]) -> None:
+        self._layers = layers
+        self._ready: dict[tuple[str, ...], _Factors | None] = {}
+        self._is_stale = False
+
+    def changed(self) -> None:
+        self._is_stale = True
+
+    def refresh(self) -> None:
+        """Read the weights again where they have changed; before threads use them."""
+        if self._is_stale:
+            _fill(factors for factors in self._ready.values() if factors is not None)
+            self._is_stale = False
+
+    def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> _Factors | None:
+        """Of layers that read the same input; None where they carry no adapter."""
+        if names not in self._ready:
+            layers = [self._layers[name] for name in names]
+            self._ready[names] = _Factors.of(layers, dtype) if layers[0].lora_A is not None else None
+        return self._ready[names]
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """down: [sum of r, in]; ups: [out, r] with the scale in them; both in the compute type."""
+
+    layers: list[Linear]
+    down: torch.Tensor
+    ups: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, layers: list[Linear], dtype: torch.dtype) -> _Factors:
+        ranks = [layer.lora_A.shape[0] for layer in layers if layer.lora_A is not None]
+        down = torch.empty(sum(ranks), layers[0].shape[1], dtype=dtype, device=layers[0].device)
+        ups = [down.new_empty(layer.shape[0], rank) for layer, rank in zip(layers, ranks, strict=True)]
+        made = cls(layers, down, ups)
+        _fill([made])
+        return made
+
+
+@torch.no_grad()
+def _fill(every: Iterable[_Factors]) -> None:
+    """Read the weights of all layers in a few calls: they are hundreds, and small."""
+    downs, ups, a_parts, b_parts, scales = [], [], [], [], []
+    for factors in every:
+        downs += factors.down.split([up.shape[1] for up in factors.ups])
+        ups += factors.ups
+        a_parts += [layer.lora_A for layer in factors.layers]
+        b_parts += [layer.lora_B for layer in factors.layers]
+        scales += [layer.scaling for layer in factors.layers]
+    if downs:
+        torch._foreach_copy_(downs, a_parts)
+        torch._foreach_copy_(ups, torch._foreach_mul(b_parts, scales))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One adapter's rows of a pass."""
+
+    adapter: AdapterLayers
+    data: Sequence[Datum]
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentResult:
+    """loss: float64 sum; logprobs: float32 by row, of every token."""
+
+    loss: float
+    logprobs: list[np.ndarray]
+
+
+Gradients = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class _Unit:
+    """Rows of a segment that one thread computes.
+
+    Attributes:
+        number: the segment.
+        rows: of the segment.
+        kept: (gradient buffer, what is to be added) of a segment with several units; None: it is added at once.
+    """
+
+    number: int
+    rows: list[int]
+    segment: Segment
+    kept: Gradients | None
+    loss: float = 0.0
+    logprobs: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(datum.num_tokens for datum in self.segment.data)
+
+
+class _Work(threading.local):
+    """The pass at hand, of each thread its own: where each unit's rows are."""
+
+    places: tuple[tuple[slice, _Unit], ...] = ()
+
+
+class SharedBase:
+    """A frozen base that passes of several adapters share.
+
+    Args:
+        base: the native decoder without an adapter; its weights are shared, and in bfloat16 on a CPU the linear layers
+            are kept twice more, in the order of the kernels.
+
+    Raises:
+        EngineError: this base, device or number of threads is not computed so.
+    """
+
+    def __init__(self, base: LanguageModel, *, device: torch.device) -> None:
+        if (obstacle := _obstacle(base, device)) is not None:
+            raise EngineError(obstacle)
+        assert isinstance(base, NativeModel)
+        model = share_weights(base)
+        assert isinstance(model, NativeModel)
+        self.decoder, self.device = model.decoder, device
+        self._work = _Work()
+        self.num_threads = torch.get_num_threads()
+        self._names: dict[Linear, str] = {}
+        self._products: dict[str, tuple[SteadyProduct, SteadyProduct]] = {}
+        known: dict[tuple[int, int, str], Sizes] = {}
+        for name, layer in self.decoder.linears().items():
+            assert isinstance(layer, Linear)
+            self._names[layer], layer.together = name, self._project
+            self._products[name] = steady_pair(layer.matrix.detach(), layer.bias, known)
+        self._head = steady_pair(self.decoder.head_weight.detach().to(self.decoder.compute_dtype), None, known)
+        # What a pass begins with: its gradient is asked for, so that the layers' backward passes are run.
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._on_threads([self._try, *([_nothing] * (self.num_threads - 1))])
+
+    def _try(self) -> None:
+        """Raises EngineError where this machine's products cannot be relied on; every shape once."""
+        dtype = self.decoder.compute_dtype
+        for layer, name in self._names.items():
+            for product, width in zip(self._products[name], reversed(layer.shape), strict=True):
+                # Every number of rows is made of these two.
+                for num_rows in (LEAST_ROWS, LEAST_ROWS + STEP_ROWS):
+                    product(torch.zeros(num_rows, width, dtype=dtype))
+
+    def run(self, segments: Sequence[Segment], *, backward: bool) -> list[SegmentResult]:
+        """One pass; with `backward`, gradients are added to the adapters' own. No adapter may come twice."""
+        units: list[_Unit] = []
+        for number, segment in enumerate(segments):
+            segment.adapter.refresh()
+            units += _units(number, segment, self.num_threads)
+        shares = even_shares([unit.num_tokens for unit in units], self.num_threads)
+        self._on_threads(
+            [partial(self._pass, [units[place] for place in share], backward=backward) for share in shares]
+        )
+        for unit in units:
+            for buffer, gradient in unit.kept or ():
+                buffer.add_(gradient)
+        return [_joined(segment, [u for u in units if u.number == number]) for number, segment in enumerate(segments)]
+
+    def _on_threads(self, tasks: Sequence[Callable[[], None]]) -> None:
+        if self.num_threads == 1:
+            for task in tasks:
+                task()
+        else:
+            run_side_by_side(tasks)
+
+    def _pass(self, units: Sequence[_Unit], *, backward: bool) -> None:
+        """One thread's rows."""
+        if not units:
+            return
+        packed = [_packed(unit.segment.data, self.device) for unit in units]
+        sizes = [int(tokens.shape[0]) for tokens, _ in packed]
+        if (spare := max(LEAST_ROWS - sum(sizes), -sum(sizes) % STEP_ROWS)) > 0:
+            packed.append((torch.zeros(spare, dtype=torch.int64), PackedRows.of([spare])))
+        ends = np.cumsum([0, *sizes]).tolist()
+        self._work.places = tuple(zip([slice(*pair) for pair in pairwise(ends)], units, strict=True))
+        with torch.set_grad_enabled(backward):
+            hidden = self.decoder(
+                torch.cat([tokens for tokens, _ in packed]), PackedRows.joined([rows for _, rows in packed])
+            )
+        gradient = self._heads(hidden.detach(), backward=backward)
+        if gradient is not None:
+            hidden.backward(gradient)
+        self._work.places = ()
+
+    @torch.no_grad()
+    def _heads(self, hidden: torch.Tensor, *, backward: bool) -> torch.Tensor | None:
+        """The losses of all units, some rows of logits at a time, and the gradient of the hidden states."""
+        there, back = self._head
+        places = self._work.places
+        inputs = [_inputs(unit.segment, self.device) for _, unit in places]
+        gradient = torch.zeros_like(hidden) if backward else None
+        values = [torch.zeros_like(each["target_tokens"], dtype=torch.float32) for each in inputs]
+        logprobs = [torch.zeros_like(value) for value in values]
+        for first, last in self._chunks(hidden.shape[0]):
+            logits = there(hidden[first:last])
+            d_logits = torch.zeros_like(logits) if backward else None
+            for number, (place, unit) in enumerate(places):
+                size = int(inputs[number]["target_tokens"].shape[0])
+                begin, end = max(place.start, first), min(place.start + size, last)
+                if begin >= end:
+                    continue
+                part, own = slice(begin - first, end - first), slice(begin - place.start, end - place.start)
+                chunk = {name: value[own] for name, value in inputs[number].items()}
+                scored = score(logits[part], unit.segment.loss, chunk, backward=backward)
+                values[number][own], logprobs[number][own] = scored.values, scored.logprobs
+                if d_logits is not None and scored.d_logits is not None:
+                    d_logits[part] = scored.d_logits
+            if gradient is not None and d_logits is not None:
+                gradient[first:last] = back(d_logits)
+        for (_, unit), value, logprob in zip(places, values, logprobs, strict=True):
+            unit.loss, unit.logprobs = float(value.double().sum()), _by_row(logprob, unit.segment.data)
+        return gradient
+
+    def _chunks(self, num_rows: int) -> list[tuple[int, int]]:
+        """Rows whose logits exist at once: multiples of 64, and at the end not fewer."""
+        # All threads together have as many as one pass elsewhere.
+        most = CHUNK_LOGITS // self.num_threads // self.decoder.config.vocab_size
+        step = max(LEAST_ROWS, most // LEAST_ROWS * LEAST_ROWS)
+        bounds = list(range(0, num_rows, step))
+        if num_rows - bounds[-1] < LEAST_ROWS and len(bounds) > 1:
+            bounds.pop()
+        return list(zip(bounds, [*bounds[1:], num_rows], strict=True))
+
+    def _project(self, x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ...]:
+        names = tuple(self._names[layer] for layer in layers)
+        products = [self._products[name] for name in names]
+        parts = [
+            (rows, factors, unit.kept)
+            for rows, unit in self._work.places
+            if (factors := unit.segment.adapter.factors(names, x.dtype)) is not None
+        ]
+        if torch.is_grad_enabled():
+            return _Project.apply(x, self._anchor, products, parts)  # pyright: ignore[reportReturnType]
+        return _forward(x, products, parts)[0]
+
+
+_Products = Sequence[tuple[SteadyProduct, SteadyProduct]]
+_Parts = Sequence[tuple[slice, _Factors, Gradients | None]]
+
+
+def _forward(
+    x: torch.Tensor, products: _Products, parts: _Parts
+) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    """One [N, out] a layer, and x Aᵀ of every segment."""
+    outs = tuple(there(x) for there, _ in products)
+    hidden = []
+    for rows, factors, _ in parts:
+        low = x[rows] @ factors.down.t()
+        for out, up, part in zip(outs, factors.ups, _ranks(factors, low), strict=True):
+            out[rows].addmm_(part, up.t())
+        hidden.append(low)
+    return outs, hidden
+
+
+class _Project(torch.autograd.Function):
+    """Layers that read the same input, under all segments' adapters, whose gradients it adds by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, anchor: Any, products: Any, parts: Any) -> Any:
+        outs, hidden = _forward(x, products, parts)
+        ctx.save_for_backward(x, *hidden)
+        ctx.products, ctx.parts = products, parts
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, *hidden = ctx.saved_tensors
+        grads, dx = tuple(grad.contiguous() for grad in grads), None
+        if ctx.needs_input_grad[0]:
+            for grad, (_, back) in zip(grads, ctx.products, strict=True):
+                dx = back(grad) if dx is None else dx.add_(back(grad))
+        for (rows, factors, kept), low in zip(ctx.parts, hidden, strict=True):
+            d_low = torch.empty_like(low)
+            lows, d_lows = _ranks(factors, low), _ranks(factors, d_low)
+            for grad, up, layer, mine, d_mine in zip(grads, factors.ups, factors.layers, lows, d_lows, strict=True):
+                torch.mm(grad[rows], up, out=d_mine)
+                _add(layer.lora_B, grad[rows].t() @ mine, layer.scaling, kept)
+            d_downs = (d_low.t() @ x[rows]).split([up.shape[1] for up in factors.ups])
+            for layer, d_down in zip(factors.layers, d_downs, strict=True):
+                _add(layer.lora_A, d_down, 1.0, kept)
+            if dx is not None:
+                dx[rows].addmm_(d_low, factors.down)
+        return dx, None, None, None
+
+
+def _ranks(factors: _Factors, low: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each layer's columns of [n, sum of r]."""
+    return low.split([up.shape[1] for up in factors.ups], dim=1)
+
+
+def _add(parameter: torch.Tensor | None, gradient: torch.Tensor, scale: float, kept: Gradients | None) -> None:
+    assert parameter is not None
+    assert parameter.grad is not None
+    wide = gradient.float()
+    scaled = wide if scale == 1.0 else wide * scale
+    if kept is None:
+        parameter.grad.add_(scaled)
+    else:
+        kept.append((parameter.grad, scaled))
+
+
+def _units(number: int, segment: Segment, num_threads: int) -> list[_Unit]:
+    """A segment's rows as one unit, or one for each thread where all are large; by its own lengths alone."""
+    shares = worthwhile_shares([datum.num_tokens for datum in segment.data], num_threads)
+    if shares is None:
+        return [_Unit(number, list(range(len(segment.data))), segment, None)]
+    return [_Unit(number, share, replace(segment, data=[segment.data[row] for row in share]), []) for share in shares]
+
+
+def _joined(segment: Segment, units: Sequence[_Unit]) -> SegmentResult:
+    logprobs = {row: found for unit in units for row, found in zip(unit.rows, unit.logprobs, strict=True)}
+    return SegmentResult(sum(unit.loss for unit in units), [logprobs[row] for row in range(len(segment.data))])
+
+
+def _packed(data: Sequence[Datum], device: torch.device) -> tuple[torch.Tensor, PackedRows]:
+    """A segment's tokens, int64 [n], and where its rows are; what fills it up is a part of the last row, at its end."""
+    lengths = [datum.num_tokens for datum in data]
+    spare = -sum(lengths) % SEGMENT_ROWS
+    tokens = np.concatenate([*(datum.tokens for datum in data), np.zeros(spare, dtype=np.int32)])
+    lengths[-1] += spare
+    return torch.from_numpy(tokens.astype(np.int64)).to(device), PackedRows.of(lengths, device)
+
+
+def _inputs(segment: Segment, device: torch.device) -> Inputs:
+    inputs = {
+        name: torch.from_numpy(np.concatenate([datum.loss_inputs[name] for datum in segment.data])).to(device)
+        for name in segment.loss.inputs
+    }
+    return {**inputs, "target_tokens": inputs["target_tokens"].long()}
+
+
+def _by_row(logprobs: torch.Tensor, data: Sequence[Datum]) -> list[np.ndarray]:
+    ends = np.cumsum([datum.num_tokens for datum in data])[:-1]
+    return np.split(logprobs.cpu().numpy(), ends)
+
+
+def _obstacle(base: LanguageModel, device: torch.device) -> str | None:
+    """Why passes over this base cannot be shared."""
+    if not isinstance(base, NativeModel):
+        return "transformers runs this model"
+    decoder = base.decoder
+    if device.type != "cpu":
+        return f"rows that are the same bits in every company are had on a CPU, and this is {device.type}"
+    if decoder.compute_dtype == torch.float16:
+        return "gradients in float16 are scaled, by each model's own number"
+    if any(isinstance(module, ExpertMLP) for module in decoder.modules()):
+        return "a router sends its rows to experts"
+    if decoder.config.dropout or decoder.config.attention_dropout:
+        return "config.json asks for dropout"
+    return None
+
+
+def _nothing() -> None:
+    """What the other threads do meanwhile."""

@@ -1,0 +1,62 @@
+"""The journal in PostgreSQL: the same service, the same bits, and one service a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pgserver
+import pytest
+
+from model_foundry.errors import RunError, UsageError
+from model_foundry.service.journal import Journal
+from model_foundry.service.keys import Keys
+from tests.conformance.test_service_by_hand import new_model, one_step
+from tests.service_rig import Service, files_of, finish
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+    yield server.get_uri()
+    server.cleanup()
+
+
+def test_a_killed_service_goes_on_from_postgres_to_the_bits_of_one_on_sqlite(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, url: str
+) -> None:
+    ends = []
+    for name, options in (("sqlite", []), ("postgres", [f"journal_url={url}"])):
+        service = Service(tiny_folder("llama-tied"), tmp_path / name, "snapshot_seconds=0.05", *options)
+        with service, service.api() as api:
+            model = new_model(api, service)
+            for seq in range(1, 17, 2):
+                one_step(api, model, seq)
+                if options and seq in (5, 11):
+                    service.kill()
+                    service.start()
+            done = finish(api, api.post("save_weights", json={"model_id": model, "path": "end", "seq_id": 17}))
+            ends.append(files_of(service.state / "runs" / done["path"].removeprefix("tinker://").replace(":", "-")))
+            if options:
+                assert not (service.state / "journal.sqlite").exists()
+                with pytest.raises(RunError, match="another service is at work"):
+                    Journal(tmp_path, url=url, exclusive=True)
+                beside = Journal(tmp_path, url=url)
+                assert Keys(beside, is_open=False).list() == []
+                beside.close()
+    assert ends[0] == ends[1]
+    assert len(ends[0]) == 2
+
+
+@pytest.mark.parametrize("wrong", ["mysql://me@host/db", "not a url"])
+def test_other_databases_are_refused_by_name(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="journal_url"):
+        Journal(tmp_path, url=wrong)
+
+
+def test_a_server_that_does_not_answer_is_an_error_with_its_address(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot be opened") as caught:
+        Journal(tmp_path, url="postgresql://me:secret@127.0.0.1:1/none")
+    assert "secret" not in str(caught.value)
