@@ -1,4 +1,4 @@
-"""`foundry runs`: what runs there are and how far they came; `foundry runs compare`: how two of them differ.
+"""`foundry runs`: what runs there are and how far they came; `foundry runs compare`: how they differ.
 
 Looks only: no run is locked or changed, running ones included.
 """
@@ -39,11 +39,11 @@ class _RunsGroup(click.Group):
 
 @click.group(
     cls=_RunsGroup,
-    subcommand_metavar="[DIR] [--json] | compare A B [--json]",
+    subcommand_metavar="[DIR] [--json] | compare A B [C]... [--json]",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 def command() -> None:
-    """List the runs in DIR (default: runs), or compare two.
+    """List the runs in DIR (default: runs), or compare some.
 
     A run is a folder with a run.json; folders are searched three deep.
     """
@@ -66,26 +66,56 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 
 @command.command("compare")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A B [C]...")
 @click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
-def compare_command(a: Path, b: Path, as_json: bool) -> None:
-    """Show what differs between two runs' configurations, and the numbers that both ended with."""
+@click.option("--html", type=click.Path(path_type=Path), help="Write the comparison as a page.")
+def compare_command(runs: tuple[Path, ...], as_json: bool, html: Path | None) -> None:
+    """Show how runs differ from the first: their configurations, the numbers that they ended with, their suites."""
+    from model_foundry.checkpoint.atomic import atomic_write
+    from model_foundry.evals.across import render_comparison, results_of, side_by_side
     from model_foundry.run.directory import RunDirectory, config_differences
 
-    left, right = RunDirectory.read(a), RunDirectory.read(b)
-    differences = config_differences(_config_text(left), _config_text(right))
-    numbers = [_last_numbers(left), _last_numbers(right)]
+    if len(runs) < 2:
+        raise UsageError("one run alone cannot be compared", hint="foundry runs compare A B")
+    opened = [RunDirectory.read(path) for path in runs]
+    texts = [_config_text(run) for run in opened]
+    differences = [config_differences(texts[0], text) for text in texts[1:]]
+    ended = [_last_numbers(run) for run in opened]
+    metrics = side_by_side([results_of(path) for path in runs])
+    names = [name for name in (*_FINAL_NUMBERS, *_CLOCK_NUMBERS) if any(name in each for each in ended)]
+    rows = [(name, [_number(each.get(name)) for each in ended]) for name in names]
+    titles = [f"{_letter(place)}: {path}" for place, path in enumerate(runs)]
+    if html is not None:
+        page = render_comparison(titles, metrics, rows, list(zip(titles[1:], differences, strict=True)))
+        try:
+            atomic_write(html, page.encode("utf-8", "replace"))
+        except OSError as error:
+            raise UsageError(f"the page cannot be written ({error.strerror or error})", where=str(html)) from error
     if as_json:
-        facts = {"a": str(a), "b": str(b), "config_differences": list(differences), "a_ended": numbers[0]}
-        click.echo(json.dumps({**facts, "b_ended": numbers[1]}, indent=2))
+        facts: dict[str, Any] = {
+            "runs": [
+                {"run": str(path), "ended": end, "config_differences": list(differ)}
+                for path, end, differ in zip(runs, ended, [(), *differences], strict=True)
+            ],
+            "metrics": [each.as_dict() for each in metrics],
+        }
+        click.echo(json.dumps(facts, indent=2))
         return
-    click.echo("configuration (a → b):" if differences else "configuration: the same")
-    for line in differences:
-        click.echo(f"  {line}")
-    names = [name for name in (*_FINAL_NUMBERS, *_CLOCK_NUMBERS) if any(name in ended for ended in numbers)]
-    rows = [[name, *(_number(ended.get(name)) for ended in numbers)] for name in names]
-    click.echo(_table([["", f"a: {a}", f"b: {b}"], *rows]))
+    for place, lines in enumerate(differences, start=1):
+        click.echo(
+            f"configuration (a → {_letter(place)}):" if lines else f"configuration of {_letter(place)}: the same"
+        )
+        for line in lines:
+            click.echo(f"  {line}")
+    table = [["", *titles], *([name, *cells] for name, cells in rows)]
+    table += [[each.name, *(each.cell(place) for place in range(len(runs)))] for each in metrics]
+    click.echo(_table(table))
+    if html is not None:
+        click.echo(f"Page: {html}")
+
+
+def _letter(place: int) -> str:
+    return chr(ord("a") + place) if place < 26 else str(place + 1)
 
 
 def find_runs(folder: Path) -> list[Path]:

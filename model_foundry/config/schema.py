@@ -156,6 +156,12 @@ class EvaluationSection(Section):
     """Questions answered at once."""
     system: str | None = None
     """System message put before every question."""
+    suites: tuple[str, ...] = ("general",)
+    """Suites asked before and after as well, by name or as paths of YAML files; [] asks none (docs/evaluation.md)."""
+    max_rows: PositiveInt | None = None
+    """Rows of a suite at most: the first ones. How many are left out is said."""
+    noise: bool = True
+    """Ask the questions, and suites that are answered in words, a second time: what moves then is noise."""
 
 
 class CriteriaSection(Section):
@@ -169,6 +175,13 @@ class CriteriaSection(Section):
     """More than this share of LoRA parameters must change; null does not check."""
     replay_steps: NonNegativeInt = 0
     """Repeat up to this many last steps from a saved checkpoint and require the same bits; 0 does not check."""
+    metrics: dict[str, str] = Field(default_factory=dict)
+    """Bounds with units on what suites measure, by suite.metric: {general.accuracy: "> 60 %"}. docs/evaluation.md."""
+
+
+class MetricCriteriaSection(Section):
+    metrics: dict[str, str] = Field(default_factory=dict)
+    """Bounds with units on what suites measure, by suite.metric: {general.accuracy: "> 60 %"}. docs/evaluation.md."""
 
 
 class LoggingSection(Section):
@@ -223,11 +236,18 @@ class EvaluateConfig(Section):
     """Everything `foundry evaluate` reads."""
 
     model: ModelSection = ModelSection()
-    """The model, run or checkpoint to ask."""
+    """The model, run, adapter, GGUF file or server's URL to ask."""
+    against: str = "base"
+    """What it is compared with, of the same kinds; base: what it was trained from, where that is known; none."""
     evaluation: EvaluationSection = EvaluationSection()
-    """The questions."""
+    """The questions and suites; a run brings its own."""
+    criteria: MetricCriteriaSection = MetricCriteriaSection()
+    """What counts as success beside the suites' own bounds; what fails makes the exit code 1."""
+    out: Path | None = None
+    """Folder for evaluation.json and evaluation.html; default: evaluation/ in the run or runs/evaluation/NAME, and the
+    files are called by the suites."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seeds the bootstrap."""
+    """Seeds the resampling, and decoding above temperature 0, in place of the suites' own seeds."""
     engine: EngineName = "auto"
     """auto: MLX on Apple silicon where it is installed and computes the model, else torch. mlx: on any machine."""
 

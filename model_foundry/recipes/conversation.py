@@ -66,12 +66,12 @@ class Conversation:
 
 
 class Reader:
-    """A loaded model that is asked and not trained."""
+    """A loaded model that is asked and not trained. `now`: the date for its template; default as it was trained."""
 
-    def __init__(self, section: ModelSection, *, engine: EngineName = "auto") -> None:
+    def __init__(self, section: ModelSection, *, engine: EngineName = "auto", now: datetime | None = None) -> None:
         self.source = resolve_model(section.name)
-        section, now = as_trained(section)
-        self.renderer = Renderer(Tokenizer.load(self.source.folder), section.template, now=now)
+        section, trained_now = as_trained(section)
+        self.renderer = Renderer(Tokenizer.load(self.source.folder), section.template, now=now or trained_now)
         options = {name: getattr(section, name) for name in _ENGINE_OPTIONS}
         self.engine = open_engine(choose_engine(engine, folder=self.source.folder, options=options).name, options)
         self.model_id = self.engine.create_model(

@@ -1,80 +1,130 @@
-"""Ask one model the questions of a file and score its answers."""
+"""`foundry evaluate`: suites and questions on any model, beside what it is compared with, and a verdict."""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from model_foundry.config.schema import EvaluateConfig, EvaluationSection
+from model_foundry.config.schema import EvaluateConfig, EvaluationSection, ModelSection
 from model_foundry.errors import ConfigError
-from model_foundry.evals.generation import answer_questions, read_questions
-from model_foundry.evals.metrics import mean_scores, score
-from model_foundry.recipes.conversation import Reader, run_of, stored_section
+from model_foundry.evals.suite import Suite, builtin_suites, questions_suite
+from model_foundry.recipes.conversation import run_of, stored_section
+from model_foundry.recipes.suites import (
+    FOLDER,
+    Assessment,
+    ask_suites,
+    assess,
+    load_suites,
+    metric_bounds,
+    write_assessment,
+)
+from model_foundry.recipes.targets import base_of, open_target
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.logs import run_logging
 
 logger = logging.getLogger(__name__)
-NUM_RESAMPLES = 4000
+ALL, BASE, NONE = "all", "base", "none"
+MAX_NAME_CHARS = 80
 
 
-def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
-    """Scores, their interval, and every case, as JSON values.
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was asked, what came of it, and the page that shows it."""
+
+    model: str
+    against: str | None
+    assessment: Assessment
+    page: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "against": self.against, "page": str(self.page), **self.assessment.as_dict()}
+
+
+def evaluate_model(config: EvaluateConfig) -> Evaluation:
+    """Ask the model, and what it is compared with, the same suites in the same way.
 
     Raises:
-        ConfigError: no questions are named, and the model is no run that has some.
+        ConfigError: no suite or question is named, a suite is broken, or a criterion is on something not measured.
     """
     with run_logging(level="info"):
-        path, evaluation = _questions(config)
-        questions = read_questions(path, system=evaluation.system)
-        reader = Reader(config.model, engine=config.engine)
-        answers = answer_questions(
-            questions,
-            lambda prompts, params: reader.sample(list(prompts), params),
-            reader.renderer,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=evaluation.batch_size,
-            on_progress=lambda done: logger.info("%s of %s answered", done, len(questions)),
-        )
-    scores = [score(answer.text, question.answer) for answer, question in zip(answers, questions, strict=True)]
-    return {
-        "model": config.model.name,
-        "file": str(path),
-        "num_questions": len(questions),
-        "num_cut": sum(answer.is_cut for answer in answers),
-        "scores": mean_scores(scores),
-        "exact_interval": _interval([each.exact for each in scores], seed=config.seed),
-        "cases": [
-            {
-                "prompt": question.prompt,
-                "expected": question.answer,
-                "answer": answer.text,
-                "scores": each.as_dict(),
-                "source": question.source,
-            }
-            for question, answer, each in zip(questions, answers, scores, strict=True)
-        ],
-    }
+        evaluation, path = _asked(config)
+        suites = _suites(evaluation, path)
+        if "seed" in config.model_fields_set:
+            suites = tuple(suite.seeded(config.seed) for suite in suites)
+        bounds = metric_bounds(config.criteria.metrics, suites)
+        against = _against(config)
+        size, noise = evaluation.batch_size, evaluation.noise
+        before = {}
+        if against is not None:
+            section, now = against
+            logger.info("asking %s first, to compare with", section.name)
+            before = ask_suites(
+                suites, open_target(section, engine=config.engine, now=now), batch_size=size, again=noise, when="before"
+            )
+        target = open_target(config.model, engine=config.engine)
+        after = ask_suites(suites, target, batch_size=size, again=noise and not before)
+        assessment = assess(suites, after=after, before=before, bounds=bounds)
+        facts = {"model": config.model.name, "against": None if against is None else against[0].name}
+        # Another evaluation of a run must not take the place of the one that its training left.
+        name = "evaluation" if config.out is not None else "+".join(after)[:MAX_NAME_CHARS]
+        page = write_assessment(_folder(config), facts, assessment, name=name)
+    return Evaluation(facts["model"] or "", facts["against"], assessment, page)
 
 
-def _interval(values: list[float], *, seed: int) -> list[float]:
-    """95 % bootstrap interval of the mean (Efron and Tibshirani 1993)."""
-    random = np.random.Generator(np.random.Philox(key=seed))
-    means = np.array(values)[random.integers(0, len(values), size=(NUM_RESAMPLES, len(values)))].mean(axis=1)
-    return [float(each) for each in np.quantile(means, [0.025, 0.975])]
-
-
-def _questions(config: EvaluateConfig) -> tuple[Path, EvaluationSection]:
-    """The questions and how to ask them; what is left open is taken from the run that is asked."""
+def _asked(config: EvaluateConfig) -> tuple[EvaluationSection, Path | None]:
+    """How to ask, and the questions; what is left open is taken from the run that is asked."""
     evaluation, run = config.evaluation, run_of(config.model.name)
-    if evaluation.file is not None:
-        return evaluation.file, evaluation
+    given = evaluation.model_fields_set
+    if run is None:
+        return evaluation, evaluation.file
+    facts = RunDirectory.read(run).facts
+    if "evaluation" not in (facts.get("config") or {}):  # pretraining asks nothing
+        return evaluation, evaluation.file
+    stored, started_in = stored_section(facts, "evaluation")
+    own = {name: value for name, value in stored.items() if name not in given and name in type(evaluation).model_fields}
+    if given & {"file", "suites"}:  # what is asked was said: nothing is added to it
+        own = {name: value for name, value in own.items() if name not in ("file", "suites")}
+    if isinstance(own.get("suites"), list):
+        own["suites"] = tuple(
+            str(started_in / name) if name.endswith((".yaml", ".yml")) else name for name in own["suites"]
+        )
+    merged = evaluation.model_copy(update=own)
+    file = merged.file
+    return merged, None if file is None else started_in / file if "file" in own else Path(file)
+
+
+def _suites(evaluation: EvaluationSection, file: Path | None) -> tuple[Suite, ...]:
+    names: Sequence[str] = evaluation.suites
+    if file is not None and "suites" not in evaluation.model_fields_set:
+        names = ()  # questions alone were asked for
+    if ALL in names:
+        names = [*dict.fromkeys([*(each for each in names if each != ALL), *builtin_suites()])]
+    suites = load_suites(names, max_rows=evaluation.max_rows)
+    if file is not None:
+        own = questions_suite(file, system=evaluation.system, max_new_tokens=evaluation.max_new_tokens)
+        suites = (own.limited(evaluation.max_rows), *suites)
+    if not suites:
+        hint = f"Name suites (--suite NAME: {', '.join(builtin_suites())}, all), or evaluation.file=FILE.jsonl."
+        raise ConfigError("nothing is asked", where="evaluation.suites", hint=hint)
+    return suites
+
+
+def _against(config: EvaluateConfig):
+    if config.against == NONE:
+        return None
+    if config.against == BASE:
+        return base_of(config.model)
+    return ModelSection(name=config.against), None
+
+
+def _folder(config: EvaluateConfig) -> Path:
+    if config.out is not None:
+        return config.out
+    run = run_of(config.model.name)
     if run is not None:
-        stored, started_in = stored_section(RunDirectory.read(run).facts, "evaluation")
-        if stored["file"] is not None:
-            update = {name: value for name, value in stored.items() if name not in evaluation.model_fields_set}
-            return started_in / stored["file"], evaluation.model_copy(update=update)
-    hint = 'Set evaluation.file=FILE.jsonl with one {"prompt": …, "answer": …} a line.'
-    raise ConfigError("no questions are named", where="evaluation.file", hint=hint)
+        return run / FOLDER
+    return Path("runs") / FOLDER / (re.sub(r"[^A-Za-z0-9._-]+", "-", config.model.name).strip("-.") or "model")

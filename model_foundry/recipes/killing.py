@@ -52,14 +52,15 @@ class Rhythm:
 def bare(config: RunConfig, run_dir: Path) -> RunConfig:
     """The same training without questions, criteria and trackers, in another folder."""
     criteria = type(config.criteria)
-    nothing = criteria.model_validate({name: 0 if name == "replay_steps" else None for name in criteria.model_fields})
+    off = {"replay_steps": 0, "metrics": {}}
+    nothing = criteria.model_validate({name: off.get(name) for name in criteria.model_fields})
     update = {
         "run_dir": run_dir,
         "criteria": nothing,
         "logging": LoggingSection(level="warning"),
     }
     if isinstance(config, TrainConfig):
-        update["evaluation"] = EvaluationSection()
+        update["evaluation"] = EvaluationSection(suites=())
     if isinstance(config, ExperimentConfig):
         update["work_dir"] = work_folder(config).resolve()
     return config.model_copy(update=update)

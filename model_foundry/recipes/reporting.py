@@ -25,10 +25,15 @@ from model_foundry.types import Check
 
 logger = logging.getLogger(__name__)
 MAX_SPIKES_NAMED = 8
+_WHEN = {"before": "before training", "again": "once more, to see the noise", "after": "after training"}
 
 
 def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: bool) -> list[str]:
-    """Greedy answers to the held-out questions, kept in the run's folder."""
+    """Greedy answers to the held-out questions, kept in the run's folder.
+
+    Args:
+        when: before, after, or again: before training once more, in batches composed otherwise.
+    """
     work = session.work
     if not work.questions or not isinstance(work.config, TrainConfig):
         return []
@@ -36,13 +41,14 @@ def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: b
     if reuse and path.is_file():
         return list(json.loads(path.read_text()))
     evaluation = work.config.evaluation
-    logger.info("asking %s held-out questions %s training", len(work.questions), when)
+    logger.info("asking %s held-out questions %s", len(work.questions), _WHEN[when])
+    batch_size = evaluation.batch_size // 2 + 1 if when == "again" else evaluation.batch_size
     answers = answer_questions(
         work.questions,
         lambda prompts, params: session.client.sample(prompts, params).result(),
         work.renderer,
         max_new_tokens=evaluation.max_new_tokens,
-        batch_size=evaluation.batch_size,
+        batch_size=batch_size,
     )
     texts = [answer.text for answer in answers]
     try:
@@ -54,7 +60,8 @@ def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: b
     return texts
 
 
-def compared(work: Work, before: list[str], after: list[str]) -> Comparison | None:
+def compared(work: Work, before: list[str], after: list[str], *, again: list[str]) -> Comparison | None:
+    """Before and after, with the noise of a second decoding where there was one."""
     if not work.questions:
         return None
     return compare(
@@ -62,6 +69,7 @@ def compared(work: Work, before: list[str], after: list[str]) -> Comparison | No
         expected=[question.answer for question in work.questions],
         before=before,
         after=after,
+        repeats=[again] if again else (),
         sources=[question.source for question in work.questions],
         seed=work.config.seed,
     )

@@ -19,6 +19,7 @@ from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.errors import FoundryError, InterruptedRunError, RunError
 from model_foundry.recipes import supervised
+from model_foundry.recipes.before_after import assess_run, suite_results, suites_of
 from model_foundry.recipes.interruption import leave_on_signals, stop_on_signals
 from model_foundry.recipes.methods import prepare_work
 from model_foundry.recipes.plan import plan_text
@@ -70,6 +71,7 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     Of a model whose weights are not here it says what config.json does: parameters, memory, which machines fit.
     """
     with run_logging(level=config.logging.level):
+        suites_of(config)
         plan = plan_of_config(config) if isinstance(config, TrainConfig) else plan_too_large(config)
         if plan is not None:
             return plan
@@ -107,6 +109,7 @@ def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime |
             require_free(config.run_dir)
             with run_logging(level=config.logging.level):
                 # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
+                suites_of(config)
                 session = open_session(prepare_work(config, now=now or utc_now()))
                 start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
@@ -179,7 +182,11 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
     with trackers, run.open_metrics() as metrics:
         logger.info("the plan:\n%s", plan_text(session.plan))
         start_tensors = _copied(engine.trained_tensors(model_id)) if work.lora is not None else {}
+        suites, bounds = suites_of(config)
         before = held_out_answers(run, session, "before", reuse=True)
+        wants_noise = isinstance(config, TrainConfig) and config.evaluation.noise
+        again = held_out_answers(run, session, "again", reuse=True) if wants_noise else []
+        suites_before = suite_results(run, session, suites, "before", reuse=True)
         if resumed:
             _restore(run, session, metrics, checkpoint, digest)
         done = step if step == work.total_steps else _train(run, session, metrics, trackers, first_step=step + 1)
@@ -191,14 +198,21 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
             )
         peak_bytes = engine.peak_memory_bytes()
         after = held_out_answers(run, session, "after", reuse=False)
-        comparison = compared(work, before, after)
+        suites_after = suite_results(run, session, suites, "after", reuse=False)
+        comparison = compared(work, before, after, again=again)
         bits = held_out_bits(work, metrics.read())
         checks, memory = prove(run, session, start_tensors, comparison, bits, metrics.read())
+        checks, answers_page = assess_run(
+            run, session, suites, bounds, before=suites_before, after=suites_after,
+            answers=(before, after) if before else None, checks=checks,
+        )  # fmt: skip
         report = make_report(
             run, session, comparison, bits, checks, memory | {"measured_bytes": peak_bytes}, metrics.read()
         )
         page = write_report(run.path, report)
         logger.info("report: %s", page)
+        if answers_page is not None:
+            logger.info("answers side by side: %s", answers_page)
         return report
 
 

@@ -22,6 +22,8 @@ _NAMES = {
     "argv": "command line",
 }
 MISSING = "–"
+SHIPPING = {"passed": "SHIP", "failed": "DON'T SHIP", "unchecked": "NOT JUDGED"}
+"""What a report's verdict means for the model."""
 
 
 def label(name: str) -> str:

@@ -11,7 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from model_foundry.run.charts import Bar, Series, bar_chart, escape, line_chart, smoothed
-from model_foundry.run.figures import bytes_text, check_value, duration_text, flattened, label, share_text, value_text
+from model_foundry.run.figures import (
+    SHIPPING,
+    bytes_text,
+    check_value,
+    duration_text,
+    flattened,
+    label,
+    share_text,
+    value_text,
+)
 from model_foundry.run.page_style import STYLE
 from model_foundry.run.page_text import held_out_text
 
@@ -67,7 +76,7 @@ def _header(report: Mapping[str, Any]) -> str:
     kind, word, meaning = _VERDICTS[report["verdict"]]
     checks = report["checks"]
     num_passed = sum(check["passed"] for check in checks)
-    count = f"{num_passed} of {len(checks)} checks passed" if checks else meaning
+    count = f"{num_passed} of {len(checks)} checks passed: {SHIPPING[report['verdict']]}" if checks else meaning
     tiles = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in _tiles(report)
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model_foundry.run.figures import check_value, label, share_text
+from model_foundry.run.figures import SHIPPING, check_value, label, share_text
 from model_foundry.run.report import PAGE_NAME, Report
 
 _COLUMN_GAP = "  "
@@ -16,7 +16,7 @@ _WIDTH = 110
 
 def summary_text(report: Report, *, run_dir: Path | None = None, width: int = _WIDTH) -> str:
     """Checks as a table, answers before and after, notes, and where the page is."""
-    lines = [f"{report.run_id}: {report.verdict}"]
+    lines = [f"{report.run_id}: {report.verdict} · {SHIPPING[report.verdict]}"]
     if report.checks:
         lines += ["", *_check_table(report, width=width)]
     if report.evaluation.get("cases"):

@@ -15,6 +15,7 @@ from model_foundry.errors import ModelError, UsageError
 from model_foundry.models.config import native_obstacle
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import read_config
+from model_foundry.models.gguf_tokenizer import context_of, tokenizer_of
 from model_foundry.rendering import Renderer
 from model_foundry.run.trained import run_of, trained_model_fields
 from model_foundry.server.adapters import Follower, find_adapter, renderer_for
@@ -161,9 +162,9 @@ def _open_gguf(config: ServeConfig) -> Opened:
         raise UsageError(what, where="adapters" if config.adapters else "follow", hint="Use backend=torch.")
     if not path.is_file():
         raise ModelError("there is no such file", where=str(path))
-    tokenizer_folder = llama_cpp.tokenizer_of(path)
+    tokenizer_folder = tokenizer_of(path)
     renderer = Renderer(Tokenizer.load(tokenizer_folder), config.model.template)
-    context = llama_cpp.context_of(path, most=config.batch.max_cache_tokens // config.batch.max_sequences)
+    context = context_of(path, most=config.batch.max_cache_tokens // config.batch.max_sequences)
     backend = llama_cpp.LlamaCppBackend(path, context=context, num_slots=config.batch.max_sequences)
     return Opened(backend, Catalog([ServedModel(own_name(config), renderer)]), None)
 

@@ -102,15 +102,20 @@ def test_evaluate_asks_the_run_s_own_questions(home: Home, tmp_path: Path) -> No
     done = foundry("evaluate", home.run, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["scores"]["exact"] == 1.0
-    assert result["num_questions"] == len(result["cases"]) == len(COLOURS)
-    assert result["exact_interval"] == [1.0, 1.0]
-    report = json.loads((home.run / "report.json").read_bytes())
-    assert [case["answer"] for case in result["cases"]] == [case["after"] for case in report["evaluation"]["cases"]]
+    questions = result["suites"]["questions"]
+    assert questions["after"]["metrics"]["exact"]["value"] == 1.0
+    assert questions["before"]["metrics"]["exact"]["value"] == 0.0
+    assert questions["changes"]["exact"]["verdict"] == "better"
+    assert questions["after"]["num_rows"] == len(COLOURS)
+    assert questions["after"]["metrics"]["exact"]["interval"][0] < 0.7  # eight of eight is not certain
+    cases = json.loads((home.run / "report.json").read_bytes())["evaluation"]["cases"]
+    for side in ("before", "after"):
+        assert [row["answers"][0]["text"] for row in questions[side]["rows"]] == [case[side] for case in cases]
     base = foundry("evaluate", "model", "evaluation.file=questions.jsonl", "evaluation.max_new_tokens=12",
                    "model.template=chatml", "--show", 2, cwd=home.folder)  # fmt: skip
     assert base.returncode == 0, base.stderr
-    assert "exact 0.0%" in base.stdout
+    assert "exact     0.0 %" in base.stdout
+    assert "NOT JUDGED" in base.stdout
 
 
 def test_runs_report_and_resume_know_the_run(home: Home) -> None:
@@ -242,9 +247,11 @@ def test_evaluate_asks_as_the_run_asked(home: Home, tmp_path: Path) -> None:
     assert foundry_here("train", config).returncode == 0
     report = json.loads((tmp_path / "run" / "report.json").read_bytes())
     result = json.loads(foundry_here("evaluate", tmp_path / "run", "--json").stdout)
-    assert [case["answer"] for case in result["cases"]] == [case["after"] for case in report["evaluation"]["cases"]]
+    answers = [row["answers"][0]["text"] for row in result["suites"]["questions"]["after"]["rows"]]
+    assert answers == [case["after"] for case in report["evaluation"]["cases"]]
     longer = json.loads(foundry_here("evaluate", tmp_path / "run", "--json", "evaluation.max_new_tokens=20").stdout)
-    assert all(len(case["answer"]) > 7 for case in longer["cases"])
+    rows = longer["suites"]["questions"]["after"]["rows"]
+    assert all(len(row["answers"][0]["text"]) > 7 for row in rows)
 
 
 @pytest.mark.parametrize("name, content", [("run.json", "{"), ("run.json", "{}"), ("config.yaml", "a: [b"),

@@ -38,7 +38,16 @@ HTTP_LIBRARIES = {
     "httpx", "requests", "urllib3", "aiohttp", "huggingface_hub", "fastapi", "starlette", "uvicorn",
     "urllib.request", "http.client", "http.server",
 }  # fmt: skip
-MAY_SPEAK_HTTP = ("server/", "service/", "client/remote.py", "generate/", "models/fetch", "data/hub", "export/ollama")
+MAY_SPEAK_HTTP = (
+    "server/",
+    "service/",
+    "client/remote.py",
+    "generate/",
+    "models/fetch",
+    "data/hub",
+    "export/ollama",
+    "evals/served_target",
+)
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}
 
 

@@ -11,7 +11,12 @@ from click.testing import CliRunner, Result
 from model_foundry.checkpoint.store import FINAL
 from model_foundry.cli.runs import command, find_runs, size_text
 from model_foundry.errors import RunError, UsageError
+from model_foundry.evals.suite import Suite
+from model_foundry.recipes.suites import assess, write_assessment
 from model_foundry.run.directory import RunDirectory
+from tests.unit.evals.scripted_target import ScriptedTarget
+from tests.unit.evals.test_kinds import ask
+from tests.unit.evals.test_verdict import suite_of
 
 
 def make_run(folder: Path, *, steps: int = 2, learning_rate: float = 1e-3, finished: bool = True) -> Path:
@@ -99,10 +104,43 @@ def test_comparison_names_the_keys_and_the_final_numbers(tmp_path: Path) -> None
         ["loss", "0.5", "0.25"],
     ]
     facts = json.loads(run("compare", a, b, "--json").output)
-    assert facts["b_ended"] == {"step": 4, "loss": 0.25, "seconds": 3.25, "validation_loss": 0.75}
-    assert "configuration: the same" in run("compare", a, a).output
+    assert facts["runs"][1]["ended"] == {"step": 4, "loss": 0.25, "seconds": 3.25, "validation_loss": 0.75}
+    assert "configuration of b: the same" in run("compare", a, a).output
     with pytest.raises(RunError, match="holds no run"):
         run("compare", a, tmp_path)
+
+
+def evaluated(run_dir: Path, suite: Suite, num_right: int) -> Path:
+    target = ScriptedTarget(lambda prompt, *_: "yes" if int(prompt[:2]) < num_right else "no")
+    result = ask(suite, target)
+    facts = {"model": str(run_dir), "against": None}
+    write_assessment(run_dir / "evaluation", facts, assess([suite], after={suite.name: result}, before={}, bounds={}))
+    return run_dir
+
+
+def test_three_runs_beside_each_other_with_their_suites(tmp_path: Path) -> None:
+    """Prevents comparing means alone: the rows are the same, so a difference is paired, and for sure or unclear."""
+    suite = suite_of(tmp_path, 24)
+    runs = [evaluated(make_run(tmp_path / name), suite, right) for name, right in (("a", 6), ("b", 7), ("c", 20))]
+    page = tmp_path / "page.html"
+    output = run("compare", *runs, "--html", page).output
+    line = next(line for line in output.splitlines() if line.startswith("mine.exact"))
+    assert line.split()[1:] == ["25.0", "%", "29.2", "%", "unclear", "83.3", "%", "better"]
+    assert page.read_text().count("<svg") >= 2
+    metrics = json.loads(run("compare", *runs, "--json").output)["metrics"]
+    assert metrics[0]["against_first"][0] is None
+    assert metrics[0]["against_first"][2]["interval"][0] > 0.2
+
+
+def test_results_of_other_rows_are_shown_and_not_compared(tmp_path: Path) -> None:
+    """Prevents 80 % of easy questions from looking better than 60 % of hard ones."""
+    a = evaluated(make_run(tmp_path / "a"), suite_of(tmp_path, 10), 5)
+    b = evaluated(make_run(tmp_path / "b"), suite_of(tmp_path, 12), 12)
+    c = make_run(tmp_path / "c")
+    line = next(line for line in run("compare", a, b, c).output.splitlines() if line.startswith("mine.exact"))
+    assert line.split()[1:] == ["50.0", "%", "100.0", "%", "(other", "rows)", "–"]
+    with pytest.raises(UsageError, match="one run alone"):
+        run("compare", a)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""Several runs side by side: what each ended with, and what the suites that they share found, row by row.
+
+Reads the evaluation files of runs; asks nobody. The first run is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_foundry.errors import DataError
+from model_foundry.evals.measures import value_text
+from model_foundry.evals.page import interval_drawing, page_of
+from model_foundry.evals.results import SuiteResult, read_result
+from model_foundry.evals.verdict import Change, changes
+from model_foundry.run.charts import escape
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """One metric of several runs.
+
+    Attributes:
+        values: of each run; None where it has none.
+        unlike: runs whose value is of other rows or other decoding than the first's, and cannot be compared.
+        against_first: how each further run differs from the first.
+    """
+
+    name: str
+    unit: str
+    values: tuple[float | None, ...]
+    unlike: tuple[bool, ...]
+    against_first: tuple[Change | None, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.name, "unit": self.unit, "values": list(self.values), "unlike": list(self.unlike),
+            "against_first": [None if each is None else each.as_dict() for each in self.against_first],
+        }  # fmt: skip
+
+    def cell(self, place: int) -> str:
+        """The value as people read it; ± marks a difference for sure."""
+        if self.values[place] is None:
+            return "–"
+        text = value_text(self.values[place], self.unit)
+        if self.unlike[place]:
+            return f"{text} (other rows)"
+        change = self.against_first[place]
+        return text if change is None else f"{text} {change.verdict}"
+
+
+def results_of(run: Path) -> dict[str, SuiteResult]:
+    """The newest result of each suite in a run's folder.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found: dict[str, SuiteResult] = {}
+    for path in sorted((run / "evaluation").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        try:
+            values = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(
+                f"is not JSON ({error})", where=str(path), hint="Evaluate again: foundry evaluate"
+            ) from error
+        suites = values.get("suites") if isinstance(values, dict) else None
+        for name, suite in (suites or {}).items():
+            found[name] = read_result(suite["after"], where=str(path))
+    return found
+
+
+def side_by_side(runs: Sequence[Mapping[str, SuiteResult]]) -> tuple[Beside, ...]:
+    """Every metric that a run has, in the order in which they were found."""
+    names = dict.fromkeys((suite, metric) for run in runs for suite in run for metric in run[suite].metrics)
+    return tuple(_beside(runs, suite, metric) for suite, metric in names)
+
+
+def _beside(runs: Sequence[Mapping[str, SuiteResult]], suite: str, metric: str) -> Beside:
+    found = [run.get(suite) for run in runs]
+    own = [None if each is None or metric not in each.metrics else each.metrics[metric] for each in found]
+    first = found[0] if own[0] is not None else None
+    same = [first is not None and each is not None and each.digest == first.digest for each in found]
+    against = [
+        changes(first, each)[metric] if place and first is not None and each is not None and same[place] and own[place]
+        else None
+        for place, each in enumerate(found)
+    ]  # fmt: skip
+    unit = next(each.measure.unit for each in own if each is not None)
+    values = tuple(None if each is None or each.value != each.value else each.value for each in own)
+    unlike = tuple(first is not None and each is not None and not same[place] for place, each in enumerate(own))
+    return Beside(f"{suite}.{metric}", unit, values, unlike, tuple(against))
+
+
+def render_comparison(
+    names: Sequence[str], metrics: Sequence[Beside], ended: Sequence[tuple[str, Sequence[str]]],
+    differences: Sequence[tuple[str, Sequence[str]]],
+) -> str:  # fmt: skip
+    """A page: what the runs measured, what they ended with, and how their configurations differ from the first's."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    measured = "".join(_metric_row(each) for each in metrics)
+    numbers = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td class=num>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, cells in ended
+    )
+    configs = "".join(
+        f"<h3>{escape(name)}</h3><ul>{''.join(f'<li><code>{escape(line)}</code></li>' for line in lines)}</ul>"
+        if lines
+        else f"<h3>{escape(name)}</h3><p>The same configuration as the first.</p>"
+        for name, lines in differences
+    )
+    nothing = "<p>No suite has been asked of these runs: foundry evaluate RUN --suite NAME.</p>"
+    table = f'<table class="metrics"><thead><tr><th>Metric</th>{head}</tr></thead><tbody>{measured}</tbody></table>'
+    body = (
+        f'<header class="none"><p class="run">{len(names)} runs</p><h1>Side by side</h1></header>'
+        f"<section><h2>Suites</h2>{table if measured else nothing}</section>"
+        f'<section><h2>Training ended with</h2><table class="facts"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{numbers}</tbody></table></section>"
+        f"<section><h2>Configuration, beside the first</h2>{configs}</section>"
+    )
+    return page_of("Runs side by side", body)
+
+
+def _metric_row(each: Beside) -> str:
+    cells = []
+    for place, change in enumerate(each.against_first):
+        drawn = ""
+        if change is not None and change.interval is not None:
+            drawn = "<br>" + interval_drawing(change.delta, change.interval, change.noise, change.verdict)
+            drawn += f"<small>{escape(change.text())}</small>"
+        kind = "" if change is None else f' class="{escape(change.verdict)}"'
+        cells.append(f"<td><b{kind}>{escape(each.cell(place))}</b>{drawn}</td>")
+    return f"<tr><td>{escape(each.name)}</td>{''.join(cells)}</tr>"

@@ -1,0 +1,115 @@
+"""A run's suites and questions before and after training, and the page on which people read both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from model_foundry.config.commands import RunConfig
+from model_foundry.config.schema import TrainConfig
+from model_foundry.evals.bounds import Bound
+from model_foundry.evals.measures import measured
+from model_foundry.evals.results import RowResult, SuiteResult
+from model_foundry.evals.suite import Suite
+from model_foundry.evals.text_scores import ANSWER_SCORES, Wanted
+from model_foundry.recipes.session import Session
+from model_foundry.recipes.suites import (
+    FOLDER,
+    Assessment,
+    ask_suite,
+    assess,
+    keep_result,
+    kept_result,
+    load_suites,
+    metric_bounds,
+    write_assessment,
+)
+from model_foundry.recipes.targets import engine_target
+from model_foundry.recipes.work import Work
+from model_foundry.run.directory import RunDirectory
+from model_foundry.types import Check
+
+QUESTIONS, QUESTION_METRICS = "questions", ("exact", "f1", "contains")
+Bounds = Mapping[str, Mapping[str, Bound]]
+
+
+def suites_of(config: RunConfig) -> tuple[tuple[Suite, ...], Bounds]:
+    """The suites that a run is asked, and the bounds that its criteria set on what they measure.
+
+    Raises:
+        ConfigError: a suite is broken, or a criterion is on a metric that none of them measures.
+    """
+    if not isinstance(config, TrainConfig):
+        return (), {}
+    suites = load_suites(config.evaluation.suites, max_rows=config.evaluation.max_rows)
+    return suites, metric_bounds(config.criteria.metrics, suites)
+
+
+def suite_results(
+    run: RunDirectory, session: Session, suites: Sequence[Suite], when: str, *, reuse: bool
+) -> dict[str, SuiteResult]:
+    """Each suite's result on the model as it is now, kept in the run's folder.
+
+    Args:
+        reuse: take what an interrupted run has kept of the same suite.
+    """
+    config, results = session.work.config, {}
+    if not isinstance(config, TrainConfig):
+        return {}
+    target = engine_target(session.work.source.name, session.engine, session.model_id, session.work.renderer)
+    for suite in suites:
+        path = run.path / FOLDER / f"{when}-{suite.name}.json"
+        result = kept_result(path, suite) if reuse else None
+        if result is None:
+            again = config.evaluation.noise and when == "before"
+            result = ask_suite(
+                suite, target, batch_size=config.evaluation.batch_size, again=again, when=f"{when} training"
+            )
+            keep_result(path, result)
+        results[suite.name] = result
+    return results
+
+
+def assess_run(
+    run: RunDirectory,
+    session: Session,
+    suites: Sequence[Suite],
+    bounds: Bounds,
+    *,
+    before: Mapping[str, SuiteResult],
+    after: Mapping[str, SuiteResult],
+    answers: tuple[Sequence[str], Sequence[str]] | None,
+    checks: Sequence[Check],
+) -> tuple[tuple[Check, ...], Path | None]:
+    """The run's checks and those of its suites; evaluation.html, where anything was asked.
+
+    Args:
+        answers: to the held-out questions, before and after.
+        checks: those that were made already.
+    """
+    assessment = assess(suites, after=after, before=before, bounds=bounds, further=checks)
+    results = ({}, {})
+    if answers is not None:
+        results = tuple({QUESTIONS: _questions_result(session.work, texts)} for texts in answers)
+    if not (after or results[0]):
+        return assessment.checks, None
+    shown = Assessment(results[1] | dict(after), results[0] | dict(before), assessment.checks)
+    facts = {"model": run.run_id, "against": session.work.source.name}
+    return assessment.checks, write_assessment(run.path / FOLDER, facts, shown)
+
+
+def _questions_result(work: Work, texts: Sequence[str]) -> SuiteResult:
+    """Answers to the held-out questions as a suite's result."""
+    stats = {
+        name: [ANSWER_SCORES[name](text, Wanted((q.answer,))) for q, text in zip(work.questions, texts, strict=True)]
+        for name in QUESTION_METRICS
+    }
+    rows = tuple(
+        RowResult(question.source, question.prompt, question.answer, (("answer", text),))
+        for question, text in zip(work.questions, texts, strict=True)
+    )
+    return SuiteResult(
+        suite=QUESTIONS, kind="answers", digest=work.model_fingerprint, target={"name": work.source.name},
+        metrics={name: measured(name, each, seed=work.config.seed) for name, each in stats.items()}, rows=rows,
+        about="The run's held-out questions, kept out of training.",
+    )  # fmt: skip
