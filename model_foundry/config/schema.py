@@ -244,8 +244,7 @@ class EvaluateConfig(Section):
     criteria: MetricCriteriaSection = MetricCriteriaSection()
     """What counts as success beside the suites' own bounds; what fails makes the exit code 1."""
     out: Path | None = None
-    """Folder for evaluation.json and evaluation.html; default: evaluation/ in the run or runs/evaluation/NAME, and the
-    files are called by the suites."""
+    """Folder for evaluation.json and .html; default: evaluation/ in the run, or runs/evaluation/NAME, by suite."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the resampling, and decoding above temperature 0, in place of the suites' own seeds."""
     engine: EngineName = "auto"
