@@ -21,7 +21,6 @@ from model_foundry.evals.suite import Suite
 from model_foundry.evals.targets import Continuation, Target
 
 _LIKELIHOODS = ("multiple_choice", "loglikelihood_rolling")
-_SHOWN_ROWS = 200
 
 
 def run_harness(suite: Suite, target: Target, *, batch_size: int) -> SuiteResult:
@@ -36,7 +35,7 @@ def run_harness(suite: Suite, target: Target, *, batch_size: int) -> SuiteResult
         return SuiteResult(
             suite.name, suite.kind, suite.digest, target.describe(), {}, (), missing, about=suite.about
         )  # fmt: skip
-    evaluator, manager = _import("lm_eval.evaluator"), _import("lm_eval.tasks").TaskManager(include_path=None)
+    evaluator, manager = _import("lm_eval.evaluator"), _import("lm_eval.tasks").TaskManager()
     paths = [task for task in suite.tasks if task.endswith((".yaml", ".yml"))]
     unknown = [task for task in suite.tasks if task not in manager.all_tasks and task not in paths]
     if unknown:
@@ -44,8 +43,10 @@ def run_harness(suite: Suite, target: Target, *, batch_size: int) -> SuiteResult
         raise UsageError(f"the harness has no task {', '.join(unknown)}", where=f"suite {suite.name}", hint=hint)
     model = _model_class()(target, batch_size=batch_size)
     try:
+        tasks = manager.load(list(suite.tasks))["tasks"]
+        _require_likelihoods(tasks)
         found = evaluator.simple_evaluate(
-            model, tasks=list(suite.tasks), limit=suite.max_rows, bootstrap_iters=0, task_manager=manager,
+            model, tasks=list(tasks.values()), limit=suite.max_rows, bootstrap_iters=0, task_manager=manager,
             log_samples=True, random_seed=suite.decoding.seed,
         )  # fmt: skip
     except FoundryError:
@@ -80,11 +81,8 @@ def _model_class() -> Any:
             self._target, self.batch_size = target, batch_size
 
         def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            for request in requests:
-                if getattr(request, "request_type", "") == "loglikelihood" and request.task_name is not None:
-                    _require_supported(request)
             endings = [_ending(*request.args) for request in requests]
-            # Whether an ending would also be what is written greedily is not known here; multiple choice ignores it.
+            # Whether an ending is also what would be written greedily is not known here; multiple choice does not ask.
             return [(each.logprob, False) for each in self._target.likelihoods(endings)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
@@ -93,21 +91,18 @@ def _model_class() -> Any:
             ]
 
         def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-            raise _unsupported(requests[0].task_name)
+            raise UsageError("tasks that are answered in words are not run", where="kind: harness")
 
     return TargetModel
 
 
-def _require_supported(request: Any) -> None:
-    """A request of a multiple choice is one of several of its document; a lone one wants to know what is greedy."""
-    kind = (request.doc or {}).get("output_type") if isinstance(request.doc, Mapping) else None
-    if kind is not None and kind not in _LIKELIHOODS:
-        raise _unsupported(request.task_name)
-
-
-def _unsupported(task: str | None) -> UsageError:
-    hint = "Use multiple choice tasks; for answers in words write a suite of the kind answers."
-    return UsageError(f"the task {task} is not answered by likelihoods of choices", where="kind: harness", hint=hint)
+def _require_likelihoods(tasks: Mapping[str, Any]) -> None:
+    """Raises: UsageError: a task wants more than likelihoods of choices or of texts."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in _LIKELIHOODS:
+            hint = "Use multiple choice tasks; for answers in words write a suite of the kind answers."
+            what = f"the task {name} ({task.OUTPUT_TYPE}) is not scored by likelihoods alone"
+            raise UsageError(what, where="kind: harness", hint=hint)
 
 
 def _ending(context: str, ending: str) -> Continuation:

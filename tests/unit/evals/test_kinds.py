@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from model_foundry.errors import EngineError
+from model_foundry.errors import EngineError, UsageError
+from model_foundry.evals.harness import run_harness
 from model_foundry.evals.kinds import Asking
 from model_foundry.evals.results import SuiteResult, read_result, run_suite
 from model_foundry.evals.suite import Suite, load_suite
@@ -161,3 +163,13 @@ def test_a_result_comes_back_from_json_as_it_was() -> None:
     result = ask(load_suite("general"), ScriptedTarget(likelihood=lambda asked, ending: -len(ending)))
     again = read_result(json.loads(json.dumps(result.as_dict(), allow_nan=False)), where="x")
     assert again.as_dict() | {"seconds": 0} == result.as_dict() | {"seconds": 0}
+
+
+def test_harness_tasks_without_the_harness_say_how_to_get_it(tmp_path: Path) -> None:
+    """Prevents a task that is skipped in silence; and a served model is told apart from a missing package."""
+    (tmp_path / "arc.yaml").write_text("kind: harness\ntasks: [arc_easy]\nmax_rows: 4\n")
+    suite = load_suite(str(tmp_path / "arc.yaml"))
+    assert run_harness(suite, ScriptedTarget(), batch_size=4).missing == {"arc_easy": "it only writes"}
+    if find_spec("lm_eval") is None:
+        with pytest.raises(UsageError, match="pip install lm-eval"):
+            run_harness(suite, ScriptedTarget(likelihood=lambda *_: -1.0), batch_size=4)
