@@ -64,6 +64,9 @@ class GgufTarget:
         parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
         parameters.warmup = False
         parameters.verbosity = -1
+        # Keys and values in float32, so that likelihoods differ from another form's by what the file's weights do.
+        parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.name, self._renderer, self._context, self._num_slots = str(path), renderer, context, num_slots
         try:
             self._server: Any = library.Server(parameters)
