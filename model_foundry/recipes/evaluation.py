@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,13 @@ def _suites(evaluation: EvaluationSection, file: Path | None) -> tuple[Suite, ..
     return suites
 
 
-def _against(config: EvaluateConfig):
+def _against(config: EvaluateConfig) -> tuple[ModelSection, datetime | None] | None:
+    """What the model is compared with, loaded as the model itself is, and the date that its template saw."""
     if config.against == NONE:
         return None
     if config.against == BASE:
         return base_of(config.model)
-    return ModelSection(name=config.against), None
+    return config.model.model_copy(update={"name": config.against}), None
 
 
 def _folder(config: EvaluateConfig) -> Path:
