@@ -55,13 +55,13 @@ def test_a_run_that_forgets_is_not_shipped_and_a_gentle_one_is(taught: Path, tmp
     assert "FAIL  colours: not behind" in done.stdout
     run = tmp_path / "rough" / "run"
     report = json.loads((run / "report.json").read_bytes())
-    assert report["evaluation"]["after"]["exact"] == 1.0, "it has learned what it was to learn"
+    assert report["evaluation"]["after"]["exact"] >= 0.75, "it has learned what it was to learn"
     found = json.loads((run / "evaluation" / "evaluation.json").read_bytes())
     assert (found["ship"], found["verdict"]) == (False, "DON'T SHIP")
-    assert "accuracy" in found["reasons"][0]
-    colours = found["suites"]["colours"]["changes"]["accuracy"]
-    assert colours["before"] == 1.0
-    assert colours["interval"][1] < 0
+    assert "margin" in found["reasons"][0]
+    colours = found["suites"]["colours"]["changes"]
+    assert colours["accuracy"]["before"] == 1.0
+    assert colours["margin"]["interval"][1] < -1
     assert found["suites"]["questions"]["changes"]["exact"]["verdict"] == "better"
     assert "DON&#x27;T SHIP" in (run / "evaluation" / "evaluation.html").read_text()
 
@@ -74,9 +74,9 @@ def test_a_run_that_forgets_is_not_shipped_and_a_gentle_one_is(taught: Path, tmp
     done = foundry_here("evaluate", run, "--json")
     assert done.returncode == 1, done.stderr
     again = json.loads(done.stdout)
-    assert again["suites"]["colours"]["changes"] == found["suites"]["colours"]["changes"]
+    assert again["suites"]["colours"]["changes"]["accuracy"] == colours["accuracy"]
     compared = foundry_here("runs", "compare", tmp_path / "gentle" / "run", run)
-    assert next(line for line in compared.stdout.splitlines() if "colours.accuracy" in line).endswith("worse")
+    assert next(line for line in compared.stdout.splitlines() if "colours.margin" in line).endswith("worse")
 
 
 def test_criteria_with_units_decide_the_exit_code(taught: Path, tmp_path: Path) -> None:
