@@ -65,7 +65,7 @@ def write_config(
             "max_steps": max_steps, "batch_size": batch_size, "learning_rate": 1e-3, "warmup_steps": 2,
             "save_steps": max_steps // 2,
         },
-        "evaluation": {"file": str(folder / "questions.jsonl"), "max_new_tokens": 12},
+        "evaluation": {"file": str(folder / "questions.jsonl"), "max_new_tokens": 12, "suites": []},
         "criteria": criteria,
     }  # fmt: skip
     path = folder / "run.yaml"
