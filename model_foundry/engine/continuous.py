@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from model_foundry.engine.continuous_adapters import ServedAdapter, read_served_adapter
+from model_foundry.engine.continuous_attention import Span
 from model_foundry.engine.continuous_cache import (
     BLOCK_TOKENS,
     SEGMENT_TOKENS,
@@ -29,7 +30,7 @@ from model_foundry.engine.continuous_cache import (
     SegmentStore,
     segments_for,
 )
-from model_foundry.engine.continuous_decoder import ANSWER_ROWS, Adapted, BatchedDecoder, Pass, Span
+from model_foundry.engine.continuous_decoder import ANSWER_ROWS, Adapted, BatchedDecoder, Pass
 from model_foundry.engine.sampling import check_params, check_prompts, choose, random_source
 from model_foundry.errors import EngineError
 from model_foundry.models.language_model import LanguageModel, NativeModel
@@ -354,16 +355,19 @@ class ContinuousBatch:
             hidden = torch.stack([sequence.end for sequence in some])  # pyright: ignore[reportArgumentType, reportCallIssue]
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
             logits = self._decoder.logits(hidden)
-            events += [self._event(sequence, row) for sequence, row in zip(some, logits, strict=False)]
+            likeliest: list[int] = logits.argmax(dim=1).tolist()
+            rows = zip(some, logits, likeliest, strict=False)
+            events += [self._event(sequence, row, token) for sequence, row, token in rows]
         for sequence in [s for s, event in zip(due, events, strict=True) if event.finish]:
             self._running.remove(sequence)
             self._store.release(sequence.segments)
         return events
 
-    def _event(self, sequence: _Sequence, logits: torch.Tensor) -> TokenEvent:
+    def _event(self, sequence: _Sequence, logits: torch.Tensor, likeliest: int) -> TokenEvent:
         """logits: float32 [V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
-        params = sequence.params
-        token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
+        params, token = sequence.params, likeliest
+        if params.temperature > 0:
+            token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
         total = torch.logsumexp(logits, dim=0)
         top: tuple[tuple[int, float], ...] = ()
         if sequence.top_logprobs:

@@ -2,15 +2,15 @@
 
 A pass is cut into pieces of rows, and every operation but attention sees one piece: all rows at once in the free mode;
 in the invariant mode as many rows as ever, padded, so that each row meets the same kernels in whatever company. That is
-needed: a BLAS chooses its kernel, and so its order of summation, by the number of rows. Attention is computed sequence
-by sequence and segment by segment, which depends on the sequence's own length alone, and segments are joined in their
-order (Dao et al. 2023, "Flash-Decoding").
+needed: a BLAS chooses its kernel, and so its order of summation, by the number of rows. Attention is
+`continuous_attention`'s, and depends on the sequence's own length alone.
 
 Shapes: N rows of a pass, R rows of a piece, D width, H heads, K key/value heads, G = H // K, W head width.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,20 @@ import torch
 from torch.nn import functional
 
 from model_foundry.engine.continuous_adapters import ServedAdapter
+from model_foundry.engine.continuous_attention import (
+    MOST_TOGETHER,
+    AnswerReach,
+    BlockReach,
+    Span,
+    attend_answers,
+    attend_block,
+    is_alike_together,
+    plan_answers,
+    plan_block,
+)
 from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
 from model_foundry.engine.continuous_products import Product, check_places
+from model_foundry.engine.platform import join_pages
 from model_foundry.models.attention import rotate
 from model_foundry.models.decoder import Decoder, DecoderLayer
 from model_foundry.models.experts import ExpertMLP
@@ -28,22 +40,14 @@ from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import gated
 from model_foundry.models.packing import PackedLinear
 
+logger = logging.getLogger(__name__)
+
 ANSWER_ROWS = 16
 """Answers in a piece of the invariant mode, and rows of one expert's product: as many as cost little more than one
 where bfloat16 is native."""
 
 Adapted = Sequence[tuple[ServedAdapter, torch.Tensor | None]]
 """Adapters of a piece's rows: (adapter, bool [R, 1] of its rows; None: all of them)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows of one sequence in a pass: `num_rows` from `first_row`, their tokens' positions from `position` on."""
-
-    first_row: int
-    num_rows: int
-    position: int
-    segments: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,18 +176,6 @@ class _Layer:
         self.projections = (self.qkv, self.out, *self.mlp.projections)
 
 
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """Who must not look where: `added` [Q, T], 0 or -inf; bool [Q] of queries that see nothing, if there are any."""
-
-    added: torch.Tensor
-    blind: torch.Tensor | None
-
-
-_Reach = list[tuple[int, int, int, Mask | None]]
-"""The keys that one span sees under one window: segment, first, end, and the mask."""
-
-
 class BatchedDecoder:
     """The decoder's weights and the segments of keys and values."""
 
@@ -198,17 +190,24 @@ class BatchedDecoder:
         self.num_heads, self.num_kv, self.width = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        shape = (num_segments, self.num_kv, SEGMENT_TOKENS, self.width)
-        # Not filled: pages are taken from the system when they are first written.
-        self.keys = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
-        self.values = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        self.group = self.num_heads // self.num_kv
+        self.head = Product(decoder.head_weight.to(self.dtype))
+        if self.device.type == "cpu":
+            join_pages()
+        # Keys and values beside each other. Not filled: pages are taken from the system when they are first written.
+        shape = (num_segments, 2 * self.num_kv, SEGMENT_TOKENS, self.width)
+        self.cache = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
         self.windows = [config.window(index) for index in range(config.num_hidden_layers)]
         # From a table, or a position's cosine would depend on its place in a vector of them.
         _, _, self.cos, self.sin = decoder.rope(torch.arange(num_positions, device=self.device))
         self.scale = 1.0 / config.head_dim**0.5
-        self.head = Product(decoder.head_weight.to(self.dtype))
+        self._together = MOST_TOGETHER
         if invariant:
             self._check_places()
+            like = self.cos.new_empty(0, dtype=self.dtype)
+            if not is_alike_together(self.num_kv, self.group, self.width, like=like):
+                logger.warning("attention of several answers in one call depends on their number here: one by one")
+                self._together = 1
 
     def _check_places(self) -> None:
         """Raises EngineError where one of the model's products is not the same in every row; each shape once."""
@@ -222,24 +221,34 @@ class BatchedDecoder:
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """The first tokens of a segment into another."""
-        for kept in (*self.keys, *self.values):
+        self._clear(target)
+        for kept in self.cache:
             kept[target, :, :num_tokens] = kept[source, :, :num_tokens]
+
+    def _clear(self, segment: int) -> None:
+        """What a masked key holds must be a number: nothing times what somebody's overflow left is not nothing."""
+        for kept in self.cache:
+            kept[segment].zero_()
 
     @torch.inference_mode()
     def run(self, work: Pass) -> torch.Tensor:
         """Hidden states [N, D] before the final norm; keys and values of all spans are written."""
+        for span in work.spans:
+            if span.position % SEGMENT_TOKENS == 0:
+                self._clear(span.segments[span.position // SEGMENT_TOKENS])
         xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
         rope = [(self.cos[p], self.sin[p]) for p in work.positions.split(work.piece_rows)]
-        reaches = {window: [self._reach(span, window) for span in work.spans] for window in set(self.windows)}
-        places = self._places(work)
+        reaches = {window: self._plan(work.spans, window) for window in set(self.windows)}
+        num_rows, places = self._places(work)
         for index, layer in enumerate(self.layers):
             parts = [
                 self._heads(layer, x, *angles, adapted)
                 for x, angles, adapted in zip(xs, rope, work.adapted, strict=True)
             ]
-            qk, v = (torch.cat([part[i] for part in parts]) if len(parts) > 1 else parts[0][i] for i in range(2))
-            self._write(index, qk[:, self.num_heads :], v, places)
-            attended = self._attend(index, qk[:, : self.num_heads], work.spans, reaches[self.windows[index]])
+            q, kv = (torch.cat([part[i] for part in parts]) if len(parts) > 1 else parts[0][i] for i in range(2))
+            cache = self.cache[index]
+            cache.view(-1, self.width).index_copy_(0, places, kv[:num_rows].view(-1, self.width))
+            attended = self._attend(cache, q.unflatten(1, (self.num_kv, -1)), work.spans, reaches[self.windows[index]])
             for place, (piece, adapted) in enumerate(zip(attended.split(work.piece_rows), work.adapted, strict=True)):
                 x = xs[place] + layer.out(piece, adapted)
                 xs[place] = x + layer.mlp(layer.norms[1](x), adapted)
@@ -253,107 +262,37 @@ class BatchedDecoder:
     def _heads(
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapted: Adapted
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys, rotated, [R, H + K, W], and values [R, K, W]."""
+        """Queries [R, H, W]; keys and values [R, 2 K, W]; queries and keys rotated."""
         heads = layer.qkv(layer.norms[0](x), adapted).view(x.shape[0], -1, self.width)
         qk, v = heads[:, : self.num_heads + self.num_kv], heads[:, self.num_heads + self.num_kv :]
         if layer.head_norms is not None:
             q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
             qk = torch.cat([layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())], dim=1)
-        return rotate(qk, cos, sin), v
+        rotated = rotate(qk, cos, sin)
+        return rotated[:, : self.num_heads], torch.cat([rotated[:, self.num_heads :], v], dim=1)
 
-    def _places(self, work: Pass) -> tuple[torch.Tensor, ...]:
-        """Of every row of a span: its number, and its key's segment and place there."""
-        rows, segments, offsets = [], [], []
+    def _places(self, work: Pass) -> tuple[int, torch.Tensor]:
+        """How many rows belong to spans, which are the first; and where each of their keys and values goes, int64."""
+        starts = []
         for span in work.spans:
-            for place in range(span.num_rows):
-                position = span.position + place
-                rows.append(span.first_row + place)
-                segments.append(span.segments[position // SEGMENT_TOKENS])
-                offsets.append(position % SEGMENT_TOKENS)
-        return tuple(torch.tensor(values, device=self.device) for values in (rows, segments, offsets))
+            for position in range(span.position, span.position + span.num_rows):
+                segment, offset = span.segments[position // SEGMENT_TOKENS], position % SEGMENT_TOKENS
+                starts.append(segment * 2 * self.num_kv * SEGMENT_TOKENS + offset)
+        heads = torch.arange(0, 2 * self.num_kv * SEGMENT_TOKENS, SEGMENT_TOKENS, device=self.device)
+        return len(starts), (torch.tensor(starts, device=self.device)[:, None] + heads).view(-1)
 
-    def _write(self, layer: int, k: torch.Tensor, v: torch.Tensor, places: tuple[torch.Tensor, ...]) -> None:
-        rows, segments, offsets = places
-        self.keys[layer][segments, :, offsets] = k[rows]
-        self.values[layer][segments, :, offsets] = v[rows]
+    def _plan(self, spans: Sequence[Span], window: int | None) -> AnswerReach | list[BlockReach]:
+        like = self.cos.new_empty(0, dtype=self.dtype)
+        if spans[0].num_rows == 1:
+            return plan_answers(spans, window, like=like, together=self._together)
+        return [plan_block(span, window, group=self.group, like=like) for span in spans]
 
-    def _reach(self, span: Span, window: int | None) -> _Reach:
-        end = span.position + span.num_rows
-        first = 0 if window is None else max(0, span.position - window + 1)
-        reach: _Reach = []
-        for number in range(first // SEGMENT_TOKENS, (end - 1) // SEGMENT_TOKENS + 1):
-            start = number * SEGMENT_TOKENS
-            keys = (max(first, start), min(end, start + SEGMENT_TOKENS))
-            mask = self._mask(span, keys, window) if span.num_rows > 1 else None
-            reach.append((span.segments[number], keys[0] - start, keys[1] - start, mask))
-        return reach
-
-    def _mask(self, span: Span, keys: tuple[int, int], window: int | None) -> Mask | None:
-        """For the span's queries, once for every head of a group; None where all may look at all of these keys."""
-        query = torch.arange(span.position, span.position + span.num_rows, device=self.device)[:, None]
-        key = torch.arange(*keys, device=self.device)[None, :]
-        hidden = key > query
-        if window is not None:
-            hidden |= key <= query - window
-        if not bool(hidden.any()):
-            return None
-        hidden = hidden.repeat(self.num_heads // self.num_kv, 1)
-        blind = hidden.all(1)
-        added = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        return Mask(added, blind if bool(blind.any()) else None)
-
-    def _attend(self, layer: int, q: torch.Tensor, spans: Sequence[Span], reaches: Sequence[_Reach]) -> torch.Tensor:
-        """q [N, H, W] → [N, H · W]."""
-        out = q.new_zeros(q.shape)
+    def _attend(self, cache: torch.Tensor, q: torch.Tensor, spans: Sequence[Span], reaches: Any) -> torch.Tensor:
+        """q [N, K, G, W] → [N, H · W]."""
+        if spans[0].num_rows == 1:
+            return attend_answers(q, cache, reaches, self.scale).reshape(q.shape[0], -1)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for span, reach in zip(spans, reaches, strict=True):
             rows = slice(span.first_row, span.first_row + span.num_rows)
-            # The heads that share keys are further queries: [1, K, G · rows, W].
-            mine = q[rows].view(span.num_rows, self.num_kv, -1, self.width).permute(1, 2, 0, 3)
-            mine = mine.reshape(1, self.num_kv, -1, self.width)
-            answers = [
-                attend_segment(
-                    mine, self.keys[layer][segment, None, :, a:b], self.values[layer][segment, None, :, a:b],
-                    mask, self.scale,
-                )
-                for segment, a, b, mask in reach
-            ]  # fmt: skip
-            joined = answers[0][0] if len(answers) == 1 else join(answers)
-            joined = joined.view(self.num_kv, -1, span.num_rows, self.width).permute(2, 0, 1, 3)
-            out[rows].view(joined.shape).copy_(joined)
+            out[rows] = attend_block(q[rows], cache, reach, self.scale)
         return out.view(out.shape[0], -1)
-
-
-def attend_segment(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [1, K, Q, W] over one segment's keys and values [1, K, T, W]: the answer, and the log of its softmax's sum.
-
-    A query that sees nothing here has -inf, and an answer that means nothing.
-    """
-    added = None if mask is None else mask.added
-    if q.device.type == "cpu":
-        # The kernel behind torch's scaled_dot_product_attention, for which alone it gives the sums.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = kernel(q, k, v, 0.0, False, attn_mask=added, scale=scale)
-        if mask is not None and mask.blind is not None:
-            sums = sums.masked_fill(mask.blind, float("-inf"))
-        return out, sums
-    scores = (q @ k.transpose(2, 3)).float() * scale
-    if added is not None:
-        scores = scores + added
-    sums = torch.logsumexp(scores, dim=-1)
-    return torch.exp(scores - sums[..., None]).to(v.dtype) @ v, sums
-
-
-def join(answers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Attention over several segments from that over each, one after the other."""
-    largest = answers[0][1]
-    for _, sums in answers[1:]:
-        largest = torch.maximum(largest, sums)
-    total, out = torch.zeros_like(largest), torch.zeros_like(answers[0][0], dtype=torch.float32)
-    for answer, sums in answers:
-        share = torch.exp(sums - largest)
-        total = total + share
-        # A segment in which a query sees nothing has no share; what it answers is nothing then, not 0 × NaN.
-        out = out + torch.where(share[..., None] > 0, answer.float() * share[..., None], 0.0)
-    return (out / total[..., None]).to(answers[0][0].dtype)

@@ -18,6 +18,8 @@ import torch
 from model_foundry.errors import EngineError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_MADV_COLLAPSE = 25  # Linux 6.1
+_HUGE_PAGE_BYTES = 2**21
 _OUT_OF_MEMORY_SIGNS = (
     "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "STATUS_ALLOC_FAILED",
     # oneDNN, when it finds no room for its kernels or its working memory.
@@ -81,6 +83,24 @@ def keep_freed_memory() -> bool:
         return False
     _allocator_tuned = bool(done)
     return _allocator_tuned
+
+
+def join_pages() -> None:
+    """Have Linux put the memory that this process has filled so far into huge pages. Weights are read
+    once a token, and with small pages a quarter of that time went into finding them.
+
+    Worth calling after a model was loaded, before memory is set aside that may never be filled.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    with open("/proc/self/maps") as file:
+        lines = [line.split() for line in file]
+    for span, mode, _, _, inode, *name in lines:
+        first, last = (int(part, 16) for part in span.split("-"))
+        if mode.startswith("rw") and inode == "0" and name in ([], ["[heap]"]) and last - first >= _HUGE_PAGE_BYTES:
+            # It fails for stretches that are partly empty, having joined the rest.
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_COLLAPSE)
 
 
 def release_memory(device: torch.device) -> None:

@@ -51,6 +51,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # an autograd function costs more than the norm of a few rows
+            return _normed(x, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
 
 
@@ -61,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return (x * _inverse_rms(x, eps)).to(x.dtype).mul_(weight.to(x.dtype))
+        return _normed(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,6 +84,10 @@ class _RMSNorm(torch.autograd.Function):
             shared = torch.mv(both, gain).div_(-width)
             dx[part] = torch.addcmul(scaled * gain, normed, shared[:, None]).mul_(inverse)
         return dx.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return (x * _inverse_rms(x, eps)).to(x.dtype).mul_(weight.to(x.dtype))
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

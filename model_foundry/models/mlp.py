@@ -42,6 +42,8 @@ class GatedSilu(torch.autograd.Function):
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) × up, by the activation's name in `config.json`."""
     if activation == "silu":
+        if not torch.is_grad_enabled():
+            return functional.silu(gate).mul_(up)
         return GatedSilu.apply(gate, up)  # pyright: ignore[reportReturnType]
     return ACTIVATIONS[activation](gate) * up
 

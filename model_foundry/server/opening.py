@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def open_model(config: ServeConfig) -> Opened:
     """
     if choose_backend(config) == "llama.cpp":
         return _open_gguf(config)
-    return _open_torch(config)
+    # OpenMP keeps helpers for every thread that computes. Those of a thread that is gone go with it; were they still
+    # there beside the batch's, there would be more threads than cores, and then none waits awake for the next product.
+    with ThreadPoolExecutor(1, thread_name_prefix="foundry-loading") as loading:
+        return loading.submit(_open_torch, config).result()
 
 
 def _open_torch(config: ServeConfig) -> Opened:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from model_foundry.engine.continuous import ContinuousBatch, TokenEvent
 from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.models.finder import resolve_model
 from model_foundry.models.language_model import load_language_model
 from model_foundry.types import LoraConfig, SamplingParams
 from tests.tiny_adapters import write_tiny_adapter
@@ -150,6 +151,26 @@ def test_a_full_house_is_the_same_bits(crowd: Crowd) -> None:
         for which, r in list(enumerate(crowd.requests)) * 3
     ]
     events = drain(batch)
+    for which, number in numbers:
+        assert seen(events[number]) == seen(crowd.alone[which])
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_the_real_model_on_two_threads_is_the_same_bits(tmp_path: Path) -> None:
+    """Tiny models have products so small that one thread computes them whole."""
+    base, before = resolve_model("smollm2-135m-instruct").folder, torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        crowd = make_crowd(base, tmp_path, torch.bfloat16, {"lua": LORAS["lua"], "dora": LORAS["dora"]})
+        batch = crowd.start(max_cache_tokens=32768)
+        numbers = [
+            (which, batch.add(r.prompt, r.params, adapter=r.adapter, top_logprobs=r.top_logprobs))
+            for which, r in list(enumerate(crowd.requests)) * 2
+        ]
+        events = drain(batch)
+    finally:
+        torch.set_num_threads(before)
     for which, number in numbers:
         assert seen(events[number]) == seen(crowd.alone[which])
 

@@ -314,3 +314,14 @@ def test_typed_paths_mean_the_working_directory(elsewhere: Path, tmp_path: Path)
 def test_defaults_alone_are_a_configuration(schema: type[TrainConfig]) -> None:
     overrides: Sequence[str] = ()
     assert load_config(schema, path=None, overrides=overrides, environ={}).config == schema()
+
+
+def test_a_switch_that_may_be_left_open_can_be_set() -> None:
+    """`batch.invariant=false` was refused as a number that is none, so that nobody could switch it off."""
+    from model_foundry.config.serve import ServeConfig
+
+    for text, value in {"false": False, "true": True, "null": None}.items():
+        resolved = load_config(ServeConfig, path=None, overrides=[f"batch.invariant={text}"], environ={})
+        assert resolved.config.batch.invariant is value
+    with pytest.raises(ConfigError, match="a whole number"):
+        load_config(ServeConfig, path=None, overrides=["batch.max_sequences=true"], environ={})

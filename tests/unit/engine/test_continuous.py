@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model_foundry.engine.continuous import ContinuousBatch, TokenEvent
 from model_foundry.engine.sampling import collect, stream_tokens
@@ -284,6 +285,29 @@ def test_adapters_come_and_go_while_the_batch_runs(
     assert len({tuple(e.logprob for e in events[number]) for number in (plain, tuned, renamed)}) == 3
     # The name's new owner must not find the prompts of the old one.
     assert events[renamed][0].cached_tokens == 0
+
+
+def test_what_a_broken_adapter_left_in_the_cache_reaches_nobody(
+    model: LanguageModel, tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    """Keys beyond an answer's end are masked, but nothing times NaN is NaN."""
+    folder = write_tiny_adapter(tmp_path / "nan", tiny_folder("qwen3-sliding"), LoraConfig(r=2))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.full_like(value, float("nan")) for name, value in weights.items()},
+              folder / "adapter_model.safetensors", {"format": "pt"})  # fmt: skip
+    long, short = prompts(240, 9)
+    params = SamplingParams(max_tokens=8)
+    batch = ContinuousBatch(model, device=CPU, max_cache_tokens=256)
+    number = batch.add(short, params)
+    want = drain(batch)[number]
+    batch.add_adapter("nan", folder)
+    batch.add(long, params, adapter="nan")
+    drain(batch)
+    batch.add(prompts(9, 8)[1], params)  # its segment is the same one, there is no other
+    drain(batch)
+    again = batch.add(short, params)
+    found = drain(batch)[again]
+    assert [(event.token, event.logprob) for event in found] == [(event.token, event.logprob) for event in want]
 
 
 def test_an_adapter_for_another_base_is_refused(model: LanguageModel, tiny_folder: TinyFolder, tmp_path: Path) -> None:
