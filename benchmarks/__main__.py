@@ -25,13 +25,14 @@ BENCHMARKS = {
     "b11": ("b11_near_duplicates", "near-duplicates in 100,000 chat rows, beside datasketch and rensa"),
     "b12": ("b12_checkpoint_stall", "how long a save stops the training loop, beside HF Trainer"),
     "b13": ("b13_export", "the gate and the export of a merged, then a GGUF model: seconds, bytes, memory"),
+    "serve": ("serve_load", "foundry serve under 1, 4, 16 and 64 clients of locust: latency, throughput, first text"),
 }
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
         for name, (_, about) in BENCHMARKS.items():
-            print(f"  {name:4} {about}")
+            print(f"  {name:5} {about}")
         return 0 if not arguments else 2
     module, _ = BENCHMARKS[arguments[0]]
     try:

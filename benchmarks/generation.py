@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import BenchmarkError, Options, Result, Rounds, report, table
+from benchmarks.questions import question
 from model_foundry.export.gguf import write_gguf
 from model_foundry.export.merge import plan_merge
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
-
-TEXT = (
-    "Describe in your own words how the {0} near the {1} was repaired after the {2}, what it cost, who paid for it, "
-    "and why people who live beside the {1} still tell the story of the {2} to their children when winter comes."
-)
-THINGS = ("bridge", "harbour", "mill", "library", "orchard", "railway", "lighthouse", "market", "flood", "fire")
 
 
 def prompts(model: Path, *, num_prompts: int, seed: int, num_tokens: int | None = None) -> list[list[int]]:
@@ -25,9 +20,9 @@ def prompts(model: Path, *, num_prompts: int, seed: int, num_tokens: int | None 
     tokenizer, drawn = Tokenizer.load(model), random.Random(seed)
     rows = []
     for number in range(num_prompts):
-        row = tokenizer.encode(f"{number}. " + TEXT.format(*drawn.sample(THINGS, 3)))
+        row = tokenizer.encode(f"{number}. {question(drawn)}")
         while num_tokens is not None and len(row) < num_tokens:
-            row += tokenizer.encode(" " + TEXT.format(*drawn.sample(THINGS, 3)))
+            row += tokenizer.encode(f" {question(drawn)}")
         rows.append(list(map(int, row[:num_tokens])))
     return rows
 
