@@ -60,6 +60,17 @@ class FileLock:
             os.close(descriptor)
             raise
 
+    @classmethod
+    def on_folder(cls, path: Path) -> Self:
+        """Take the lock of a folder that nobody else writes yet, to show `is_held` that somebody does.
+
+        Raises:
+            OSError: it is not there.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        _try_exclusive(descriptor, path)
+        return cls(descriptor)
+
     def release(self) -> None:
         if self._descriptor >= 0:
             # Closing alone would leave the lock with a child that was forked while it was held.

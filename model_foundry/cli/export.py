@@ -40,12 +40,14 @@ def command(
     name: str, *, kind: str, dtype: str | None, quant: str | None, out: Path | None, register: str | None, as_json: bool
 ) -> int:
     from model_foundry.export.hand_over import export
+    from model_foundry.recipes.interruption import leave_on_signals
 
     quants = _formats(kind, dtype=dtype, quant=quant, register=register)
     subject = find_subject(name)
     target = (out or default_folder(name, kind, "+".join(quants) if quants else dtype)).resolve()
     say = functools.partial(click.echo, err=True)
-    certificate = export(subject, target, kind=kind, dtype=dtype, quants=quants, say=say)  # pyright: ignore[reportArgumentType]
+    with leave_on_signals():  # what is half written goes with us
+        certificate = export(subject, target, kind=kind, dtype=dtype, quants=quants, say=say)  # pyright: ignore[reportArgumentType]
     answer = None if register is None else _register(target, register, subject, say)
     if as_json:
         registered = {} if register is None else {"registered": register, "answer": answer}

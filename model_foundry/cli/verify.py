@@ -68,7 +68,8 @@ def export_command(folder: Path, *, source: str | None, as_json: bool) -> int:
         if source is not None:
             raise
         subject = f"{error.what} ({error.where or name}); foundry verify export {folder.name} --of RUN names it"
-    verdict = verify_export(folder, certificate, subject, say=functools.partial(click.echo, err=True))
+    say = functools.partial(click.echo, err=True)
+    verdict = verify_export(folder, certificate, subject, is_claimed=source is not None, say=say)
     for line in verdict.not_repeated:
         click.echo(f"not repeated: {line}", err=True)
     return show_checks(verdict.checks, as_json=as_json)

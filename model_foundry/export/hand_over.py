@@ -9,13 +9,15 @@ Takes what a run says about itself as plain values; the command line finds them.
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from model_foundry.checkpoint.atomic import FULL_DISK_ERRNOS, atomic_directory
+from model_foundry.checkpoint.atomic import FULL_DISK_ERRNOS, TEMPORARY_PREFIX, atomic_directory
+from model_foundry.checkpoint.lock import FileLock, is_held
 from model_foundry.checkpoint.manifest import write_manifest
 from model_foundry.errors import CheckFailedError, FoundryError, UsageError
 from model_foundry.export import llama_cpp
@@ -66,7 +68,8 @@ def export(
     probe = make_probe(merge, subject.renderer, subject.prompts)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(out) as folder:
+        clear_leftovers(out, say=say)
+        with atomic_directory(out) as folder, FileLock.on_folder(folder):
             say(f"writing {kind}")
             draft = _write(folder, subject, merge, kind=kind, dtype=dtype, quants=quants, template=template)
             say("reading it back")
@@ -83,6 +86,17 @@ def export(
         hint = "Free some space, or export to another disk with --out PATH (TMPDIR names the one for working files)"
         raise FoundryError(what, where=str(out), hint=hint) from error
     return certificate
+
+
+def clear_leftovers(out: Path, *, say: Say) -> None:
+    """Remove what exports to `out` that were killed have left beside it, and say so; one that still writes is kept."""
+    for folder in sorted(out.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(out.name)}-*")):
+        if re.fullmatch(r"[0-9a-f]{12}", folder.name.removeprefix(f"{TEMPORARY_PREFIX}{out.name}-")):
+            if is_held(folder):
+                say(f"another export writes {folder.name}")
+                continue
+            say(f"removing {folder.name}, which an export that was killed has left")
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_wishes(

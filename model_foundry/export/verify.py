@@ -70,13 +70,20 @@ def check_files(folder: Path) -> Check:
 
 
 def verify_export(
-    folder: Path, certificate: dict[str, Any], subject: Subject | str, *, say: Callable[[str], None] = lambda line: None
+    folder: Path,
+    certificate: dict[str, Any],
+    subject: Subject | str,
+    *,
+    is_claimed: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
     """Repeat the checks of an export.
 
     Args:
         certificate: from `read_certificate`.
         subject: what it was made from; or why that is not to be had.
+        is_claimed: somebody says that it was made from just this: a subject that is another one is a failed check. Else
+            the certificate's own words led to it, and it may have changed since.
     """
     say("reading every file")
     verdict = Verdict([check_files(folder)])
@@ -86,6 +93,10 @@ def verify_export(
     then, now = certificate["origin"], subject.origin
     for what, key in {"base": "base_fingerprint", "adapter": "adapter_sha256", "template": "renderer"}.items():
         if then.get(key) != getattr(now, key):
+            if is_claimed:
+                evidence = f"{now.name} has another {what} than the export was made from ({then['name']})"
+                verdict.checks.append(Check("origin", False, what, "base, adapter and template of --of", evidence))
+                return verdict
             verdict.not_repeated.append(f"parity: {now.name} has another {what} by now than the export was made from")
             return verdict
     kind = certificate["kind"]

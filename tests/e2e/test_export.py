@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import LoraConfig, Message
 from tests.tiny_adapters import write_tiny_adapter
 from tests.tiny_exports import make_subject
-from tests.tiny_runs import assert_one_paragraph, environment
+from tests.tiny_runs import assert_one_paragraph, environment, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -87,3 +88,20 @@ def test_a_disk_that_fills_leaves_nothing_and_is_one_paragraph(tmp_path: Path, k
     )  # fmt: skip
     assert_one_paragraph(done, code=3, words=("disk is full", "--out PATH"))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_export_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM ended it on the spot, with its half-written folder beside the target."""
+    small = make_subject(tmp_path / "subject")
+    out = tmp_path / "out"
+    running = start("export", small.adapter, "--to", "merged", "--out", out / "merged", env=environment())
+    until = time.monotonic() + 120
+    while not list(out.glob(".tmp-merged-*")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    running.terminate()
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 3, said
+    assert "interrupted before it was done" in said
+    assert list(out.iterdir()) == []

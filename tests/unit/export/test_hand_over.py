@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model_foundry.checkpoint.lock import FileLock
 from model_foundry.checkpoint.manifest import verify_manifest
 from model_foundry.errors import ArchitectureMismatchError, CheckFailedError, FoundryError, ModelError, UsageError
 from model_foundry.export.certificate import CARD, CERTIFICATE
@@ -92,6 +93,22 @@ def test_a_full_disk_leaves_nothing(subject: Subject, tmp_path: Path, monkeypatc
     with pytest.raises(FoundryError, match="disk is full"):
         export(subject, tmp_path / "out", kind="merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(subject: Subject, tmp_path: Path) -> None:
+    """Every kill -9 left a folder as large as the model, which nothing ever looked at again."""
+    left, writing = tmp_path / ".tmp-out-0123456789ab", tmp_path / ".tmp-out-ba9876543210"
+    kept = [tmp_path / ".tmp-out-2-0123456789ab", tmp_path / ".tmp-out-of-mine", writing]
+    for folder in (left, *kept):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    said: list[str] = []
+    with FileLock.on_folder(writing):
+        export(subject, tmp_path / "out", kind="adapter", say=said.append)
+    assert not left.exists()
+    assert all((folder / "model.safetensors").exists() for folder in kept)
+    assert any(left.name in line for line in said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", *(folder.name for folder in kept)])
 
 
 def test_what_is_there_already_is_not_overwritten(subject: Subject, tmp_path: Path) -> None:

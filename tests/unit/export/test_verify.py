@@ -155,6 +155,17 @@ def test_what_cannot_be_repeated_is_said(copy: Path, subject: Subject) -> None:
     assert "another base" in verdict(copy / "merged", other).not_repeated[0]
 
 
+def test_an_export_of_another_run_fails_where_that_run_was_named(subject: Subject, tmp_path: Path) -> None:
+    """It ended with 0: the files were as certified, and parity was only said not to have been repeated."""
+    out, other = tmp_path / "out", make_subject(tmp_path / "other", seed=1)
+    assert foundry_here("export", subject.adapter, "--to", "adapter", "--out", out).returncode == 0
+    done = foundry_here("verify", "export", out, "--of", other.adapter)
+    assert done.returncode == 1, done.stdout
+    assert "FAIL  origin: base" in done.stdout
+    assert str(subject.adapter) in done.stdout
+    assert foundry_here("verify", "export", out, "--of", subject.adapter).returncode == 0
+
+
 def test_a_folder_without_a_certificate_is_one_sentence(copy: Path) -> None:
     (copy / "merged" / CERTIFICATE).unlink()
     with pytest.raises(ModelError, match="no export"):
