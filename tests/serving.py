@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from model_foundry.config.serve import ServeConfig
 from model_foundry.server.opening import Opened, open_model
 from model_foundry.server.running import Server, listen, make_server
 from model_foundry.server.security import load_keys
+from tests.tiny_runs import environment, start
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,25 @@ def serving(model: Path, *, environ: Mapping[str, str] | None = None, **fields: 
         opened.backend.close()
         listener.close()
         assert not thread.is_alive()
+
+
+@contextmanager
+def process(model: Path, *arguments: str, port: int = 0, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`foundry serve MODEL` and its address; killed at the end if it still runs."""
+    running = start("serve", model, f"port={port}", "model.dtype=float32", *arguments, env=environment(**env))
+    assert running.stderr is not None
+    lines: list[str] = []
+    try:
+        for line in running.stderr:
+            lines.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            raise AssertionError("".join(lines))
+        # Somebody must go on reading, or the log fills the pipe and the server stands still.
+        threading.Thread(target=lambda: lines.extend(running.stderr or ()), daemon=True).start()
+        yield running, line.rsplit(" ", 1)[1].strip()
+    finally:
+        if running.poll() is None:
+            running.kill()
+        running.wait(timeout=10)

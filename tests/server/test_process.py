@@ -5,44 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.serving import Served
-from tests.tiny_runs import assert_one_paragraph, environment, foundry, start
+from tests.serving import Served, process
+from tests.tiny_runs import assert_one_paragraph, foundry, start
 
 pytestmark = pytest.mark.slow
 LONG = {"prompt": "Go on", "max_tokens": 500}  # takes seconds
-
-
-@contextmanager
-def process(model: Path, *arguments: str, port: int = 0, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`foundry serve MODEL` and its address; killed at the end if it still runs."""
-    running = start("serve", model, f"port={port}", "model.dtype=float32", *arguments, env=environment(**env))
-    assert running.stderr is not None
-    lines: list[str] = []
-    try:
-        for line in running.stderr:
-            lines.append(line)
-            if line.startswith("serving "):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        # Somebody must go on reading, or the log fills the pipe and the server stands still.
-        threading.Thread(target=lambda: lines.extend(running.stderr or ()), daemon=True).start()
-        yield running, line.rsplit(" ", 1)[1].strip()
-    finally:
-        if running.poll() is None:
-            running.kill()
-        running.wait(timeout=10)
 
 
 def ask(url: str, body: dict[str, Any], **options: Any) -> httpx.Response:
