@@ -250,7 +250,7 @@ class _Corpus:
         self.total_bytes = sum(file.stat().st_size for file in inputs) if sized else None
 
     def __iter__(self) -> Iterator[HeldOut]:
-        """Raises: DataError at the first row that cannot be read, unless those are skipped."""
+        """Raises: DataError at the first row that cannot be read, unless those are skipped; where there is no text."""
         from model_foundry.data.files import iter_records
         from model_foundry.data.rows import BadRows, RowParser
         from model_foundry.tokenizer.quality import HeldOut
@@ -266,6 +266,10 @@ class _Corpus:
                 for text in _texts(parsed):
                     self.num_bytes += len(text.encode("utf-8", "surrogatepass"))
                     yield HeldOut(record.source, text)
+        if not self.num_bytes:
+            raise DataError(
+                "there is no text", where=", ".join(map(str, self._paths)), hint="Give files that hold some"
+            )
 
     def _unreadable(self, source: str, bad: Any, problem: str | None) -> None:
         if self._skips:

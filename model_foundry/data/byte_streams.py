@@ -58,7 +58,7 @@ def open_binary(path: Path) -> io.BufferedReader:
     try:
         return open(path, "rb")
     except FileNotFoundError as error:
-        raise DataError("there is no such file", where=str(path), hint="Check data.train_file") from error
+        raise DataError("there is no such file", where=str(path), hint="Check the path") from error
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
 

@@ -17,7 +17,7 @@ import torch
 
 from model_foundry.errors import EngineError
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _MADV_COLLAPSE = 25  # Linux 6.1
 _HUGE_PAGE_BYTES = 2**21
 _OUT_OF_MEMORY_SIGNS = (
@@ -79,6 +79,8 @@ def keep_freed_memory() -> bool:
         libc = ctypes.CDLL(None)
         done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         done = done and libc.mallopt(_M_TOP_PAD, 256 * 2**20)
+        # One heap: what a thread freed in a heap of its own, no other could use.
+        done = done and libc.mallopt(_M_ARENA_MAX, 1)
     except (OSError, AttributeError):
         return False
     _allocator_tuned = bool(done)

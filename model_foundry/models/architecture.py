@@ -75,7 +75,7 @@ def to_model_config(shape: Architecture) -> ModelConfig:
     """A shape of the Llama family as the native decoder's configuration."""
     kind, heads = shape.architecture, shape.num_attention_heads
     if kind not in FAMILIES:
-        raise ModelError(f"{kind} is not an architecture of the native decoder", where="architecture.architecture")
+        raise ModelError(f"{kind} is not an architecture of the native decoder", where="model.architecture")
     experts = None
     if kind == "qwen3_moe" and shape.num_experts:
         experts = MixtureConfig(
@@ -149,7 +149,7 @@ def require_vocabulary(vocab_size: int, *, tokenizer_size: int, special_token_id
     Raises:
         ConfigError: it is smaller than the special tokens, or than the tokenizer.
     """
-    where, hint = "architecture.vocab_size", f"Leave it out, or set it to at least {tokenizer_size}."
+    where, hint = "model.vocab_size", f"Leave it out, or set it to at least {tokenizer_size}."
     beyond = sorted(token for token in special_token_ids if token >= vocab_size)
     if beyond:
         what = f"{vocab_size:,} leaves out {len(beyond)} special tokens of the tokenizer, {beyond[0]} first"

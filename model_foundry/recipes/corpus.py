@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from model_foundry.checkpoint.lock import FileLock, LockHeldError
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.data.files import local_path
 from model_foundry.data.shards.build import PackProgress, build_shards
@@ -40,6 +42,7 @@ from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
+PACKING_TIMEOUT_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -265,14 +268,14 @@ class _Corpus:
         """The shards that `named` is, or those made of the text that it is.
 
         Raises:
-            DataError: shards of rows, or of another tokenizer; text that cannot be packed.
+            DataError: shards of rows, of another tokenizer, or damaged; text that cannot be packed.
         """
         folder = local_path(named) if self.is_packed(named) else self._packed(local_path(named), part)
         shards = PackedShards.open(folder, tokenizer=self.tokenizer.fingerprint, max_length=None)
         if shards.index.kind != "text":
             hint = "Pack text with: foundry data pack FILE --out FOLDER kind=text"
             raise DataError("the shards hold rows; pretraining reads a stream of text", where=str(folder), hint=hint)
-        shards = PackedShards.open(folder, max_length=self.max_length)
+        shards = PackedShards.open(folder, max_length=self.max_length, check_hashes=True)
         if shards.index.num_tokens < 2:
             raise DataError("one token is nothing to learn from", where=str(folder))
         return shards
@@ -287,7 +290,11 @@ class _Corpus:
         plan = make_plan(source, list_inputs(source), options, Renderer(self.tokenizer))
         digest = hashlib.sha256(json.dumps(plan.as_json(), sort_keys=True).encode()).hexdigest()
         out = work_folder(self.config) / "shards" / f"{part}-{digest[:16]}"
-        out.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            return self._pack_into(out, source, part, options)
+
+    def _pack_into(self, out: Path, source: Path, part: Part, options: PackOptions) -> Path:
+        data = self.config.data
         if not out.exists():
             logger.info("%s: packing the %s text into %s", source, part if part != "all" else "whole", out)
         report = build_shards(
@@ -297,6 +304,28 @@ class _Corpus:
         for reason, count in report.index.counts.lost.items():
             logger.warning("%s: %s documents left out: %s", source, f"{count:,}", reason)
         return out
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One run packs a text; others that want the same wait for it, and say so.
+
+    Raises:
+        DataError: it takes another one too long.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        lock = FileLock.acquire(path, wait_seconds=0.1)
+    except LockHeldError as held:
+        logger.info("%s is packing the same text; waiting for it", held.holder)
+        try:
+            lock = FileLock.acquire(path, wait_seconds=PACKING_TIMEOUT_S)
+        except LockHeldError:
+            what, hint = f"{held.holder} has been packing it for hours", "Stop that process, or set another work_dir."
+            raise DataError(what, where=str(out), hint=hint) from None
+    with lock:
+        yield
 
 
 def _progress() -> Any:

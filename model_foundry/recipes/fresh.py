@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model_foundry.config.pretrain import ExperimentConfig
-from model_foundry.errors import ConfigError
+from model_foundry.errors import ConfigError, ModelError
 from model_foundry.models.architecture import to_config
 from model_foundry.models.cache import fill
 from model_foundry.models.finder import ModelSource, resolve_model
@@ -73,4 +73,10 @@ def tokenizer_folder(config: ExperimentConfig) -> Path:
     path = Path(name).expanduser()
     if (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file():
         return path
-    return resolve_model(name, say=logger.info).folder
+    try:
+        return resolve_model(name, say=logger.info).folder
+    except ModelError as error:
+        if not path.is_dir() or (path / "run.json").is_file():
+            raise
+        hint = "Make one with: foundry tokenizer train FILE --vocab-size N --out DIR"
+        raise ModelError("there is no tokenizer in the folder", where=name, hint=hint) from error

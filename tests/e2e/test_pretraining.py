@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import assert_one_paragraph, foundry, write_jsonl
+from model_foundry.checkpoint.lock import FileLock
+from tests.tiny_runs import assert_one_paragraph, foundry, foundry_here, start, write_jsonl
 from tests.tiny_text import documents, write_experiment
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,16 @@ def test_killed_and_resumed_with_loader_processes(chatml_folder: Path, tmp_path:
         data__loader_processes=2, evaluation={"prompts": ["the fox"], "max_new_tokens": 8},
     )  # fmt: skip
     done = foundry("verify", "resume", config, "--kills", 2, "--json", timeout=250)
+    assert done.returncode == 0, done.stderr
+    all_pass(done.stdout)
+
+
+def test_killed_and_resumed_in_float16(chatml_folder: Path, tmp_path: Path) -> None:
+    """The loss scale and the steps since it last changed are state: begun anew, they would grow at other steps."""
+    write_experiment(tmp_path, tokenizer=chatml_folder)
+    done = foundry(
+        "verify", "resume", tmp_path / "config.yaml", "model.dtype=float16", "--kills", 2, "--json", timeout=250
+    )
     assert done.returncode == 0, done.stderr
     all_pass(done.stdout)
 
@@ -67,6 +79,22 @@ def test_from_text_to_a_chat_model(chatml_folder: Path, tmp_path: Path) -> None:
     done = foundry("verify", "run", tmp_path / "run", "--json", timeout=200)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"]
+
+
+def test_a_run_waits_for_another_that_packs_the_same_text(chatml_folder: Path, tmp_path: Path) -> None:
+    """A sweep over one corpus: every run but the first once ended because another was packing."""
+    config = write_experiment(tmp_path, tokenizer=chatml_folder)
+    assert foundry_here("train", config, "--dry-run").returncode == 0
+    (packed,) = (tmp_path / "work" / "shards").glob("train-*")
+    shutil.rmtree(packed)
+    with FileLock.acquire(packed.with_name(f".{packed.name}.lock"), wait_seconds=1):
+        process = start("train", config, "--dry-run")
+        assert process.stderr is not None
+        assert any("packing the same text; waiting for it" in line for line in process.stderr)
+        assert not packed.exists()
+    assert process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert packed.exists()
 
 
 def test_bad_input_is_one_paragraph(chatml_folder: Path, tmp_path: Path) -> None:

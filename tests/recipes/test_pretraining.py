@@ -178,8 +178,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[FoundryError], str]] = {
     ),
     "a separator that is no token": ({"data__separator": "<nothing>"}, DataError, "is not a token of its own"),
     "no tokenizer there": ({"tokenizer__name": "nowhere/at-all/here"}, ModelError, "nowhere"),
-    "nothing but one document": ({"data__train_file": "one.jsonl"}, DataError, "no document falls on the side of"),
-    "no documents": ({"data__train_file": "none.jsonl"}, DataError, "no"),
+    "nothing but one document": ({"data__train_file": "one.jsonl"}, DataError, r"one\.jsonl: no document falls on"),
+    "no documents": ({"data__train_file": "none.jsonl"}, DataError, r"none\.jsonl: the input holds no records"),
+    "no documents held out": (
+        {"data__validation_file": "none.jsonl"}, DataError, r"none\.jsonl: the input holds no records",
+    ),
+    "an empty file of text": ({"data__train_file": "none.txt"}, DataError, "none.txt.*Give documents that hold text"),
+    "a folder without a tokenizer": ({"tokenizer__name": "empty"}, ModelError, "no tokenizer.*foundry tokenizer train"),
     "heads that do not divide the width": ({"model__num_attention_heads": 3}, ConfigError, "does not divide"),
 }  # fmt: skip
 
@@ -192,8 +197,10 @@ def test_what_cannot_be_trained_is_refused_by_name(
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "one.jsonl", documents(1))
     write_jsonl(tmp_path / "none.jsonl", [])
+    (tmp_path / "none.txt").touch()
+    (tmp_path / "empty").mkdir()
     changes, kind, words = REFUSED[case]
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=f"(?s){words}"):
         run_training(tiny_experiment(tmp_path, tokenizer=chatml_folder, **changes))
     assert not (tmp_path / "run").exists()
 
@@ -216,6 +223,19 @@ def test_a_missing_shard_is_named_before_the_first_step(chatml_folder: Path, tmp
     (tmp_path / "shards" / "shard-00001.tokens").unlink()
     config = tiny_experiment(tmp_path / "a", tokenizer=chatml_folder, data__train_file=str(tmp_path / "shards"))
     with pytest.raises(DataError, match=r"shard-00001\.tokens is missing"):
+        run_training(config)
+
+
+def test_a_damaged_shard_is_named_before_the_first_step(chatml_folder: Path, tmp_path: Path) -> None:
+    """As many bytes, other tokens: the run would learn them, or end where one is outside the vocabulary."""
+    source = write_jsonl(tmp_path / "text.jsonl", documents(60))
+    pack(source, tmp_path / "shards", chatml_folder, kind="text", max_length=32)
+    shard = tmp_path / "shards" / "shard-00000.tokens"
+    damaged = bytearray(shard.read_bytes())
+    damaged[100] ^= 1
+    shard.write_bytes(damaged)
+    config = tiny_experiment(tmp_path / "a", tokenizer=chatml_folder, data__train_file=str(tmp_path / "shards"))
+    with pytest.raises(DataError, match=r"shard-00000\.tokens is damaged"):
         run_training(config)
 
 

@@ -124,7 +124,7 @@ def build_shards(
             if not state.has_index:
                 with _encoding(num_processes, encoder, renderer_source, options, format) as encode:
                     state = build.run(state, encode)
-            _require_some(state, options)
+            _require_some(state, options, source)
             _require_unchanged(files, stamps)
         except DataError:
             writer.discard()  # other data or other options are wanted, and those are another build
@@ -355,18 +355,20 @@ def _require_unchanged(files: list[Path], stamps: list[tuple[int, int]]) -> None
             raise DataError("the file was changed while it was packed", where=str(file), hint=hint)
 
 
-def _require_some(state: State, options: PackOptions) -> None:
+def _require_some(state: State, options: PackOptions, source: Path) -> None:
     if state.counts.num_rows:
         return
-    if options.part != "all" and state.counts.num_records == 0:
-        what = f"no document falls on the side of {options.part} with validation_share={options.validation_share:g}"
-        hint = "It takes more documents, another share, or held-out text of its own in a file"
-        raise DataError(what, hint=hint)
     if state.counts.num_records == 0:
-        raise DataError("the input holds no records", hint="Put one JSON object or one document in it at least")
+        what, hint = "the input holds no records", "Put one JSON object or one document in it at least"
+        if options.part != "all" and next(_all_records(list_inputs(source)), None) is not None:
+            what = f"no document falls on the side of {options.part} with validation_share={options.validation_share:g}"
+            hint = "It takes more documents, another share, or held-out text of its own in a file"
+        raise DataError(what, where=str(source), hint=hint)
     why = "; ".join(f"{count:,} {reason}" for reason, count in state.counts.lost.items())
     named = "".join(f"\n  {line}" for line in state.counts.first_lost)
-    raise DataError(f"nothing is left to pack: {why}{named}", hint="Raise max_length or set overlength=truncate")
+    text = "Give documents that hold text"
+    hint = text if options.kind == "text" else "Raise max_length or set overlength=truncate"
+    raise DataError(f"nothing is left to pack: {why}{named}", where=str(source), hint=hint)
 
 
 def _all_records(files: list[Path]) -> Iterator[Any]:

@@ -141,7 +141,7 @@ def list_inputs(source: Path) -> list[Path]:
         DataError: there is no such file, or a folder holds none that can be read.
     """
     if not source.exists():
-        raise DataError("there is no such file or folder", where=str(source))
+        raise DataError("there is no such file or folder", where=str(source), hint="Check the path")
     inputs = find_inputs(source)
     if not inputs.files:
         skipped = "; ".join(f"{count:,} {reason}" for reason, count in inputs.skipped.items())

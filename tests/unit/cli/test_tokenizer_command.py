@@ -110,7 +110,7 @@ def test_a_template_that_puts_tokens_together_is_tried_out(
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("empty corpus", {"file": ("empty.jsonl", b"")}, "no text"),
+    ("empty corpus", {"file": ("empty.jsonl", b"")}, "empty.jsonl: there is no text"),
     ("binary text file", {"file": ("a.txt", b"text\n\0\1\2")}, "binary"),
     ("not UTF-8", {"file": ("a.txt", b"caf\xe9")}, "UTF-8"),
     ("broken row", {"file": ("a.jsonl", b'{"text": "a"}\n{"text": \n')}, "a.jsonl:2"),

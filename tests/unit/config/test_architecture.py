@@ -82,4 +82,4 @@ def test_every_field_reaches_the_model(values: dict[str, Any]) -> None:
 def test_a_vocabulary_smaller_than_the_special_tokens_names_the_field() -> None:
     with pytest.raises(ConfigError, match="special tokens") as error:
         architecture_of(ArchitectureSection(vocab_size=4), tokenizer_size=300, special_token_ids=(0, 1, 299))
-    assert error.value.where == "architecture.vocab_size"
+    assert error.value.where == "model.vocab_size"

@@ -123,7 +123,7 @@ def test_the_balance_is_trained_where_its_factor_is_not_zero() -> None:
 def test_a_vocabulary_without_room_for_the_tokenizer_is_refused(vocab_size: int, specials: Any, word: str) -> None:
     with pytest.raises(ConfigError, match=word) as error:
         require_vocabulary(vocab_size, tokenizer_size=12, special_token_ids=specials)
-    assert error.value.where == "architecture.vocab_size"
+    assert error.value.where == "model.vocab_size"
     require_vocabulary(12, tokenizer_size=12, special_token_ids=specials)
 
 
