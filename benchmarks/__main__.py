@@ -25,6 +25,7 @@ BENCHMARKS = {
     "b11": ("b11_near_duplicates", "near-duplicates in 100,000 chat rows, beside datasketch and rensa"),
     "b12": ("b12_checkpoint_stall", "how long a save stops the training loop, beside HF Trainer"),
     "b13": ("b13_export", "the gate and the export of a merged, then a GGUF model: seconds, bytes, memory"),
+    "b14": ("b14_dpo", "preference training (DPO) on pairs with long prompts, beside TRL's DPOTrainer"),
     "serve": ("serve_load", "foundry serve under 1, 4, 16 and 64 clients of locust: latency, throughput, first text"),
 }
 

@@ -5,10 +5,11 @@ A test compares the pages with what this would write, so they are never older th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
+from pydantic import BaseModel
 
 from model_foundry.cli.main import VERBS, main
 from model_foundry.config.commands import COMMAND_SCHEMAS
@@ -79,7 +80,8 @@ def configuration_page() -> str:
         inside = [spec for spec in fields.values() if spec.section == section]
         parts += [f"### {section or 'Top level'}\n", *([f"{sections[section]}\n"] if section else []), _table(inside)]
     for command, schema in COMMAND_SCHEMAS.items():
-        own = [spec for path, spec in schema_fields(schema).items() if path not in fields]
+        specs = schema_fields(schema).items()
+        own = [spec for path, spec in specs if path not in fields or _differs(spec, fields, schema)]
         if own:
             parts += [f"### Only in `foundry {command}`\n", _table(own)]
     parts.append("## Profiles\n")
@@ -88,6 +90,13 @@ def configuration_page() -> str:
         about, _, body = text.partition("\n")
         parts += [f"### {name}\n", f"{about.removeprefix('# ')}\n", f"```yaml\n{body.rstrip()}\n```\n"]
     return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def _differs(spec: FieldSpec, fields: Mapping[str, FieldSpec], schema: type[BaseModel]) -> bool:
+    """Whether a method of training takes other values for a field, or has another default."""
+    usual = fields[spec.path]
+    is_method = issubclass(schema, TrainConfig) and spec.path != "method"
+    return is_method and (spec.expected, spec.default) != (usual.expected, usual.default)
 
 
 def _which_commands() -> Iterator[str]:

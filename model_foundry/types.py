@@ -33,14 +33,27 @@ class Datum:
         tokens: int32 [T], the model's input.
         loss_inputs: arrays of length T; `target_tokens` int32 and `weights` float32 for cross-entropy (both [T, K]
             where a token has K targets), plus what other losses need (`logprobs`, `advantages`).
+        branches: lengths of the parts that the row ends with, each of which goes on from what stands before all of
+            them and sees none of the others; () for a plain row.
     """
 
     tokens: np.ndarray
     loss_inputs: Mapping[str, np.ndarray]
+    branches: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return int(self.tokens.shape[0])
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens before the branches."""
+        return self.num_tokens - sum(self.branches)
+
+    @property
+    def num_positions(self) -> int:
+        """The longest way from the beginning to the end of a branch: what must fit a model's context."""
+        return self.num_shared + max(self.branches, default=0)
 
     @staticmethod
     def from_row(ids: np.ndarray, weights: np.ndarray) -> Datum:
@@ -52,6 +65,35 @@ class Datum:
                 "weights": np.ascontiguousarray(weights[1:], dtype=np.float32),
             },
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A better and a worse answer to one prompt, each a row of its own with weights on the answer alone."""
+
+    chosen: Datum
+    rejected: Datum
+
+    @property
+    def num_shared(self) -> int:
+        """Inputs that both rows begin with, before the first one that is followed by a weighted target."""
+        one, other = self.chosen, self.rejected
+        length = min(one.num_tokens, other.num_tokens)
+        apart = one.tokens[:length] != other.tokens[:length]
+        for each in (one, other):
+            apart = apart | (each.loss_inputs["weights"][:length] != 0)
+        return int(np.argmax(apart)) if apart.any() else length
+
+    def joined(self) -> Datum:
+        """One row: what both begin with, then a branch for each answer, `chosen` first."""
+        shared = self.num_shared
+        parts = (self.chosen, self.rejected)
+        inputs = {
+            name: np.concatenate([value[:shared], *(each.loss_inputs[name][shared:] for each in parts)])
+            for name, value in self.chosen.loss_inputs.items()
+        }
+        tokens = np.concatenate([self.chosen.tokens[:shared], *(each.tokens[shared:] for each in parts)])
+        return Datum(tokens, inputs, tuple(each.num_tokens - shared for each in parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,14 +23,14 @@ from model_foundry.engine.sharded_engine import ShardedEngine, follow
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import FoundryError
 from model_foundry.types import AdamParams, Datum, LoraConfig, MuonParams, OptimizerKind, SamplingParams
-from tests.tiny_models import random_data
+from tests.tiny_models import random_comparisons, random_data
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "num_threads": 1}
 STEP = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0)
 LENGTHS = ((12, 30, 7, 21, 5), (9,), (40, 3, 3))  # the second has fewer rows than there are ranks
 LORA = LoraConfig(r=4, lora_alpha=8.0)
 MUON_STEP = MuonParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0)
-# name: (folder, adapter, the engine's options); "muon" in the name: trained by it
+# name: (folder, adapter, the engine's options); "muon" in the name: trained by it; "pairs": on preferences
 CASES: dict[str, tuple[str, LoraConfig | None, dict[str, Any]]] = {
     "full": ("llama", None, {}),
     "full in pieces": ("llama-tied", None, {"micro_batch_tokens": 16, "gradient_checkpointing": True}),
@@ -44,10 +44,16 @@ CASES: dict[str, tuple[str, LoraConfig | None, dict[str, Any]]] = {
     "experts": ("moe-balanced", None, {}),
     "experts in pieces": ("moe-balanced", None, {"micro_batch_tokens": 16}),
     "lora on experts": ("moe-balanced", LORA, {}),
+    "pairs": ("llama-tied", LORA, {}),
+    "pairs in pieces, every weight": ("llama", None, {"micro_batch_tokens": 40}),
 }
+PAIRS = ((12, 9, 4), (3, 2, 20), (1, 60, 60), (30, 4, 4), (8, 5, 3))
+"""(shared, better, worse); those of the third stand apart."""
 
 
-def batches(step: int) -> list[list[Datum]]:
+def batches(step: int, *, of_pairs: bool = False) -> list[list[Datum]]:
+    if of_pairs:
+        return [random_comparisons(PAIRS[:count], seed=10 * step) for count in (5, 1)]
     return [random_data(LENGTHS[(step + n) % 3], seed=10 * step + n) for n in range(2)]
 
 
@@ -59,12 +65,16 @@ def lightened(batch: list[Datum], dtype: torch.dtype) -> list[Datum]:
     ]
 
 
-def train(engine: TorchEngine, model_id: str, steps: Sequence[int]) -> list[dict[str, float]]:
+def train(
+    engine: TorchEngine, model_id: str, steps: Sequence[int], *, of_pairs: bool = False
+) -> list[dict[str, float]]:
     """The step is that of the optimizer that the model was created with."""
     records, update_by = [], MUON_STEP if engine.state_facts(model_id)["optimizer"] == "muon" else STEP
+    loss_fn = "dpo_sigmoid" if of_pairs else "cross_entropy"
     for step in steps:
         outputs = [
-            engine.forward_backward(model_id, lightened(batch, engine.dtype), logprobs="all") for batch in batches(step)
+            engine.forward_backward(model_id, lightened(batch, engine.dtype), loss_fn=loss_fn, logprobs="all")
+            for batch in batches(step, of_pairs=of_pairs)
         ]
         update = engine.optim_step(model_id, update_by)
         records.append({
@@ -92,7 +102,7 @@ def compare(ranks: Ranks, models: Path) -> dict[str, Any]:
             kind = "muon" if "muon" in name else "adamw"
             model_id = engine.create_model(models / folder, lora=lora, seed=5, optimizer=kind)
             fresh = final(engine, model_id)
-            records = train(engine, model_id, range(3))
+            records = train(engine, model_id, range(3), of_pairs="pairs" in name)
             prompts = [np.array([5, 9, 11], dtype=np.int32), np.array([7], dtype=np.int32)]
             answers = engine.sample(model_id, prompts, SamplingParams(max_tokens=6, stop_token_ids=(2,)))
             sides.append((records, final(engine, model_id), [each.tokens.tolist() for each in answers], fresh))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.decoder import expected_shapes
 from model_foundry.models.folder import write_model_folder
-from model_foundry.types import Datum
+from model_foundry.types import Datum, Pair
 
 VOCAB_SIZE = 260
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -149,3 +150,30 @@ def random_data(lengths: Sequence[int], *, seed: int = 0, share_due: float = 0.6
         weights = rng.uniform(0.2, 1.5, size=length + 1) * (rng.uniform(size=length + 1) < share_due)
         data.append(Datum.from_row(ids, weights))
     return data
+
+
+def random_pairs(shapes: Sequence[tuple[int, int, int]], *, seed: int = 0) -> list[Pair]:
+    """Pairs of (shared, better, worse) tokens, all of both answers' due with weight one."""
+    made = []
+    for number, (shared, *sizes) in enumerate(shapes):
+        both = [
+            random_data([shared + size], seed=seed + 10 * number + at, share_due=1.0)[0]
+            for at, size in enumerate(sizes)
+        ]
+        rows = []
+        for datum in both:
+            tokens, weights = datum.tokens.copy(), np.ones(datum.num_tokens, dtype=np.float32)
+            tokens[:shared], weights[:shared] = both[0].tokens[:shared], 0.0
+            targets = np.concatenate([tokens[1:], datum.loss_inputs["target_tokens"][-1:]])
+            inputs = {"target_tokens": targets, "weights": weights}
+            rows.append(Datum(tokens, inputs))
+        made.append(Pair(*rows))
+    return made
+
+
+def random_comparisons(shapes: Sequence[tuple[int, int, int]], *, seed: int = 0) -> list[Datum]:
+    """Such pairs as rows with two branches, beside a reference that is sure of every token to the same degree."""
+    return [
+        replace(row, loss_inputs={**row.loss_inputs, "logprobs": row.loss_inputs["weights"] * -3})
+        for row in (pair.joined() for pair in random_pairs(shapes, seed=seed))
+    ]

@@ -16,6 +16,7 @@ import yaml
 
 from model_foundry.cli.main import main
 from model_foundry.config.load import load_config
+from model_foundry.config.preference import DpoConfig
 from model_foundry.config.schema import TrainConfig
 from model_foundry.run.metrics import read_metrics
 
@@ -64,6 +65,27 @@ def write_project(folder: Path, *, model: Path, **changes: Any) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True))
     return path
+
+
+def write_pairs(path: Path, *, repeat: int = 1, **first: Any) -> Path:
+    """Eight pairs: the right colour before the next one's; `first` replaces fields of the first row."""
+    colours = list(COLOURS.values())
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Colour of {name}? " * repeat, "chosen": colour, "rejected": colours[(index + 1) % 8]}
+        for index, (name, colour) in enumerate(COLOURS.items())
+    ]
+    rows[0] = {key: value for key, value in (rows[0] | first).items() if value is not None}
+    return write_jsonl(path, rows)
+
+
+def tiny_pairs_config(folder: Path, *, model: Path, **changes: Any) -> DpoConfig:
+    """As `tiny_config`, for method dpo on `folder`/pairs.jsonl, which is written where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = folder / "pairs.jsonl"
+    if not pairs.exists():
+        write_pairs(pairs)
+    given = {"method": "dpo", "data__train_file": str(pairs), "criteria__pairs_preferred": None}
+    return load_config(DpoConfig, path=write_project(folder, model=model, **given | changes)).config
 
 
 def tiny_config(folder: Path, *, model: Path, **changes: Any) -> TrainConfig:

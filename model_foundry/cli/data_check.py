@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from model_foundry.cli.arguments import takes_config
+from model_foundry.config.commands import ROWS_SCHEMAS
 from model_foundry.config.load import Resolved
 from model_foundry.config.schema import TrainConfig
 
@@ -27,7 +28,7 @@ data is refused, with the rows named; 2: it could not be looked at.
 
 @click.command(help=_HELP)
 @click.option("--report", type=click.Path(path_type=Path), help="Write the verdict as JSON to this file as well.")
-@takes_config(TrainConfig, subject="data.train_file", subject_name="FILE")
+@takes_config(ROWS_SCHEMAS, subject="data.train_file", subject_name="FILE")
 def command(resolved: Resolved[TrainConfig], *, as_json: bool, report: Path | None) -> int:
     from model_foundry.checkpoint.atomic import atomic_write
     from model_foundry.recipes.gatekeeping import check_data

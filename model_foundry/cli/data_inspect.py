@@ -11,6 +11,7 @@ import click
 
 from model_foundry.cli.arguments import takes_config
 from model_foundry.cli.data_check import rendering_progress
+from model_foundry.config.commands import ROWS_SCHEMAS
 from model_foundry.config.load import Resolved
 from model_foundry.config.schema import TrainConfig
 
@@ -33,7 +34,7 @@ nothing here.
 @click.command(help=_HELP)
 @click.option("--rows", type=click.IntRange(min=0), help="How many rows to show, spread evenly over the file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page that needs no network to this file.")
-@takes_config(TrainConfig, subject="data.train_file", subject_name="FILE")
+@takes_config(ROWS_SCHEMAS, subject="data.train_file", subject_name="FILE")
 def command(resolved: Resolved[TrainConfig], *, as_json: bool, rows: int | None, html: Path | None) -> None:
     from model_foundry.data.gate.judge import judge
     from model_foundry.data.inspection import inspect_rows

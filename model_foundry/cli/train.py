@@ -14,7 +14,7 @@ from model_foundry.config.load import Resolved
 _ISO = ("%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%dT%H:%M:%S%z")
 
 
-@click.command(help="Train a model: fine-tuning (method=sft) or pretraining (method=pretrain), with proof.")
+@click.command(help="Train a model, with proof: method=sft (fine-tuning), dpo (preferences) or pretrain.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: rows, steps, memory, disk, time.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", help="auto: go on with what is there.")
 @click.option("--now", type=click.DateTime(["%Y-%m-%d", *_ISO]), hidden=True, help="The date a template may print.")

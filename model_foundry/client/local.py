@@ -5,7 +5,7 @@ The names and the shape of the calls are those of the tinker SDK's TrainingClien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -42,11 +42,21 @@ class TrainingClient:
         self.engine = engine
         self.model_id = model_id
 
-    def forward(self, data: Sequence[Datum], loss_fn: str = "cross_entropy") -> Done[ForwardBackwardOutput]:
-        return Done(self.engine.forward(self.model_id, data, loss_fn=loss_fn))
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> Done[ForwardBackwardOutput]:
+        return Done(self.engine.forward(self.model_id, data, loss_fn=loss_fn, loss_config=loss_fn_config))
 
-    def forward_backward(self, data: Sequence[Datum], loss_fn: str = "cross_entropy") -> Done[ForwardBackwardOutput]:
-        return Done(self.engine.forward_backward(self.model_id, data, loss_fn=loss_fn))
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> Done[ForwardBackwardOutput]:
+        return Done(self.engine.forward_backward(self.model_id, data, loss_fn=loss_fn, loss_config=loss_fn_config))
 
     def optim_step(self, adam_params: OptimParams) -> Done[OptimStepOutput]:
         return Done(self.engine.optim_step(self.model_id, adam_params))

@@ -193,10 +193,10 @@ def _require_imitable(rows: RowSet) -> None:
     """Refuse rows that also hold answers to avoid: trained on as they stand, those would be learned as well."""
     for row in rows.rows:
         if row.chosen or row.label is not None:
-            kind, method = ("preference pairs", "dpo") if row.chosen else ("answers labelled good or bad", "kto")
+            kind = "preference pairs, which method=dpo learns from" if row.chosen else "answers labelled good or bad"
             name = rows.path or "FILE"
             raise DataError(
-                f"the rows are {kind}, which method {method} learns from, not sft",
+                f"the rows are {kind}, and method sft imitates all that it reads",
                 where=row.source if rows.path is None else str(rows.path),
                 hint=f"Keep the good answers with: foundry data convert {name} OUT.jsonl --to messages --lossy",
             )

@@ -53,6 +53,7 @@ def choose_engine(
     options: Mapping[str, Any],
     optimizer: OptimizerKind = "adamw",
     num_processes: int = 1,
+    loss_fn: str = "cross_entropy",
     machine: Machine | None = None,
 ) -> EngineChoice:
     """The engine for a model and the options that `open_engine` will be given.
@@ -73,7 +74,7 @@ def choose_engine(
         return EngineChoice("torch", "MLX is not installed")
     if not machine.has_mlx:
         raise MissingExtraError("mlx", "mlx")
-    obstacle = mlx_obstacle(folder, options, optimizer=optimizer, num_processes=num_processes)
+    obstacle = mlx_obstacle(folder, options, optimizer=optimizer, num_processes=num_processes, loss_fn=loss_fn)
     if obstacle is None:
         return EngineChoice("mlx", "as asked" if asked == "mlx" else "this is Apple silicon, and MLX is installed")
     if asked == "auto":
@@ -93,7 +94,12 @@ def open_engine(name: Literal["torch", "mlx"], options: Mapping[str, Any]) -> Lo
 
 
 def mlx_obstacle(
-    folder: Path, options: Mapping[str, Any], *, optimizer: OptimizerKind = "adamw", num_processes: int = 1
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    optimizer: OptimizerKind = "adamw",
+    num_processes: int = 1,
+    loss_fn: str = "cross_entropy",
 ) -> str | None:
     """What of all this MLX's engine does not have, or None."""
     wanted = {
@@ -105,6 +111,7 @@ def mlx_obstacle(
         "training.num_threads": options.get("num_threads") is not None,
         f"training.optimizer={optimizer}": optimizer != "adamw",
         "several processes": num_processes > 1,
+        f"loss of pairs ({loss_fn})": loss_fn.startswith("dpo_"),
     }
     if missing := [what for what, is_wanted in wanted.items() if is_wanted]:
         return missing[0]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional
 
+from model_foundry.engine.preference_losses import PREFERENCE_TERMS
 from model_foundry.errors import EngineError
 
 Inputs = Mapping[str, torch.Tensor]
@@ -32,6 +33,8 @@ class Loss:
         due: the input that is zero where no loss is due; None: it is due everywhere.
         settings: what a call may set, with the defaults.
         many_targets: a token may have K targets; every input is [T, K] then.
+        num_branches: not 0: the loss is of whole answers, the branches of a datum (see `pair_pass`); `terms` gets sums
+            over each, [R, num_branches], and gives one loss a datum, [R].
     """
 
     terms: Callable[[torch.Tensor, Inputs, Settings], torch.Tensor]
@@ -39,6 +42,7 @@ class Loss:
     due: str | None
     settings: Settings = field(default_factory=dict)
     many_targets: bool = False
+    num_branches: int = 0
 
 
 def _ratio(logprobs: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -68,6 +72,9 @@ def _dro(logprobs: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Te
     return -(logprobs * inputs["advantages"] - 0.5 * settings["beta"] * distance)
 
 
+NUM_ANSWERS = 2
+"""A better one and a worse one."""
+_PAIR = ("target_tokens", "weights", "logprobs")
 _SAMPLED = ("target_tokens", "logprobs", "advantages")
 
 LOSSES: dict[str, Loss] = {
@@ -81,6 +88,10 @@ LOSSES: dict[str, Loss] = {
     "ppo": Loss(_ppo, _SAMPLED, due="advantages", settings={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
     "cispo": Loss(_cispo, _SAMPLED, due="advantages", settings={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}),
     "dro": Loss(_dro, _SAMPLED, due=None, settings={"beta": 0.05}),
+    **{
+        f"dpo_{name}": Loss(terms, _PAIR, due="weights", settings=settings, num_branches=NUM_ANSWERS)
+        for name, (terms, settings) in PREFERENCE_TERMS.items()
+    },
 }
 
 
@@ -208,7 +219,7 @@ def score(logits: torch.Tensor, loss: Loss, inputs: Inputs, *, backward: bool, s
     slope, values = _slope(loss, logp, inputs)
     if not backward:
         return Scored(values, logp, None)
-    slope = slope.mul_(scale).to(probabilities.dtype).view(shape[0], -1)
+    slope = (slope * scale).to(probabilities.dtype).view(shape[0], -1)
     d_logits = probabilities.mul_(-slope.sum(1, keepdim=True)).scatter_add_(1, targets, slope).to(logits.dtype)
     return Scored(values, logp, d_logits)
 

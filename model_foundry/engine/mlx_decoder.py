@@ -97,6 +97,7 @@ class MlxDecoder:
 
     implementation = "native"
     balance = None
+    reads_branches = False
 
     def __init__(self, config: ModelConfig, weights: dict[str, mx.array], *, compute: mx.Dtype) -> None:
         self.config, self.compute, self.weights = config, compute, weights

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from model_foundry.engine.base import LogprobScope
+from model_foundry.engine.branches import lay_out
 from model_foundry.engine.losses import Loss
 from model_foundry.engine.mlx_losses import target_logprobs
 from model_foundry.engine.pieces import Passes
@@ -39,8 +40,10 @@ class MlxPasses(Passes):
         """The summed loss, and the log-probability of each target where it is due."""
         decoder: Any = self.model
         optimizer: Any = self.optimizer
-        tokens = mx.array(np.concatenate([datum.tokens for datum in data]).astype(np.int32))
-        lengths, chosen = [datum.num_tokens for datum in data], mx.array(np.flatnonzero(due).astype(np.int32))
+        laid = lay_out(data, reads_branches=self.model.reads_branches)
+        tokens = mx.array(np.concatenate(laid.rows).astype(np.int32))
+        places = np.flatnonzero(due) if laid.places is None else laid.places[due]
+        lengths, chosen = [len(row) for row in laid.rows], mx.array(places.astype(np.int32))
         dtypes = dict.fromkeys(inputs, np.float32) | {"target_tokens": np.int32}
         wanted: Any = {name: mx.array(value[due].astype(dtypes[name])) for name, value in inputs.items()}
 

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from model_foundry.engine.base import LogprobScope
+from model_foundry.engine.branches import answers_of, laid_lengths, lay_out, wrong_branches
 from model_foundry.engine.loss_scale import LossScale
 from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, head_pass
 from model_foundry.engine.optimizer import FlatOptimizer
+from model_foundry.engine.pair_pass import pair_pass
 from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.engine.side_by_side import run_side_by_side, worthwhile_shares
 from model_foundry.errors import EngineError, OutOfMemoryError
@@ -57,6 +59,7 @@ class Passes:
     torn: bool = False
     between: Callable[[], None] = lambda: None
     _piece_lengths: tuple[int, ...] = ()
+    _num_read: int = 0  # tokens of the piece at hand, those counted twice that two branches share and read apart
 
     @property
     def gradient_scale(self) -> float:
@@ -206,15 +209,22 @@ class Passes:
 
     def _enter(self, piece: Sequence[int], data: Sequence[Datum], first_row: int) -> list[Datum]:
         """The rows of a piece, which is from now on the one at hand."""
-        self.counter.rows = tuple((first_row + row, data[row].num_tokens) for row in piece)
+        reads = self.model.reads_branches
+        self.counter.rows = tuple(
+            (first_row + row + (number << 32), length)
+            for row in piece
+            for number, length in enumerate(laid_lengths(data[row], reads_branches=reads))
+        )
         self._piece_lengths = tuple(data[row].num_tokens for row in piece)
+        self._num_read = sum(length for _, length in self.counter.rows)
         return [data[row] for row in piece]
 
     def _open_balance(
         self, balance: RouterBalance, data: Sequence[Datum], loss: Loss, pieces: Sequence[Sequence[int]], first_row: int
     ) -> None:
         """The load-balancing loss is about the whole batch: in several pieces, the choices are counted first."""
-        num_tokens = sum(datum.num_tokens for datum in data)
+        reads = self.model.reads_branches
+        num_tokens = sum(sum(laid_lengths(datum, reads_branches=reads)) for datum in data)
         weight = float(num_tokens)
         if loss.due is not None:
             weight = sum(float(np.abs(datum.loss_inputs[loss.due]).sum()) for datum in data)
@@ -222,14 +232,18 @@ class Passes:
         if len(pieces) < 2:
             return
         for piece in pieces:
-            rows = self._rows(self._enter(piece, data, first_row))
-            balance.listen(sum(self._piece_lengths))
+            part = self._enter(piece, data, first_row)
+            balance.listen(self._num_read)
             with torch.no_grad():
-                self.model.hidden(rows)
+                self._hidden(part)
         balance.counted()
 
-    def _rows(self, data: Sequence[Datum]) -> list[torch.Tensor]:
-        return [torch.from_numpy(datum.tokens.astype(np.int64)).to(self.device) for datum in data]
+    def _hidden(self, data: Sequence[Datum]) -> torch.Tensor:
+        """What the head is applied to, [N, D], in the order of the datums' tokens."""
+        laid = lay_out(data, reads_branches=self.model.reads_branches)
+        rows = [torch.from_numpy(row.astype(np.int64)).to(self.device) for row in laid.rows]
+        hidden = self.model.hidden(rows, laid.branches if any(laid.branches) else ())
+        return hidden if laid.places is None else hidden[torch.from_numpy(laid.places).to(self.device)]
 
     def _piece(
         self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
@@ -271,7 +285,7 @@ class Passes:
         own: OwnGradients | None = None,
     ) -> tuple[float, list[np.ndarray], float]:
         """One packed pass; its gradients are added to the parameters', or kept in `own`."""
-        rows, balance = self._rows(data), self.model.balance if backward else None
+        balance = self.model.balance if backward else None
         inputs = {
             name: torch.from_numpy(np.concatenate([datum.loss_inputs[name] for datum in data])).to(self.device)
             for name in loss.inputs
@@ -279,18 +293,24 @@ class Passes:
         inputs["target_tokens"] = inputs["target_tokens"].long()
         wanted = _wanted(inputs, loss, scope, is_filling=not self._piece_lengths)
         if balance is not None:
-            balance.listen(sum(self._piece_lengths))
-        hidden = self.model.hidden(rows)
+            balance.listen(self._num_read)
+        hidden = self._hidden(data)
         router_loss = 0.0 if balance is None else balance.settle(self.gradient_scale)
         flat = hidden.detach()
         chosen = None if bool(wanted.all()) else wanted.nonzero()[:, 0]
         part = flat if chosen is None else flat[chosen]
         picked = inputs if chosen is None else {name: value[chosen] for name, value in inputs.items()}
-        chunk = CHUNK_LOGITS if own is None else own.chunk_logits
+        chunk, scale = CHUNK_LOGITS if own is None else own.chunk_logits, self.gradient_scale
         with self.model.opened_head() if own is None else nullcontext(own.head) as head:
-            result = head_pass(
-                part, head, loss, picked, backward=backward, scale=self.gradient_scale, chunk_logits=chunk
-            )  # fmt: skip
+            if loss.num_branches:
+                places = answers_of(data) if chosen is None else answers_of(data)[chosen.cpu().numpy()]
+                num_pairs = len(data) if self._piece_lengths else 0  # filling is no pair
+                result = pair_pass(
+                    part, head, loss, picked, answers=torch.from_numpy(places), num_pairs=num_pairs,
+                    backward=backward, scale=scale, chunk_logits=chunk,
+                )  # fmt: skip
+            else:
+                result = head_pass(part, head, loss, picked, backward=backward, scale=scale, chunk_logits=chunk)
         if backward and result.d_hidden is not None:
             gradient = result.d_hidden
             if chosen is not None:
@@ -366,13 +386,14 @@ def check_batch(data: Sequence[Datum], model: LanguageModel, loss: Loss) -> None
         raise EngineError("a batch without rows")
     many = np.shape(data[0].loss_inputs.get("target_tokens", ()))[1:]
     for number, datum in enumerate(data):
-        what = _wrong_shapes(datum, loss, many) or _wrong_tokens(datum, model.vocab_size)
+        what = _wrong_shapes(datum, loss, many) or wrong_branches(datum, loss.num_branches)
+        what = what or _wrong_tokens(datum, model.vocab_size)
         if what is not None:
             raise EngineError(what, where=f"row {number}")
         limit = model.max_position_embeddings
-        if limit is not None and datum.num_tokens > limit:
+        if limit is not None and datum.num_positions > limit:
             raise EngineError(
-                f"{datum.num_tokens} tokens exceed the model's context of {limit}",
+                f"{datum.num_positions} tokens exceed the model's context of {limit}",
                 where=f"row {number}",
                 hint="Lower data.max_length.",
             )

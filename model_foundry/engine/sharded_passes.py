@@ -86,7 +86,7 @@ class ShardedPasses(Passes):
         if piece:
             return Passes._enter(self, piece, data, first_row)
         self.counter.rows = ((-1, 1),)
-        self._piece_lengths = ()
+        self._piece_lengths, self._num_read = (), 0
         return list(self._filling)
 
     def _output(

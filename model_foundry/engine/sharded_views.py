@@ -71,6 +71,8 @@ def rows_as_arrays(data: Sequence[Datum], inputs: Sequence[str]) -> dict[str, np
     """Rows end to end."""
     arrays = {f"inputs.{name}": np.concatenate([datum.loss_inputs[name] for datum in data]) for name in inputs}
     lengths = np.array([datum.num_tokens for datum in data], dtype=np.int64)
+    forks = [np.array(datum.branches, dtype=np.int64) for datum in data]
+    arrays |= {"branches": np.concatenate(forks), "num_branches": np.array([fork.size for fork in forks])}
     return {"lengths": lengths, "tokens": np.concatenate([datum.tokens for datum in data]), **arrays}
 
 
@@ -78,7 +80,11 @@ def rows_of_arrays(arrays: Mapping[str, np.ndarray]) -> list[Datum]:
     ends = np.cumsum(arrays["lengths"])[:-1]
     inputs = {name.removeprefix("inputs."): np.split(array, ends) for name, array in arrays.items() if "." in name}
     tokens = np.split(arrays["tokens"], ends)
-    return [Datum(row, {name: parts[at] for name, parts in inputs.items()}) for at, row in enumerate(tokens)]
+    forks = np.split(arrays["branches"], np.cumsum(arrays["num_branches"])[:-1])
+    return [
+        Datum(row, {name: parts[at] for name, parts in inputs.items()}, tuple(forks[at].tolist()))
+        for at, row in enumerate(tokens)
+    ]
 
 
 def logprobs_by_row(part: Said, data: Sequence[Datum]) -> Iterator[tuple[int, np.ndarray]]:

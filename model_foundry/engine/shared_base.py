@@ -29,10 +29,10 @@ from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, score
 from model_foundry.engine.side_by_side import even_shares, run_side_by_side, worthwhile_shares
 from model_foundry.engine.steady_products import LEAST_ROWS, STEP_ROWS, Sizes, SteadyProduct, steady_pair
 from model_foundry.errors import EngineError
-from model_foundry.models.attention import PackedRows
 from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.language_model import LanguageModel, NativeModel, share_weights
 from model_foundry.models.lora import Linear
+from model_foundry.models.packed_rows import PackedRows
 from model_foundry.types import Datum
 
 SEGMENT_ROWS = 16

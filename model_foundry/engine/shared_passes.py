@@ -15,7 +15,7 @@ from model_foundry.engine.losses import Loss
 from model_foundry.engine.pieces import Passes
 from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.engine.shared_base import AdapterLayers, Segment, SegmentResult, SharedBase
-from model_foundry.errors import FoundryError
+from model_foundry.errors import EngineError, FoundryError
 from model_foundry.types import Datum, ForwardBackwardOutput
 
 
@@ -36,6 +36,13 @@ class SharedPasses(Passes):
         return len(self._pieces([datum.num_tokens for datum in data])) == 1
 
     def segment(self, data: Sequence[Datum], loss: Loss) -> Segment:
+        """A batch as a part of a pass.
+
+        Raises:
+            EngineError: a row has branches, or the loss is of them.
+        """
+        if loss.num_branches or any(datum.branches for datum in data):
+            raise EngineError("models over a shared base read plain rows, and these have branches")
         return Segment(self.adapter, data, loss)
 
     def _piece(

@@ -3,8 +3,8 @@
 Queries are taken in blocks, and each block meets only the keys before its end, so the upper triangle is not computed.
 Short rows of similar length are stacked (padded on the right, which causality hides) to make fewer, larger products.
 Probabilities are kept for the backward pass while they are small, and computed again where they are not
-(Dao et al. 2022 keep none). Accelerators use torch's fused kernels instead. It knows nothing of layers, weights or
-caches.
+(Dao et al. 2022 keep none). Accelerators use torch's fused kernels instead. A row may end in branches, which go on from
+one beginning and do not see each other; they cost a mask. It knows nothing of layers, weights or caches.
 
 Shapes: N packed tokens, H query heads, K key/value heads, G = H // K, D head width, S rows of a group, T their length.
 """
@@ -12,135 +12,21 @@ Shapes: N packed tokens, H query heads, K key/value heads, G = H // K, D head wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional
 
+from model_foundry.models.packed_rows import QUERY_BLOCK_TOKENS, PackedRows, RowGroup
 from model_foundry.models.randomness import AttentionDropout
 
 Attention = Literal["auto", "flash", "sdpa", "eager"]
 """Back ends. eager: the blocks below, in plain operations. sdpa: torch's fused kernels, row by row. flash: one call of
 FlashAttention for all rows."""
-QUERY_BLOCK_TOKENS = 256
-"""Rows of queries a product; larger blocks compute more of the masked triangle, smaller ones make small products."""
 KEEP_PROBABILITIES_TOKENS = 512
 """Rows up to this length keep their probabilities; beyond it the memory grows with the square, so they are redone."""
-STACK_TOKENS = 8192
-"""A stack of short rows holds at most this many tokens with its padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowGroup:
-    """Rows computed together.
-
-    Attributes:
-        index: int64 [S, T], which packed token stands where (padding repeats the last); None: rows of one length that
-            lie one after the other from `start` on, so that nothing needs to be looked up.
-        valid: bool [S, T], which places are no padding; None without any.
-    """
-
-    index: torch.Tensor | None
-    valid: torch.Tensor | None
-    start: int
-    rows: tuple[int, ...]
-    num_tokens: int
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    def moved(self, *, rows: int, tokens: int) -> RowGroup:
-        """The same group in a batch with so many rows and tokens before it."""
-        index = None if self.index is None else self.index + tokens
-        start = self.start if self.index is not None else self.start + tokens
-        return replace(self, index=index, start=start, rows=tuple(row + rows for row in self.rows))
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """The group's part of packed x [N, ..]: [S·T, ..]."""
-        if self.index is None:
-            return x[self.start : self.start + self.num_rows * self.num_tokens]
-        return x[self.index.view(-1)]
-
-
-@dataclass(slots=True)
-class PackedRows:
-    """Where each row of a packed batch lies, how rows are grouped, and the causal masks, shared by all layers."""
-
-    lengths: tuple[int, ...]
-    groups: tuple[RowGroup, ...]
-    positions: torch.Tensor
-    _masks: dict[tuple[int, int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedRows:
-        """Lay out rows of these lengths one after the other."""
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-        groups: list[RowGroup] = []
-        stack: list[int] = []
-        for row in order:
-            if stack and not _stackable(lengths[stack[0]], lengths[row], len(stack) + 1):
-                groups.append(_group(stack, lengths, starts, device))
-                stack = []
-            stack.append(row)
-        groups.append(_group(stack, lengths, starts, device))
-        return cls(tuple(lengths), tuple(groups), positions)
-
-    @classmethod
-    def joined(cls, parts: Sequence[PackedRows]) -> PackedRows:
-        """Parts one after the other, each with its own groups, so that none's depend on the others."""
-        groups: list[RowGroup] = []
-        first_row = first_token = 0
-        for part in parts:
-            groups += [group.moved(rows=first_row, tokens=first_token) for group in part.groups]
-            first_row, first_token = first_row + len(part.lengths), first_token + sum(part.lengths)
-        lengths = tuple(length for part in parts for length in part.lengths)
-        return cls(lengths, tuple(groups), torch.cat([part.positions for part in parts]))
-
-    def mask(self, first_query: int, num_queries: int, first_key: int, window: int | None) -> torch.Tensor | None:
-        """bool [num_queries, keys up to the block's end], True where a query must not look; None where all may."""
-        key = (first_query, num_queries, first_key, window)
-        if key not in self._masks:
-            device = self.positions.device
-            query = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
-            keys = torch.arange(first_key, first_query + num_queries, device=device)[None, :]
-            hidden = keys > query
-            if window is not None:
-                hidden |= keys <= query - window
-            self._masks[key] = hidden if bool(hidden.any()) else None
-        return self._masks[key]
-
-
-def _stackable(shortest: int, longest: int, num_rows: int) -> bool:
-    """Whether padding to `longest` costs little: at most an eighth, or a few tokens."""
-    return (
-        longest <= QUERY_BLOCK_TOKENS
-        and longest - shortest <= max(8, longest // 8)
-        and (longest * num_rows <= STACK_TOKENS)
-    )
-
-
-def _group(rows: list[int], lengths: Sequence[int], starts: list[int], device: torch.device | str) -> RowGroup:
-    width = max(lengths[row] for row in rows)
-    if all(lengths[row] == width and row == rows[0] + place for place, row in enumerate(rows)):
-        return RowGroup(index=None, valid=None, start=starts[rows[0]], rows=tuple(rows), num_tokens=width)
-    index = torch.stack([starts[row] + torch.arange(width).clamp(max=lengths[row] - 1) for row in rows])
-    length = torch.tensor([lengths[row] for row in rows])[:, None]
-    valid = torch.arange(width)[None, :] < length
-    padded = not bool(valid.all())
-    return RowGroup(
-        index=index.to(device),
-        valid=valid.to(device) if padded else None,
-        start=-1,
-        rows=tuple(rows),
-        num_tokens=width,
-    )
 
 
 def rotate(
@@ -174,8 +60,8 @@ class PackedAttention(torch.autograd.Function):
             qg, kg = _by_head(q, group, num_kv, rope[:2]), _by_head(k, group, num_kv, rope[2:])
             vg = _by_head(v, group, num_kv)
             og = torch.empty_like(qg)
-            for first, last, first_key in _blocks(group.num_tokens, window):
-                p = _probabilities(qg, kg, first, last, first_key, rows, window)
+            for first, last, first_key in _blocks(group, window):
+                p = _probabilities(qg, kg, first, last, first_key, group, rows, window)
                 used = p if dropout is None else p * _kept(dropout, group, qg, first, last, first_key)
                 og[:, :, first:last] = torch.bmm(used, vg[:, 0, first_key:last]).view(
                     og.shape[0], og.shape[1], -1, og.shape[3]
@@ -197,7 +83,7 @@ class PackedAttention(torch.autograd.Function):
         dk, dv = (grad.new_empty(grad.shape[0], num_kv, grad.shape[2]) for _ in range(2))
         for group in ctx.rows.groups:
             part, inputs = inputs[:3], inputs[3:]
-            blocks = len(_blocks(group.num_tokens, ctx.window))
+            blocks = len(_blocks(group, ctx.window))
             mine = None
             if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
                 mine, kept = kept[:blocks], kept[blocks:]
@@ -225,8 +111,8 @@ def _backward_group(
     qg, kg, vg = inputs
     dqg = torch.empty_like(qg)
     dkg, dvg = torch.zeros_like(kg), torch.zeros_like(vg)
-    for number, (first, last, first_key) in enumerate(_blocks(group.num_tokens, window)):
-        p = kept[number] if kept is not None else _probabilities(qg, kg, first, last, first_key, rows, window)
+    for number, (first, last, first_key) in enumerate(_blocks(group, window)):
+        p = kept[number] if kept is not None else _probabilities(qg, kg, first, last, first_key, group, rows, window)
         block = gg[:, :, first:last].reshape(gg.shape[0], -1, gg.shape[3])
         keys, values = kg[:, 0, first_key:last], vg[:, 0, first_key:last]
         scale = None if dropout is None else _kept(dropout, group, qg, first, last, first_key)
@@ -239,12 +125,14 @@ def _backward_group(
     return dqg, dkg, dvg
 
 
-def _blocks(num_tokens: int, window: int | None) -> list[tuple[int, int, int]]:
+def _blocks(group: RowGroup, window: int | None) -> list[tuple[int, int, int]]:
     """(first query, end, first key) of each block; keys run to the block's end."""
     blocks = []
-    for first in range(0, num_tokens, QUERY_BLOCK_TOKENS):
-        last = min(first + QUERY_BLOCK_TOKENS, num_tokens)
-        blocks.append((first, last, 0 if window is None else max(0, first - window + 1)))
+    for first in range(0, group.num_tokens, QUERY_BLOCK_TOKENS):
+        last = min(first + QUERY_BLOCK_TOKENS, group.num_tokens)
+        # A branch stands further from the beginning than its positions say.
+        first_key = 0 if window is None or group.branch is not None else max(0, first - window + 1)
+        blocks.append((first, last, first_key))
     return blocks
 
 
@@ -292,11 +180,25 @@ def _put(
 
 
 def _probabilities(
-    qg: torch.Tensor, kg: torch.Tensor, first: int, last: int, first_key: int, rows: PackedRows, window: int | None
+    qg: torch.Tensor,
+    kg: torch.Tensor,
+    first: int,
+    last: int,
+    first_key: int,
+    group: RowGroup,
+    rows: PackedRows,
+    window: int | None,
 ) -> torch.Tensor:
     """Attention of the queries first..last: [S·K, G·(last - first), last - first_key]."""
     queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
     scores = torch.bmm(queries, kg[:, 0, first_key:last].transpose(1, 2))
+    if group.branch is not None:
+        # What all branches go on from is hidden from nobody after it.
+        masked = min(first, group.num_shared) if window is None else 0
+        hidden = rows.fork_mask(group, first, last, masked, window)
+        by_row = scores.view(group.num_rows, -1, last - first, scores.shape[2])
+        by_row[..., masked:].masked_fill_(hidden[:, None], float("-inf"))
+        return torch.softmax(scores, dim=-1)
     # Without a window only keys from the block's first query on can be hidden.
     masked = first if window is None else first_key
     mask = rows.mask(first, last - first, masked, window)
@@ -410,8 +312,9 @@ def attend_row_by_row(
     """The same through torch's fused kernels: for accelerators, where a row fills the machine."""
     cos_q, sin_q, cos_k, sin_k = rope
     q, k = _rotate_autograd(q, cos_q, sin_q), _rotate_autograd(k, cos_k, sin_k)
-    parts = zip(*(x.split(list(rows.lengths)) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(row_q, row_k, row_v, window) for row_q, row_k, row_v in parts])
+    forks = rows.branches or ((),) * len(rows.lengths)
+    parts = zip(*(x.split(list(rows.lengths)) for x in (q, k, v)), forks, strict=True)
+    return torch.cat([_sdpa(row_q, row_k, row_v, window, branches) for row_q, row_k, row_v, branches in parts])
 
 
 def _rotate_autograd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -419,10 +322,15 @@ def _rotate_autograd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, branches: tuple[int, ...] = ()
+) -> torch.Tensor:
     """One row on an accelerator through torch's fused kernels; the scale is in the rotation already."""
     mask = None
-    if window is not None and q.shape[0] > window:
+    if branches:
+        forked = PackedRows.of([q.shape[0]], q.device, [branches])
+        mask = ~forked.fork_mask(forked.groups[0], 0, q.shape[0], 0, window)[0]
+    elif window is not None and q.shape[0] > window:
         place = torch.arange(q.shape[0], device=q.device)
         mask = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - window)
     out = functional.scaled_dot_product_attention(

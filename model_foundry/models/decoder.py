@@ -19,12 +19,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model_foundry.errors import ArchitectureMismatchError, ModelError
-from model_foundry.models.attention import Attention, PackedRows, attend_packed, choose_attention, rotate
+from model_foundry.models.attention import Attention, attend_packed, choose_attention, rotate
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.lora import Adaptable, Linear, project
 from model_foundry.models.mlp import GatedMLP
+from model_foundry.models.packed_rows import PackedRows
 from model_foundry.models.packing import PackedLinear, PackedStack, Packing, ParameterMaker
 from model_foundry.models.randomness import AttentionDropout, DropoutCounter, drop, salt
 from model_foundry.models.rope import rope_frequencies
@@ -348,14 +349,17 @@ def _of_expert(name: str, number: int) -> str:
     return f"{before}.{number}.{projection}.{last}"
 
 
-def fill_up(rows: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, PackedRows]:
+def fill_up(
+    rows: Sequence[torch.Tensor], device: torch.device, branches: Sequence[tuple[int, ...]] = ()
+) -> tuple[torch.Tensor, PackedRows]:
     """Pack rows; on a CPU up to a multiple of SHAPE_TOKENS, by a last row that nobody reads."""
-    lengths, parts = [int(row.shape[0]) for row in rows], list(rows)
+    lengths, parts, forks = [int(row.shape[0]) for row in rows], list(rows), list(branches)
     spare = -sum(lengths) % SHAPE_TOKENS if device.type == "cpu" else 0
     if spare:
         lengths.append(spare)
         parts.append(torch.zeros(spare, dtype=torch.int64))
-    return torch.cat(parts), PackedRows.of(lengths, device)
+        forks += [()] if forks else []
+    return torch.cat(parts), PackedRows.of(lengths, device, forks)
 
 
 class KeyValueCache:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from model_foundry.errors import ArchitectureMismatchError, ModelError
-from model_foundry.models.attention import Attention, PackedRows, choose_attention
+from model_foundry.models.attention import Attention, choose_attention
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.compiled import compile_layers
 from model_foundry.models.config import ModelConfig, native_obstacle
@@ -27,6 +27,7 @@ from model_foundry.models.experts import ExpertStack
 from model_foundry.models.fallback import TransformersModel, load_transformers_model
 from model_foundry.models.folder import read_config, read_tensors
 from model_foundry.models.lora import Adaptable, Linear
+from model_foundry.models.packed_rows import PackedRows
 from model_foundry.models.packing import Quantization, choose_packing
 from model_foundry.models.randomness import DropoutCounter
 
@@ -81,8 +82,17 @@ class LanguageModel(nn.Module):
     def draw_dropout_by(self, counter: DropoutCounter) -> None:
         """Draw the model's own dropout masks in training by this counter."""
 
-    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Rows of tokens int64 [T_i] → what `head` is applied to, [N, D] (or logits [N, V] without a head)."""
+    @property
+    def reads_branches(self) -> bool:
+        """Whether `hidden` takes rows that end in branches; where not, each branch has to be a row of its own."""
+        return False
+
+    def hidden(self, rows: Sequence[torch.Tensor], branches: Sequence[tuple[int, ...]] = ()) -> torch.Tensor:
+        """Rows of tokens int64 [T_i] → what `head` is applied to, [N, D] (or logits [N, V] without a head).
+
+        Args:
+            branches: of each row, the lengths of the parts that it ends with (see `Datum`); () for plain rows.
+        """
         raise NotImplementedError
 
     @property
@@ -154,12 +164,16 @@ class NativeModel(LanguageModel):
         self.vocab_size = decoder.config.vocab_size
         self.max_position_embeddings = decoder.config.max_position_embeddings
 
-    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        device = self.decoder.embed_tokens.device
+    @property
+    def reads_branches(self) -> bool:
+        return self.decoder.attention != "flash"  # whose kernel knows no mask
+
+    def hidden(self, rows: Sequence[torch.Tensor], branches: Sequence[tuple[int, ...]] = ()) -> torch.Tensor:
+        device, lengths = self.decoder.embed_tokens.device, [int(row.shape[0]) for row in rows]
         if self.training and self.decoder.drops:
             # Dropout masks belong to the rows that the engine counted.
-            return self.decoder(torch.cat(list(rows)), PackedRows.of([int(row.shape[0]) for row in rows], device))
-        return self.decoder(*fill_up(rows, device))[: sum(int(row.shape[0]) for row in rows)]
+            return self.decoder(torch.cat(list(rows)), PackedRows.of(lengths, device, branches))
+        return self.decoder(*fill_up(rows, device, branches))[: sum(lengths)]
 
     @property
     def balance(self) -> RouterBalance | None:
@@ -244,7 +258,8 @@ class ForeignModel(LanguageModel):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
-    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    def hidden(self, rows: Sequence[torch.Tensor], branches: Sequence[tuple[int, ...]] = ()) -> torch.Tensor:
+        assert not any(branches), "transformers reads plain rows"
         device = next(self.parameters()).device.type
         # Only float32 weights being trained need it: a frozen model is in the compute type already.
         mixed = self.compute_dtype != self.weights_dtype

@@ -35,7 +35,7 @@ from model_foundry.recipes.fresh import fresh_source, work_folder
 from model_foundry.recipes.optimisation import adam_params, learning_rate
 from model_foundry.recipes.preparation import VALIDATION_BATCH_TOKENS, context_of, weighted
 from model_foundry.recipes.schedule import LearningRate
-from model_foundry.recipes.work import HeldOutText
+from model_foundry.recipes.work import HeldOutText, TokenLosses
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
@@ -46,7 +46,7 @@ PACKING_TIMEOUT_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
-class PreparedCorpus:
+class PreparedCorpus(TokenLosses):
     """What pretraining is made of; a `Work`.
 
     Attributes:

@@ -41,6 +41,8 @@ class MemoryTask:
     tokens: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+    loss_fn: str = "cross_entropy"
     attention: str = "auto"
     quantization: str = "none"
     engine: str = "torch"
@@ -60,6 +62,7 @@ def task_of(batch: Sequence[Datum], **fields: Any) -> MemoryTask:
         tokens=tuple(tuple(datum.tokens.tolist()) for datum in batch),
         targets=tuple(tuple(datum.loss_inputs["target_tokens"].tolist()) for datum in batch),
         weights=tuple(tuple(datum.loss_inputs["weights"].tolist()) for datum in batch),
+        branches=tuple(datum.branches for datum in batch),
         **fields,
     )
 
@@ -96,18 +99,18 @@ def main() -> None:
     process = resident_memory_bytes()
     model_id = engine.create_model(Path(values["folder"]), lora=None if lora is None else LoraConfig(**lora))
     loaded = resident_memory_bytes()
-    columns = zip(values["tokens"], values["targets"], values["weights"], strict=True)
-    batch = [
-        Datum(
-            np.array(tokens, dtype=np.int32),
-            {"target_tokens": np.array(targets, dtype=np.int32), "weights": np.array(weights, dtype=np.float32)},
-        )
-        for tokens, targets, weights in columns
-    ]
+    forks = values["branches"] or [()] * len(values["tokens"])
+    batch = [_datum(*row) for row in zip(values["tokens"], values["targets"], values["weights"], forks, strict=True)]
     for _ in range(NUM_STEPS):
-        engine.forward_backward(model_id, batch)
+        engine.forward_backward(model_id, batch, loss_fn=values["loss_fn"])
         engine.optim_step(model_id, AdamParams())
     print(json.dumps({"process": process, "loaded": loaded, "peak": engine.peak_memory_bytes()}))
+
+
+def _datum(tokens: list[int], targets: list[int], weights: list[float], branches: Sequence[int]) -> Datum:
+    inputs = {"target_tokens": np.array(targets, dtype=np.int32), "weights": np.array(weights, dtype=np.float32)}
+    inputs["logprobs"] = np.zeros_like(inputs["weights"])  # a reference, for losses that have one
+    return Datum(np.array(tokens, dtype=np.int32), inputs, tuple(branches))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 from datetime import datetime
 
 from model_foundry.config.commands import RunConfig
+from model_foundry.config.preference import DpoConfig
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.models.finder import resolve_model
 from model_foundry.models.folder import fingerprint
 from model_foundry.recipes.corpus import prepare_corpus
 from model_foundry.recipes.fresh import fresh_source
+from model_foundry.recipes.preference import prepare_pairs
 from model_foundry.recipes.preparation import prepare
 from model_foundry.recipes.work import Work
 
@@ -22,6 +24,8 @@ def prepare_work(config: RunConfig, *, now: datetime) -> Work:
     """
     if isinstance(config, ExperimentConfig):
         return prepare_corpus(config, now=now)
+    if isinstance(config, DpoConfig):
+        return prepare_pairs(config, now=now)
     return prepare(config, now=now)
 
 

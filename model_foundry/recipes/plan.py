@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_foundry.engine.base import LocalEngine
+from model_foundry.engine.branches import laid_lengths
 from model_foundry.engine.pieces import split_by_tokens
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
@@ -24,6 +25,8 @@ from model_foundry.run.progress import duration
 
 PASS_SHARE_OF_STEP = 0.97
 """The rest of a step is the optimizer and the record."""
+FORWARD_SHARE_OF_PASS = 0.4
+"""A pass without gradients beside one with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,12 @@ def try_longest_batch(engine: LocalEngine, model_id: str, work: Work) -> Trial:
     Raises:
         OutOfMemoryError: not even one row of it fits.
     """
-    batch = work.longest_batch()
+    batch, objective = work.longest_batch(), work.objective
     seconds, pieces = float("inf"), 1
     for _ in range(2):  # the first pass also warms caches up; the second is what a step takes
         started = time.perf_counter()
-        pieces = engine.forward_backward(model_id, batch).num_micro_batches
+        output = engine.forward_backward(model_id, batch, loss_fn=objective.loss_fn, loss_config=objective.loss_config)
+        pieces = output.num_micro_batches
         seconds = min(seconds, time.perf_counter() - started)
         engine.discard_gradients(model_id)
     num_tokens = sum(datum.num_tokens for datum in batch)
@@ -64,6 +68,7 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
     lengths = [datum.num_tokens for datum in batch]
     pieces = split_by_tokens(lengths, config.training.micro_batch_tokens)
     piece = max(pieces, key=lambda rows: sum(lengths[row] for row in rows))
+    reads = engine.attention != "flash"  # whose kernel reads each branch as a row
     due = sum(int((batch[row].loss_inputs["weights"] != 0).sum()) for row in piece)
     adapted = None
     if work.lora is not None:
@@ -74,7 +79,7 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
     return estimate_memory(
         shape,
         lora=work.lora,
-        rows=[lengths[row] for row in piece],
+        rows=[length for row in piece for length in laid_lengths(batch[row], reads_branches=reads)],
         dtype_bytes=engine.dtype.itemsize,
         adapted=adapted,
         num_due_tokens=due,
@@ -93,7 +98,8 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
     limit = config.training.save_total_limit
     kept = len(saves) if limit is None else min(len(saves), limit)
     checkpoint_bytes = facts["checkpoint_bytes"]
-    seconds = work.epochs * work.tokens_per_epoch / trial.num_tokens * trial.seconds / PASS_SHARE_OF_STEP
+    tokens = work.epochs * work.tokens_per_epoch / PASS_SHARE_OF_STEP + work.tokens_read_before * FORWARD_SHARE_OF_PASS
+    seconds = tokens / trial.num_tokens * trial.seconds
     return {
         "model": work.source.name,
         "engine": facts["engine"],

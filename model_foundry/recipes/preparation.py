@@ -6,11 +6,11 @@ Reads files and a tokenizer; loads no weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from model_foundry.data.files import input_files, local_path
 from model_foundry.data.gate.judge import judge
 from model_foundry.data.gate.reading import Reading, read_attentively
 from model_foundry.data.gate.verdict import GateReport
+from model_foundry.data.rows import RowSet
 from model_foundry.data.tokenise import TokenisedSet, tokenise_rows
 from model_foundry.errors import ConfigError, ModelError, RunError
 from model_foundry.evals.generation import Question, read_questions
@@ -28,7 +29,7 @@ from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.recipes.gatekeeping import subject_of
 from model_foundry.recipes.optimisation import adam_params, count_steps, learning_rate
 from model_foundry.recipes.schedule import LearningRate
-from model_foundry.recipes.work import HeldOutText
+from model_foundry.recipes.work import HeldOutText, TokenLosses
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
@@ -37,8 +38,19 @@ logger = logging.getLogger(__name__)
 VALIDATION_BATCH_TOKENS = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """Rows as they are trained on, and as the gate judges them: pairs are judged answer by answer."""
+
+    data: TokenisedSet
+    rendered: TokenisedSet
+
+
+Tokenise = Callable[[TrainConfig, Reading, Renderer], Tokenised]
+
+
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(TokenLosses):
     """What fine-tuning on rows is made of; a `Work`.
 
     `now` is the day its template may print, the same on every resume; `gate` is what the gate found in the rows.
@@ -83,14 +95,18 @@ class Prepared:
     def micro_batches(self, step: int) -> list[list[Datum]]:
         """The rows of a step, weighted so that the summed loss is the mean over its trained tokens."""
         batches = [[self.train.datums[row] for row in self.batches.rows(p)] for p in self.positions(step)]
-        total = sum(float(datum.loss_inputs["weights"].sum()) for batch in batches for datum in batch)
+        total = self.weight_of([datum for batch in batches for datum in batch])
         return [[weighted(datum, 1.0 / total) for datum in batch] for batch in batches]
+
+    def weight_of(self, data: Sequence[Datum]) -> float:
+        """What a step's loss is divided by."""
+        return sum(float(datum.loss_inputs["weights"].sum()) for datum in data)
 
     def longest_batch(self) -> list[Datum]:
         """The rows of the batch with the most tokens in the whole run: a later epoch may put longer ones together."""
         position = self.batches.longest_batch_position(num_batches=self.num_micro_batches)
         batch = [self.train.datums[row] for row in self.batches.rows(position)]
-        return [weighted(datum, 1.0 / self.train.num_trained_tokens) for datum in batch]
+        return [weighted(datum, 1.0 / self.weight_of(batch)) for datum in batch]
 
     def adam_params(self, step: int) -> OptimParams:
         return adam_params(self.config.training, self.learning_rate.at(step))
@@ -118,7 +134,7 @@ class Prepared:
         """The validation rows in order, in batches of at most VALIDATION_BATCH_TOKENS tokens."""
         if self.validation is None:
             return
-        share, batch = 1.0 / self.validation.num_trained_tokens, []
+        share, batch = 1.0 / self.weight_of(self.validation.datums), []
         for datum in self.validation.datums:
             if batch and sum(d.num_tokens for d in batch) + datum.num_tokens > VALIDATION_BATCH_TOKENS:
                 yield batch
@@ -198,11 +214,35 @@ class Prepared:
 
 def weighted(datum: Datum, factor: float) -> Datum:
     weights = datum.loss_inputs["weights"] * factor
-    return Datum(datum.tokens, {**datum.loss_inputs, "weights": weights.astype("float32")})
+    return replace(datum, loss_inputs={**datum.loss_inputs, "weights": weights.astype("float32")})
+
+
+def tokenised_rows(config: TrainConfig, reading: Reading, renderer: Renderer) -> Tokenised:
+    """Rows to imitate.
+
+    Raises:
+        DataError: as `tokenise_rows`.
+    """
+    rows, data = reading.require(), config.data
+    made = tokenise_rows(rows, renderer, max_length=data.max_length, overlength=data.overlength, train_on=data.train_on)
+    say_what_became(rows, made, max_length=data.max_length)
+    return Tokenised(made, made)
+
+
+P = TypeVar("P", bound=Prepared)
 
 
 def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
+    """Everything that fine-tuning on rows needs before its first step; errors as for `prepare_as`."""
+    return prepare_as(Prepared, config, now=now, tokenise=tokenised_rows)
+
+
+def prepare_as(kind: type[P], config: TrainConfig, *, now: datetime, tokenise: Tokenise) -> P:
     """Find the model, read and render the rows, judge them, and count the steps.
+
+    Args:
+        kind: the method's work.
+        tokenise: makes its datums out of rows.
 
     Raises:
         ConfigError: no training file. DataError, ModelError, TemplateError: as the parts raise them.
@@ -219,22 +259,24 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     formats: dict[str, str] = {}
     paths = {"train_file": local_path(config.data.train_file)}
     reading = read_attentively(paths["train_file"], format=config.data.format)
-    train = _tokenised(config, reading, renderer, "train", formats)
+    train = tokenise(config, reading, renderer)
+    formats["train"] = reading.rows.format
     validation, validation_reading = None, None
     if config.data.validation_file is not None:
         paths["validation_file"] = local_path(config.data.validation_file)
         validation_reading = read_attentively(paths["validation_file"], format=config.data.format)
-        validation = _tokenised(config, validation_reading, renderer, "validation", formats)
+        validation = tokenise(config, validation_reading, renderer)
+        formats["validation"] = validation_reading.rows.format
     model = read_config(source.folder)
     for tokenised in (train, validation):
         if tokenised is not None:
-            _require_fit(tokenised, model, max_length=config.data.max_length)
+            _require_fit(tokenised.rendered, model, max_length=config.data.max_length)
     questions: tuple[Question, ...] = ()
     if config.evaluation.file is not None:
         questions = read_questions(config.evaluation.file, system=config.evaluation.system)
         _require_room(questions, renderer, context_of(model), max_new_tokens=config.evaluation.max_new_tokens)
     batches = BatchPlan(
-        train.lengths,
+        train.data.lengths,
         batch_size=config.training.batch_size,
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -242,15 +284,17 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
         seed=config.seed,
     )
     num_micro_batches, total_steps = count_steps(config.training, batches.num_batches_per_epoch)
-    gate = judge(subject_of(config, reading, renderer, validation=validation_reading, questions=questions, data=train))
-    return Prepared(
+    gate = judge(
+        subject_of(config, reading, renderer, validation=validation_reading, questions=questions, data=train.rendered)
+    )
+    return kind(
         config=config,
         source=source,
         model_fingerprint=fingerprint(source.folder),
         renderer=renderer,
         now=now,
-        train=train,
-        validation=validation,
+        train=train.data,
+        validation=None if validation is None else validation.data,
         questions=questions,
         batches=batches,
         num_micro_batches=num_micro_batches,
@@ -262,31 +306,24 @@ def prepare(config: TrainConfig, *, now: datetime) -> Prepared:
     )
 
 
-def _tokenised(
-    config: TrainConfig, reading: Reading, renderer: Renderer, role: str, formats: dict[str, str]
-) -> TokenisedSet:
-    rows, data = reading.require(), config.data
+def say_what_became(rows: RowSet, tokenised: TokenisedSet, *, max_length: int, noun: str = "rows") -> None:
+    """Rows kept and lost, and why, to the log."""
     path = rows.path
-    tokenised = tokenise_rows(
-        rows, renderer, max_length=data.max_length, overlength=data.overlength, train_on=data.train_on
-    )
-    formats[role] = rows.format
     logger.info(
-        "%s: %s rows of format %s, %s kept, %s tokens, %s trained",
-        path, f"{tokenised.num_rows:,}", rows.format, f"{len(tokenised.datums):,}",
+        "%s: %s %s of format %s, %s kept, %s tokens, %s trained",
+        path, f"{tokenised.num_rows:,}", noun, rows.format, f"{len(tokenised.datums):,}",
         f"{tokenised.num_tokens:,}", f"{tokenised.num_trained_tokens:,}",
     )  # fmt: skip
     for reason, count in tokenised.reasons.items():
-        logger.warning("%s: %s rows left out: %s", path, f"{count:,}", reason)
+        logger.warning("%s: %s %s left out: %s", path, f"{count:,}", noun, reason)
     if tokenised.num_truncated:
-        logger.warning("%s: %s rows truncated to %s tokens", path, f"{tokenised.num_truncated:,}", data.max_length)
+        logger.warning("%s: %s %s truncated to %s tokens", path, f"{tokenised.num_truncated:,}", noun, max_length)
     if tokenised.num_escaped:
-        logger.warning("%s: control tokens in %s rows encoded as plain text", path, f"{tokenised.num_escaped:,}")
+        logger.warning("%s: control tokens in %s %s encoded as plain text", path, f"{tokenised.num_escaped:,}", noun)
     for reason, count in rows.skipped_files.items():
         logger.warning("%s: files not read: %s %s", path, f"{count:,}", reason)
     if rows.ignored_fields:
         logger.warning("%s: fields that are not read: %s", path, ", ".join(sorted(rows.ignored_fields)))
-    return tokenised
 
 
 def _require_fit(data: TokenisedSet, model: Mapping[str, Any], *, max_length: int) -> None:

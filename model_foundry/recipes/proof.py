@@ -15,6 +15,7 @@ import orjson
 import torch
 
 from model_foundry.client.local import TrainingClient
+from model_foundry.config.preference import DpoConfig
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.base import LocalEngine
@@ -28,6 +29,7 @@ from model_foundry.evals.compression import (
     unigram_check,
     xz_bits_per_byte,
 )
+from model_foundry.evals.preference import pairs_preferred
 from model_foundry.recipes import supervised
 from model_foundry.recipes.measure_memory import measure, task_of
 from model_foundry.recipes.saving import load_checkpoint
@@ -86,6 +88,7 @@ def memory_check(work: Work, engine: LocalEngine) -> tuple[Check | None, dict[st
             engine=engine.kind,
             gradient_checkpointing=training.gradient_checkpointing,
             micro_batch_tokens=training.micro_batch_tokens,
+            loss_fn=work.objective.loss_fn,
         )
         try:
             peaks[name] = measure(task).peak
@@ -147,6 +150,13 @@ def text_checks(work: Work, bits: Mapping[str, float]) -> tuple[Check, ...]:
     if criteria_asked.below_unigram is not None:
         checks.append(unigram_check(found, bits["token frequencies"], bound=criteria_asked.below_unigram))
     return tuple(checks)
+
+
+def pairs_check(work: Work, records: list[dict[str, Any]]) -> Check | None:
+    config = work.config
+    if not isinstance(config, DpoConfig) or config.criteria.pairs_preferred is None:
+        return None
+    return pairs_preferred(records, bound=config.criteria.pairs_preferred)
 
 
 class _Kept:

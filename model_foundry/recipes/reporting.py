@@ -91,6 +91,7 @@ def prove(
     checks = (
         proof.loss_check(work, records),
         *proof.text_checks(work, bits),
+        proof.pairs_check(work, records),
         proof.answers_check(work, comparison),
         memory,
         proof.parameters_check(work, start, end) if start else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model_foundry.client.local import TrainingClient
@@ -40,6 +40,12 @@ class Session:
         return TrainingClient(self.engine, self.model_id)
 
 
+def begin(session: Session) -> Session:
+    """The session with what its work asks the model before the first step; the model is as it starts."""
+    facts = session.engine.describe(session.model_id)
+    return replace(session, work=session.work.begun(session.client, facts))
+
+
 def open_session(
     work: Work, *, engine_before: EngineKind | None = None, compiling_before: Mapping[str, Any] | None = None
 ) -> Session:
@@ -59,6 +65,7 @@ def open_session(
     choice = choose_engine(
         engine_before or work.config.engine, folder=work.source.folder, options=options,
         optimizer=work.config.training.optimizer, num_processes=1 if ranks is None else ranks.size,
+        loss_fn=work.objective.loss_fn,
     )  # fmt: skip
     engine: LocalEngine = open_engine(choice.name, options) if ranks is None else ShardedEngine(ranks, **options)
     why = choice.why if engine_before is None else "as this run was begun"

@@ -1,5 +1,5 @@
-"""The loop of fine-tuning and of pretraining. Reads top to bottom: batches, forward and backward, a step, a record,
-evaluate, save.
+"""The loop of every method: fine-tuning, preferences, pretraining. Reads top to bottom: batches, forward and backward,
+a step, a record, evaluate, save.
 """
 
 from __future__ import annotations
@@ -61,18 +61,22 @@ def train(
     Raises:
         EngineError: too many steps in a row without finite gradients.
     """
-    config, before = work.config.training, list(losses)
+    config, before, objective = work.config.training, list(losses), work.objective
     if first_step == 1:
         measure(client, work, recorder, step=0)
     for step in range(first_step, work.total_steps + 1):
         started = time.perf_counter()
         batches = work.micro_batches(step)
-        loss = math.fsum(client.forward_backward(batch).result().loss_sum for batch in batches)
+        passed = [
+            client.forward_backward(batch, objective.loss_fn, objective.loss_config).result() for batch in batches
+        ]
+        loss = math.fsum(each.loss_sum for each in passed)
         params = work.adam_params(step)
         recorder.before_update()
         update = client.optim_step(params).result()
         seconds = time.perf_counter() - started
-        num_tokens = sum(datum.num_tokens for batch in batches for datum in batch)
+        data = [datum for batch in batches for datum in batch]
+        num_tokens = sum(datum.num_tokens for datum in data)
         recorder.append(
             {
                 "kind": "step",
@@ -82,9 +86,10 @@ def train(
                 "learning_rate": params.learning_rate,
                 "grad_norm": update.grad_norm,
                 "tokens": num_tokens,
-                "trained_tokens": sum(_num_trained(datum) for batch in batches for datum in batch),
+                "trained_tokens": sum(map(_num_trained, data)),
                 "skipped": update.skipped,
                 **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
+                **work.measures(data, [logprobs for each in passed for logprobs in each.logprobs]),
                 "clock": _clock(seconds, num_tokens) | {"memory_bytes": memory_bytes()},
             }
         )
@@ -134,14 +139,21 @@ def measure(client: TrainingClient, work: Work, recorder: Recorder, *, step: int
 
 
 def validate(client: TrainingClient, work: Work, recorder: Recorder, *, step: int) -> None:
-    """Mean loss over the held-out tokens that count, in nats; of text also in bits per byte."""
-    held_out = work.held_out
+    """Mean loss over the held-out tokens (or pairs) that count, in nats; of text also in bits per byte."""
+    held_out, objective = work.held_out, work.objective
     if held_out is None:
         return
     started = time.perf_counter()
-    loss = math.fsum(client.forward(batch).result().loss_sum for batch in work.validation_batches())
+    losses, data, logprobs = [], [], []
+    for batch in work.validation_batches():
+        output = client.forward(batch, objective.loss_fn, objective.loss_config).result()
+        losses.append(output.loss_sum)
+        data += batch
+        logprobs += output.logprobs
+    loss = math.fsum(losses)
     clock = _clock(time.perf_counter() - started, held_out.num_tokens)
     record: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss, "tokens": held_out.num_tokens}
+    record |= work.measures(data, logprobs)
     said = f"validation loss {loss:.4f}"
     if held_out.num_bytes:
         record["bits_per_byte"] = bits_per_byte(loss, num_tokens=held_out.num_tokens, num_bytes=held_out.num_bytes)

@@ -27,7 +27,7 @@ from model_foundry.recipes.preparation import require_same_data
 from model_foundry.recipes.proof import held_out_bits
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
 from model_foundry.recipes.saving import RunSaver, load_checkpoint
-from model_foundry.recipes.session import Session, open_session
+from model_foundry.recipes.session import Session, begin, open_session
 from model_foundry.recipes.shape_plan import plan_of_config, plan_too_large
 from model_foundry.recipes.work import Work
 from model_foundry.run.directory import Outcome, RunDirectory, is_run, require_free, utc_now
@@ -171,8 +171,7 @@ def _finished_report(run: RunDirectory) -> Report | None:
 
 
 def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resumed: bool) -> Report:
-    work, engine, model_id = session.work, session.engine, session.model_id
-    config = work.config
+    engine, model_id, config = session.engine, session.model_id, session.work.config
     checkpoint = _newest_checkpoint(run) if resumed else None
     step = 0 if checkpoint is None else checkpoint.step
     trackers = open_trackers(
@@ -181,6 +180,8 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
     )  # fmt: skip
     with trackers, run.open_metrics() as metrics:
         logger.info("the plan:\n%s", plan_text(session.plan))
+        session = begin(session)
+        work = session.work
         start_tensors = _copied(engine.trained_tensors(model_id)) if work.lora is not None else {}
         suites, bounds = suites_of(config)
         before = held_out_answers(run, session, "before", reuse=True)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from model_foundry.client.local import TrainingClient
 from model_foundry.config.commands import RunConfig
 from model_foundry.data.gate.verdict import GateReport
 from model_foundry.evals.generation import Question
@@ -37,6 +38,34 @@ class HeldOutText:
     @property
     def num_bytes(self) -> int:
         return 0 if self.text is None else len(self.text.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The engine's loss, by its name and with its settings."""
+
+    loss_fn: str = "cross_entropy"
+    loss_config: Mapping[str, float] = field(default_factory=dict)
+
+
+class TokenLosses:
+    """What a work is that imitates: each token bears its loss, and nothing but the data is needed to begin."""
+
+    @property
+    def objective(self) -> Objective:
+        return Objective()
+
+    @property
+    def tokens_read_before(self) -> int:
+        return 0
+
+    def begun(self, client: TrainingClient, facts: Mapping[str, Any]) -> Self:
+        del client, facts
+        return self
+
+    def measures(self, data: Sequence[Datum], logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+        del data, logprobs
+        return {}
 
 
 class Work(Protocol):
@@ -75,6 +104,26 @@ class Work(Protocol):
         ...
 
     @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def tokens_read_before(self) -> int:
+        """Tokens that `begun` passes through the model, without gradients."""
+        ...
+
+    def begun(self, client: TrainingClient, facts: Mapping[str, Any]) -> Work:
+        """The work with what it has to ask the model before its first step. The model is as it starts.
+
+        Args:
+            facts: the engine's on the model.
+        """
+        ...
+
+    def measures(self, data: Sequence[Datum], logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+        """What a record says beside the loss, of rows and the log-probabilities that a pass gave their targets."""
+        ...
+
+    @property
     def total_steps(self) -> int: ...
 
     @property
@@ -99,7 +148,7 @@ class Work(Protocol):
         ...
 
     def micro_batches(self, step: int) -> list[list[Datum]]:
-        """The rows of a step, weighted so that the summed loss is the mean over its trained tokens."""
+        """The rows of a step, weighted so that the summed loss is the mean over its trained tokens, or its pairs."""
         ...
 
     def longest_batch(self) -> list[Datum]:

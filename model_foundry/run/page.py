@@ -21,6 +21,7 @@ from model_foundry.run.figures import (
     share_text,
     value_text,
 )
+from model_foundry.run.page_preference import preference_charts
 from model_foundry.run.page_style import STYLE
 from model_foundry.run.page_text import held_out_text
 
@@ -253,13 +254,19 @@ def _training(records: Sequence[Mapping[str, Any]], training: Mapping[str, Any])
         Series("validation", validation, colour=3, has_dots=True),
     ]
     charts = [
-        line_chart(losses, title="Loss", x_label="step", y_label="nats a token", is_log=_spans_decades(loss)),
+        line_chart(losses, title="Loss", x_label="step", y_label=_unit(training), is_log=_spans_decades(loss)),
+        *preference_charts(records),
         _curve(steps, "learning_rate", title="Learning rate", y_label="learning rate"),
         _curve(steps, "grad_norm", title="Gradient norm before clipping", y_label="L2 norm"),
     ]
     skipped = [record for record in steps if record.get("skipped")]
     note = f"<p>{len(skipped)} steps were skipped: their gradients were not finite.</p>" if skipped else ""
     return f'<div class="charts">{"".join(charts)}<div>{_facts(training)}{note}</div></div>'
+
+
+def _unit(training: Mapping[str, Any]) -> str:
+    """Of the loss."""
+    return "loss of a pair" if training.get("method") == "dpo" else "nats a token"
 
 
 def _curve(steps: Sequence[Mapping[str, Any]], name: str, *, title: str, y_label: str) -> str:

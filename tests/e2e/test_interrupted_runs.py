@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import NUM_STEPS, Straight
-from tests.tiny_runs import assert_one_paragraph, checkpoint_names, foundry, foundry_here, records, start, write_colours
+from tests.tiny_runs import (
+    assert_one_paragraph,
+    checkpoint_names,
+    foundry,
+    foundry_here,
+    records,
+    start,
+    write_colours,
+    write_pairs,
+    write_project,
+)
 
 WAIT_SECONDS = 90
 
@@ -114,6 +124,34 @@ def test_killed_runs_end_with_the_same_bits(straight: Straight) -> None:
         "final_checkpoint_identical", "metrics_identical", "kills_done"
     ]  # fmt: skip
     assert answer["checks"][2]["value"] == "3 of 3"
+
+
+def pairs_project(model: Path, folder: Path) -> Path:
+    """Preference training with steps long enough to be killed in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = write_pairs(folder / "pairs.jsonl", repeat=20)
+    return write_project(
+        folder, model=model, method="dpo", data__train_file=str(pairs), data__validation_file=str(pairs),
+        data__max_length=1024, lora__lora_dropout=0.1, training__max_steps=NUM_STEPS, training__batch_size=3,
+        training__gradient_accumulation_steps=2, training__eval_steps=4, criteria__pairs_preferred=None,
+    )  # fmt: skip
+
+
+def test_killed_preference_runs_end_with_the_same_bits(model: Path, tmp_path: Path) -> None:
+    """Prevents a reference that is asked of the model as it is after the resume."""
+    config = pairs_project(model, tmp_path)
+    done = foundry("verify", "resume", config, "--kills", 2, "--json", timeout=250)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)["passed"]
+
+
+@pytest.mark.prove
+def test_twenty_kills_within_a_preference_run_leave_no_trace(model: Path, tmp_path: Path) -> None:
+    config = pairs_project(model, tmp_path)
+    done = foundry(
+        "verify", "resume", config, "--kills", 20, "training.save_steps=2", "--json", timeout=1200
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
 
 
 @pytest.mark.prove

@@ -15,9 +15,10 @@ from torch.nn import functional
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import ModelError
 from model_foundry.models.architecture import Architecture, count_parameters, to_config
-from model_foundry.models.attention import PackedRows, choose_attention
+from model_foundry.models.attention import choose_attention
 from model_foundry.models.initialise import write_fresh_model
 from model_foundry.models.language_model import load_language_model
+from model_foundry.models.packed_rows import PackedRows
 from model_foundry.types import AdamParams, Datum, LoraConfig
 from tests.tiny_models import VOCAB_SIZE, random_data, random_rows, write_tokenizer
 

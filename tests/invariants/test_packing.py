@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.models import attention
-from model_foundry.models.attention import PackedRows, attend_packed, attend_row_by_row
+from model_foundry.models.attention import attend_packed, attend_row_by_row
 from model_foundry.models.decoder import RMSNorm
 from model_foundry.models.language_model import load_language_model
 from model_foundry.models.lora import Linear, project
 from model_foundry.models.mlp import GatedSilu
+from model_foundry.models.packed_rows import STACK_TOKENS, PackedRows
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.types import AdamParams, Datum, LoraConfig
 from tests.tiny_models import random_data
@@ -239,7 +239,7 @@ def test_grouping_covers_every_row_once_and_wastes_little() -> None:
     places = [g.of(every) if g.valid is None else g.of(every)[g.valid.view(-1)] for g in rows.groups]
     assert sorted(torch.cat(places).tolist()) == every.tolist()
     assert sum(g.num_rows * g.num_tokens for g in rows.groups) <= 1.15 * sum(lengths)
-    assert max(g.num_rows * g.num_tokens for g in rows.groups if g.num_rows > 1) <= attention.STACK_TOKENS
+    assert max(g.num_rows * g.num_tokens for g in rows.groups if g.num_rows > 1) <= STACK_TOKENS
 
 
 def test_rows_of_one_length_are_taken_as_they_lie() -> None:

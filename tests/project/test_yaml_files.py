@@ -18,6 +18,7 @@ EXPECTED: dict[str, tuple[int, type[Section]]] = {
     "configs/domains": (3, GenerateConfig),
     "examples/demo": (1, TrainConfig),
     "examples/lifecycle": (2, TrainConfig),
+    "examples/preference": (1, TrainConfig),
     "model_foundry/config/profiles": (3, TrainConfig),
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model_foundry.models.architecture import Architecture, to_config
@@ -15,7 +16,8 @@ from model_foundry.models.finder import resolve_model
 from model_foundry.models.folder import read_config
 from model_foundry.models.initialise import write_fresh_model
 from model_foundry.models.memory import estimate_memory
-from model_foundry.types import LoraConfig
+from model_foundry.recipes.measure_memory import measure, task_of
+from model_foundry.types import Datum, LoraConfig, Pair
 from tests.tiny_models import write_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -115,3 +117,33 @@ def assert_foretold(
         packed=quantization != "none",
     )
     assert estimate.total == pytest.approx(measured["peak"], rel=0.2), estimate.as_dict()
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_peak_of_preference_training_is_foretold(lora: bool) -> None:
+    """Prevents a plan that counts both answers' prompts, or a second model for the reference."""
+    folder = resolve_model("smollm2-135m-instruct").folder
+    batch = random_pairs(num_pairs=2 if lora else 1, num_shared=384, num_answer=64)
+    task = task_of(
+        batch, folder=str(folder), lora=LoraConfig() if lora else None, device="cpu", dtype="float32", num_threads=1,
+        implementation="auto", gradient_checkpointing=False, micro_batch_tokens=None, loss_fn="dpo_sigmoid",
+    )  # fmt: skip
+    measured = measure(task, timeout_s=280)
+    estimate = estimate_memory(
+        ModelConfig.from_hf(read_config(folder)),
+        lora=task.lora,
+        rows=[datum.num_tokens for datum in batch],
+        num_due_tokens=sum(int((datum.loss_inputs["weights"] != 0).sum()) for datum in batch),
+        process_bytes=measured.process,
+    )
+    assert estimate.total == pytest.approx(measured.peak, rel=0.15), estimate.as_dict()
+
+
+def random_pairs(*, num_pairs: int, num_shared: int, num_answer: int) -> list[Datum]:
+    random, pairs = np.random.default_rng(0), []
+    for _ in range(num_pairs):
+        prompt = random.integers(5, 49_000, num_shared + 1).astype(np.int32)
+        weights = np.concatenate([np.zeros(num_shared + 1), np.ones(num_answer)]).astype(np.float32)
+        sides = [np.concatenate([prompt, random.integers(5, 49_000, num_answer).astype(np.int32)]) for _ in range(2)]
+        pairs.append(Pair(*(Datum.from_row(ids, weights) for ids in sides)).joined())
+    return pairs

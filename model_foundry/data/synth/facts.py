@@ -33,7 +33,7 @@ def geography(num_rows: int, num_heldout: int, seed: int) -> tuple[list[dict[str
     Raises:
         DataError: more rows or questions than there are different ones.
     """
-    facts = [fact for country, capital in _capitals() for fact in _facts(country, capital)]
+    facts = [fact for country, capital in capitals() for fact in _facts(country, capital)]
     wordings = len(facts[0].train)
     _require_room("geography", num_rows, len(facts) * wordings)
     order = Dice(seed, "geography").shuffled(facts)
@@ -145,7 +145,8 @@ def _patterns() -> list[Problem]:
     return made
 
 
-def _capitals() -> list[tuple[str, str]]:
+def capitals() -> list[tuple[str, str]]:
+    """(country, capital), by the country's name."""
     return [tuple(pair.split("=")) for pair in _CAPITALS.replace("\n", " ").split("; ")]  # type: ignore[misc]
 
 

@@ -149,14 +149,17 @@ def test_a_giant_row_is_dropped_without_encoding_it(renderer: Renderer) -> None:
     assert time.thread_time() - start < 2.0
 
 
-@pytest.mark.parametrize("row, method", [
-    (Row(conversation("q"), source="f:1", chosen=(ANSWER,), rejected=(Message("assistant", "Rome."),)), "dpo"),
-    (Row(conversation("q", "a"), source="f:1", label=False), "kto"),
+@pytest.mark.parametrize("row, words", [
+    (
+        Row(conversation("q"), source="f:1", chosen=(ANSWER,), rejected=(Message("assistant", "Rome."),)),
+        "pairs, which method=dpo learns from",
+    ),
+    (Row(conversation("q", "a"), source="f:1", label=False), "labelled good or bad"),
 ])  # fmt: skip
-def test_rows_of_another_method_are_refused_by_its_name(row: Row, method: str, renderer: Renderer) -> None:
+def test_rows_of_another_method_are_refused(row: Row, words: str, renderer: Renderer) -> None:
     """Prevents sft from learning the answers that a preference set says to avoid."""
     rows = RowSet((row,), "preference", Path("f"))
-    with pytest.raises(DataError, match=f"f: the rows are .* method {method} .* --to messages"):
+    with pytest.raises(DataError, match=f"f: the rows are .*{words}.* --to messages"):
         tokenise_rows(rows, renderer, max_length=64)
 
 

@@ -38,13 +38,13 @@ class SmallMachine(NativeModel):
     def _out_of_memory(self, num_tokens: int) -> Exception | None:
         return RuntimeError("DefaultCPUAllocator: can't allocate memory") if num_tokens > self.room else None
 
-    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    def hidden(self, rows: Sequence[torch.Tensor], branches: Sequence[tuple[int, ...]] = ()) -> torch.Tensor:
         num_tokens = sum(len(row) for row in rows)
         self.sizes.append(num_tokens)
         error = self.fail(num_tokens)
         if error is not None:
             raise error
-        return super().hidden(rows)
+        return super().hidden(rows, branches)
 
 
 def passes(folder: Path, *, room: int = 10**9, planned: int | None = None) -> tuple[Passes, SmallMachine]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,12 @@ from model_foundry.engine.side_by_side import even_shares, run_side_by_side, wor
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import OutOfMemoryError
 from model_foundry.types import AdamParams, LoraConfig
-from tests.tiny_models import random_data
+from tests.tiny_models import random_comparisons, random_data
 
 TinyFolder = Callable[[str], Path]
 LENGTHS = (140, 150, 145, 150)
+PAIRS = ((60, 50, 40), (90, 30, 30), (1, 70, 70), (80, 40, 20))
+"""(shared, better, worse); the third is read as two rows."""
 
 
 @pytest.fixture
@@ -70,18 +72,25 @@ def test_the_first_error_in_order_is_raised_when_all_have_ended(two_threads: Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraConfig(r=4), None], ids=["lora", "full"])
-@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+@pytest.mark.parametrize(
+    ("kind", "loss_fn"),
+    [("llama", "cross_entropy"), ("llama-tied", "cross_entropy"), ("llama", "dpo_sigmoid"), ("llama-tied", "dpo_ipo")],
+)
 def test_a_step_equals_that_of_one_thread_and_repeats_bit_for_bit(
-    kind: str, lora: LoraConfig | None, tiny_folder: TinyFolder, two_threads: None
+    kind: str, loss_fn: str, lora: LoraConfig | None, tiny_folder: TinyFolder, two_threads: None
 ) -> None:
-    data = random_data(LENGTHS)
+    """Prevents, with pairs, a thread that counts those of all threads, and answers of one pair on two of them."""
+    data = random_comparisons(PAIRS) if loss_fn.startswith("dpo_") else random_data(LENGTHS)
+    shares = worthwhile_shares([row.num_tokens for row in data], 2)
+    assert shares is not None
+    assert sorted(map(len, shares)) == [2, 2]
 
     def train(num_threads: int) -> tuple[list[float], list[np.ndarray], dict[str, torch.Tensor]]:
         engine = TorchEngine(device="cpu", dtype="float32", num_threads=num_threads)
         model_id = engine.create_model(tiny_folder(kind), lora=lora, seed=1)
         losses = []
         for _ in range(3):
-            output = engine.forward_backward(model_id, data)
+            output = engine.forward_backward(model_id, data, loss_fn=loss_fn)
             losses.append(output.loss_sum)
             engine.optim_step(model_id, AdamParams(learning_rate=1e-2))
         return losses, list(output.logprobs), {k: v.clone() for k, v in engine.trained_tensors(model_id).items()}
@@ -107,10 +116,10 @@ def test_a_thread_that_fails_leaves_the_gradients_as_they_were(
     model = engine.language_model(model_id)
     hidden = model.hidden
 
-    def fail_on_one(rows: list[torch.Tensor]) -> torch.Tensor:
+    def fail_on_one(rows: list[torch.Tensor], branches: Sequence[tuple[int, ...]]) -> torch.Tensor:
         if any(len(row) == 161 for row in rows):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return hidden(rows)
+        return hidden(rows, branches)
 
     monkeypatch.setattr(model, "hidden", fail_on_one)
     with pytest.raises(OutOfMemoryError):

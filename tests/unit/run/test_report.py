@@ -309,3 +309,25 @@ def test_a_folder_without_a_report_is_said_in_one_line(started: bool, tmp_path: 
     result = CliRunner().invoke(command, [str(tmp_path)], standalone_mode=False)
     assert isinstance(result.exception, RunError)
     assert ("foundry resume" if started else "foundry runs") in str(result.exception)
+
+
+def test_preference_runs_show_their_rewards(tmp_path: Path) -> None:
+    """Prevents rewards that are recorded and never seen, and token losses' unit on a pair's loss."""
+    steps = [
+        {
+            "kind": "step", "step": step, "loss": 0.7 - step / 40, "learning_rate": 1e-5, "grad_norm": 1.0,
+            "rewards/chosen": step / 10, "rewards/rejected": -step / 10, "rewards/margins": step / 5,
+            "rewards/accuracies": min(1.0, step / 8), "logps/chosen": -20.0, "logps/rejected": -30.0 - step,
+        }
+        for step in range(1, 21)
+    ]  # fmt: skip
+    held_out = {key: value for key, value in steps[-1].items() if "/" in key}
+    lines = [*steps, {"kind": "validation", "step": 20, "loss": 0.3, **held_out}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(tmp_path, example(training={"method": "dpo", "first_loss": 0.69, "last_loss": 0.2}))
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Rewards", "Reward margin", "Pairs with the better answer ahead", "Answers"):
+        assert f"<title>{title}</title>" in page
+    assert "better answer, held out" in page
+    assert "loss of a pair" in page
+    assert "nats a token" not in page
