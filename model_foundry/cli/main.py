@@ -19,6 +19,7 @@ from model_foundry.cli.lazy import LazyGroup
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("model_foundry.cli.train:command", "Fine-tune a model, and prove that it improved."),
+    "rl": ("model_foundry.cli.rl:command", "Train by reward: arithmetic, through a training service."),
     "resume": ("model_foundry.cli.resume:command", "Go on with a run where its last checkpoint left it."),
     "evaluate": ("model_foundry.cli.evaluate:command", "Ask a model held-out questions and score the answers."),
     "chat": ("model_foundry.cli.chat:command", "Talk to a model, a run or a server."),

@@ -9,6 +9,10 @@ from model_foundry.cli.lazy import LazyGroup
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("model_foundry.cli.service_run:command", "Start the service; what `foundry service` does without a verb."),
     "keys": ("model_foundry.cli.service_keys:command", "Mint, list and revoke API keys."),
+    "import": (
+        "model_foundry.cli.service_import:command",
+        "Let clients go on from what was trained here.",
+    ),
 }
 """Verb -> (module:attribute of its click command, help line)."""
 

@@ -58,13 +58,16 @@ class Connection:
     async def post(self, path: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return (await self.call("POST", path, json=values)).json()
 
-    async def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+    async def call(
+        self, method: str, path: str, *, patience_seconds: float | None = None, **request: Any
+    ) -> httpx.Response:
         """An answer that is none of try-again.
 
         Raises:
             ServiceError: refused. ServiceUnreachableError: nobody answered for `patience_seconds`.
         """
-        deadline, pause = time.monotonic() + self.patience_seconds, _FIRST_PAUSE_SECONDS
+        patience = self.patience_seconds if patience_seconds is None else patience_seconds
+        deadline, pause = time.monotonic() + patience, _FIRST_PAUSE_SECONDS
         while True:
             answer: httpx.Response | None = None
             try:
@@ -76,15 +79,15 @@ class Connection:
                 why = str(error) or type(error).__name__
             wait = _asked_pause(answer) or pause
             if time.monotonic() + wait > deadline:
-                raise self._gave_up(answer, why)
+                raise self._gave_up(answer, why, patience)
             await asyncio.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         if answer.is_success:
             return answer
         raise ServiceError(_said(answer), where=f"{self.url}, {path}", status=answer.status_code)
 
-    def _gave_up(self, answer: httpx.Response | None, why: str) -> ServiceError:
-        what = f"tried for {self.patience_seconds:.0f} seconds ({why})"
+    def _gave_up(self, answer: httpx.Response | None, why: str, patience: float) -> ServiceError:
+        what = f"tried for {patience:.0f} seconds ({why})"
         if answer is not None:
             return ServiceError(what, where=self.url, status=answer.status_code)
         return ServiceUnreachableError(what, where=self.url, hint="Start it: foundry service base_model=NAME.")

@@ -8,6 +8,7 @@ The names of the methods are the tinker SDK's, and so are the semantics: both wa
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,18 +24,21 @@ from model_foundry.client.results import ModelData, ModelInfo, SupportedModel, f
 from model_foundry.client.sampling import SamplingClient
 from model_foundry.client.session import Session
 from model_foundry.client.training import ServiceTrainingClient
-from model_foundry.errors import CheckpointError, ModelNotFoundError, UsageError
+from model_foundry.errors import CheckpointError, ModelNotFoundError, ServiceError, UsageError
 
 DEFAULT_KEY = "tml-local"
 DEFAULT_STATE_DIR = Path("runs/service")
 _PLACEHOLDER_URL = "http://in-process"
+_FAREWELL_SECONDS = 3.0
+logger = logging.getLogger(__name__)
 
 
 class ServiceClient:
     """Creates training and sampling clients. To be closed, or used in a `with` block.
 
     Args:
-        base_url: of a service; default TINKER_BASE_URL. Without any, the service runs in this process.
+        base_url: of a service; default TINKER_BASE_URL, unless something is said about one in this process. Without
+            any, the service runs in this process.
         api_key: default TINKER_API_KEY, else `tml-local`, which a service takes as long as no key was minted.
         user_metadata, project_id: noted with the session.
         base_model: in this process, what every model is an adapter over; default what is asked for first.
@@ -59,8 +63,9 @@ class ServiceClient:
         options: Mapping[str, Any] | None = None,
         patience_seconds: float = 300.0,
     ) -> None:
-        self.base_url = base_url or os.environ.get("TINKER_BASE_URL") or None
-        if self.base_url is not None and (base_model is not None or state_dir is not None or options):
+        is_here = base_model is not None or state_dir is not None or bool(options)
+        self.base_url = base_url or (None if is_here else os.environ.get("TINKER_BASE_URL")) or None
+        if self.base_url is not None and is_here:
             what = "base_model, state_dir and options are for a service in this process"
             raise UsageError(what, where=self.base_url, hint="Give them to foundry service, or give no URL.")
         self._key = api_key or os.environ.get("TINKER_API_KEY") or DEFAULT_KEY
@@ -112,6 +117,8 @@ class ServiceClient:
         Args:
             seed: of the adapter's first weights; default left to chance.
             train_mlp, train_attn, train_unembed: which parts get one.
+
+        The result is a ServiceError where the service does not train the output head, and that was asked for.
         """
         session = self._open(base_model)
         lora = {"rank": rank, "seed": seed, "train_mlp": train_mlp, "train_attn": train_attn,
@@ -211,8 +218,13 @@ async def _begin_session(loop: LoopThread, connection: Connection, facts: Mappin
 
 
 async def _finish(session: Session, reason: str) -> None:
+    """Best effort: a session that is not finished is given up when it has been silent for long enough."""
     session.end_heartbeat()
-    await session.connection.call("POST", f"sessions/{session.session_id}/finish", json={"reason": {"type": reason}})
+    path, body = f"sessions/{session.session_id}/finish", {"reason": {"type": reason}}
+    try:
+        await session.connection.call("POST", path, patience_seconds=_FAREWELL_SECONDS, json=body)
+    except ServiceError as error:
+        logger.warning("the session was not finished (%s)", error)
     await session.connection.close()
 
 
@@ -221,7 +233,12 @@ async def _create(session: Session, kind: str, body: Mapping[str, Any]) -> Servi
     reply = await session.operate(kind, {**body, "session_id": session.session_id, "model_seq_id": number})
     found = await session.connection.post("get_info", {"model_id": reply["model_id"], "type": "get_info"})
     info = from_reply(ModelInfo, {**found, "model_data": from_reply(ModelData, found["model_data"])})
-    return ServiceTrainingClient(session, info)
+    model = ServiceTrainingClient(session, info)
+    if body.get("lora_config", {}).get("train_unembed") and found.get("train_unembed") is False:
+        await session.operate("unload_model", {"model_id": info.model_id, "seq_id": 1, "type": "unload_model"})
+        hint = "Leave train_unembed out: adapters go on attention and MLP layers."
+        raise ServiceError("this service does not train the output head", where="train_unembed", hint=hint)
+    return model
 
 
 def _base_of(path: str | None, state_dir: Path) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 from model_foundry.client.results import PassOutput, SampleOutput
 from model_foundry.errors import DataError
 from model_foundry.service.messages import DTYPES, MESSAGES, STOP_REASONS
-from model_foundry.types import AdamParams, Datum, SampledSequence, SamplingParams
+from model_foundry.types import AdamParams, Datum, MuonParams, SampledSequence, SamplingParams
 
 PROTOBUF = "application/x-protobuf"
 _MOST_ROWS, _MOST_BYTES = 1024, 5_000_000
@@ -136,7 +136,13 @@ def together(parts: Sequence[PassOutput]) -> PassOutput:
 
 
 def adam_body(params: Any) -> dict[str, float]:
-    """AdamW's numbers of `model_foundry.AdamParams`, or of the SDK's."""
+    """AdamW's numbers of `model_foundry.AdamParams`, or of the SDK's.
+
+    Raises:
+        DataError: they are another optimizer's.
+    """
+    if isinstance(params, MuonParams) or not all(hasattr(params, name) for name in AdamParams.__dataclass_fields__):
+        raise DataError(f"a service's models are trained by AdamW, and these are {type(params).__name__}")
     return {name: float(getattr(params, name)) for name in AdamParams.__dataclass_fields__}
 
 

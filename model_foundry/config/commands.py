@@ -6,6 +6,7 @@ from model_foundry.config.data import PackConfig
 from model_foundry.config.generate import GenerateConfig
 from model_foundry.config.preference import DpoConfig
 from model_foundry.config.pretrain import ExperimentConfig
+from model_foundry.config.rl import RLConfig
 from model_foundry.config.schema import ChatConfig, EvaluateConfig, TrainConfig
 from model_foundry.config.section import Section
 from model_foundry.config.serve import ServeConfig
@@ -25,6 +26,7 @@ COMMAND_SCHEMAS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "train method=dpo": DpoConfig,
     "train method=pretrain": ExperimentConfig,
+    "rl": RLConfig,
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
     "generate": GenerateConfig,

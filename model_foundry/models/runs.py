@@ -47,7 +47,8 @@ def service_checkpoint(name: str, state: Path | None = None) -> Path:
     """
     state = state or Path(os.environ.get("FOUNDRY_STATE_DIR", "runs/service"))
     match = re.fullmatch(
-        r"([A-Za-z0-9:_-]+)/(weights|sampler_weights)/([A-Za-z0-9][\w.-]*)", name[len(SERVICE_SCHEME) :]
+        r"([A-Za-z0-9:_-]+)/((?:sampler_|external_)?weights)/([A-Za-z0-9][\w.-]*)",
+        name[len(SERVICE_SCHEME) :],
     )
     if match is None:
         raise ModelNotFoundError("it is not written as tinker://RUN/weights/NAME", where=name)

@@ -9,16 +9,25 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from model_foundry.service.accounts import account_routes, refusing
 from model_foundry.service.bodies import Refusal, read_json, reply, text, whole_number
 from model_foundry.service.books import Sampler, finished
+from model_foundry.service.copying import copy_weights
+from model_foundry.service.downloads import download_routes
 from model_foundry.service.front import Front, new_session
+from model_foundry.service.futures import future_routes
 from model_foundry.service.listing import listing_routes, path_info
 from model_foundry.service.page_routes import page_routes
+from model_foundry.service.searching import search
 
 Route = Callable[[Front, Request], Awaitable[Response]]
 UNEMBED_NOTE = (
     "train_unembed is not done by this service: adapters go on the attention and MLP layers, "
     "and the output head stays as the base has it"
+)
+CUSTOM_LOSS_NOTE = (
+    "custom losses are differentiated by the client here; forward_backward_custom does so by itself, "
+    "because client/config says custom_loss_server_side is false"
 )
 logger = logging.getLogger(__name__)
 
@@ -26,7 +35,9 @@ logger = logging.getLogger(__name__)
 def make_app(front: Front) -> FastAPI:
     """The application over a running service."""
     app = FastAPI(title="Model Foundry training service", openapi_url=None, docs_url=None, redoc_url=None)
-    for (method, path), route in {**_ROUTES, **listing_routes()}.items():
+    for (method, path), route in {
+        **_ROUTES, **listing_routes(), **future_routes(), **download_routes(), **account_routes()
+    }.items():  # fmt: skip
         app.add_route(f"/api/v1/{path}", _handler(front, route), methods=[method])
     for path, route in page_routes().items():
         app.add_route(path, _handler(front, route), methods=["GET"])
@@ -81,14 +92,6 @@ async def dynamic_config(front: Front, request: Request) -> Response:
     return reply({})
 
 
-async def who_am_i(front: Front, request: Request) -> Response:
-    tenant = front.tenant(request)
-    key = next((key for key in front.keys.list() if key.key_id == tenant.owner), None)
-    name = "open" if key is None else key.name
-    details = {"org_details": {"name": "model-foundry"}, "user_details": {"email": ""}}
-    return reply({"key_id": 0, "name": name, "note": tenant.role, "details": details})
-
-
 async def create_session(front: Front, request: Request) -> Response:
     tenant = front.tenant(request)
     session = new_session(tenant, await _body(front, request), front.books.clock())
@@ -131,6 +134,7 @@ async def get_info(front: Front, request: Request) -> Response:
     return reply({
         "type": "get_info", "model_id": model.model_id, "model_data": data, "is_lora": True, "model_name": name,
         "lora_rank": model.facts["rank"], "optimizer_config": {"type": "adamw"},
+        "train_unembed": model.facts["train_unembed"],
     })  # fmt: skip
 
 
@@ -183,7 +187,6 @@ _ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "get_server_capabilities"): capabilities,
     ("POST", "client/config"): client_config,
     ("POST", "client/dynamic_config"): dynamic_config,
-    ("GET", "auth/apikey/me"): who_am_i,
     ("POST", "create_session"): create_session,
     ("POST", "session_heartbeat"): heartbeat,
     ("POST", "sessions/{session_id}/finish"): finish_session,
@@ -195,7 +198,11 @@ _ROUTES: dict[tuple[str, str], Route] = {
     ("POST", "optim_step"): _operation("optim_step"),
     ("POST", "save_weights"): _operation("save_weights"),
     ("POST", "save_weights_for_sampler"): _operation("save_weights_for_sampler"),
+    ("POST", "save_weights_external"): _operation("save_weights_external"),
+    ("POST", "copy_weights"): copy_weights,
     ("POST", "unload_model"): _operation("unload_model"),
+    ("POST", "create_custom_loss"): refusing(CUSTOM_LOSS_NOTE, 400),
+    ("POST", "sessions/search"): search,
     ("POST", "get_info"): get_info,
     ("POST", "weights_info"): weights_info,
     ("POST", "create_sampling_session"): create_sampling_session,

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from model_foundry.service import journal as tables
 from model_foundry.service.journal import Journal, Work
 
-SEGMENTS = {"training": "weights", "sampler": "sampler_weights"}
+SEGMENTS = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
 """Kind of checkpoint -> its part of a `tinker://` path."""
 
 
@@ -88,6 +88,7 @@ class Operation:
         reply: JSON or protobuf by `reply_kind`; an error in JSON where it `failed`.
         loss, num_tokens: of a pass that leaves gradients.
         done: set when the reply is in the journal.
+        is_cancelled: its client does not want it any more; where it has not begun, it is not done.
     """
 
     request_id: str
@@ -105,6 +106,7 @@ class Operation:
     loss: float | None = None
     num_tokens: int | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
+    is_cancelled: bool = False
 
 
 Effect = Callable[[], None]

@@ -21,9 +21,19 @@ from model_foundry.service.curves import Curves
 from model_foundry.service.host import Host, Resident
 from model_foundry.service.journal import Work
 from model_foundry.service.replies import sample_reply
-from model_foundry.service.requests import CreateModel, LoadWeights, Sample, SaveForSampler, SaveWeights, read_request
+from model_foundry.service.requests import (
+    CreateModel,
+    LoadWeights,
+    Sample,
+    SaveExternal,
+    SaveForSampler,
+    SaveWeights,
+    read_request,
+)
 from model_foundry.service.sampling_batch import SamplingBatch
+from model_foundry.service.scoring import score
 from model_foundry.service.tensors import Pass
+from model_foundry.types import SampledSequence
 
 
 @dataclass(slots=True)
@@ -205,12 +215,20 @@ class Executor:
             outcome.add(self.books.put(sampler))
         return outcome
 
+    def save_external(self, operation: Operation) -> Outcome:
+        """The adapter as PEFT reads it, which is how it lies on the disk anyway."""
+        request: SaveExternal = read_request("save_weights_external", orjson.loads(operation.body))
+        saved = self.save(operation, "external", request.path, request)
+        outcome = _json({"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"})
+        outcome.add(self.books.put(saved))
+        return outcome
+
     def save(
         self,
         operation: Operation,
         kind: str,
         name: str,
-        request: SaveWeights | SaveForSampler,
+        request: SaveWeights | SaveForSampler | SaveExternal,
         *,
         overwrite: bool = False,
         is_ephemeral: bool = False,
@@ -265,6 +283,8 @@ class Executor:
         Raises:
             FoundryError: it is refused.
         """
+        if operation.is_cancelled:
+            raise DataError("cancelled by its client before it was begun", where=operation.request_id)
         request: Sample = read_request("asample", orjson.loads(operation.body))
         path = request.model_path
         if request.sampling_session_id is not None:
@@ -276,19 +296,32 @@ class Executor:
         can_batch = self.samples.can_batch()
         longest = min(context or self.samples.room_tokens, self.samples.room_tokens) if can_batch else context
         asked = sampling.prepare(request, self.texts, seed=operation.seed, longest=longest)
-        engine, own = self.host.engine, None
-        if asked.wants_prompt:
-            own = sampling.prompt_logprobs(engine, self.host.sampler(checkpoint), asked.prompt, asked.last)
         if can_batch and asked.params.max_tokens > 0:
-            self.samples.begin(operation, asked, checkpoint, own)
+            self.samples.begin(operation, asked, checkpoint)
             return None
-        sequences = sampling.sample_alone(engine, self.host.sampler(checkpoint), asked, self.texts)
-        return Outcome("sample", sample_reply(sequences, own))
+        sequences = sampling.sample_alone(self.host.engine, self.host.sampler(checkpoint), asked, self.texts)
+        return self.sampled(asked, checkpoint, sequences)
+
+    def sampled(
+        self, asked: sampling.Prepared, checkpoint: Checkpoint | None, sequences: Sequence[SampledSequence]
+    ) -> Outcome:
+        """The reply to a request whose samples are there."""
+        scores = score(
+            self.host.engine, lambda: self.host.sampler(checkpoint), asked.wanted, asked.prompt, sequences,
+            temperature=asked.params.temperature, seed=asked.params.seed,
+        )  # fmt: skip
+        return Outcome("sample", sample_reply(sequences, scores))
 
     def step_samples(self) -> Iterator[tuple[Operation, Outcome | Exception]]:
         """At most a token for every sample in the batch; the operations that are finished with it."""
         for done in self.samples.step():
-            yield done.operation, done.error or Outcome("sample", sample_reply(done.sequences, done.prompt_logprobs))
+            outcome: Outcome | Exception | None = done.error
+            if outcome is None:
+                try:
+                    outcome = self.sampled(done.prepared, done.checkpoint, done.sequences)
+                except Exception as error:
+                    outcome = error
+            yield done.operation, outcome
 
 
 def _is_written(store: CheckpointStore, name: str, request_id: str) -> bool:
@@ -308,5 +341,6 @@ _KINDS: dict[str, Callable[[Executor, Operation], Outcome]] = {
     "optim_step": Executor.optim_step,
     "save_weights": Executor.save_weights,
     "save_weights_for_sampler": Executor.save_for_sampler,
+    "save_weights_external": Executor.save_external,
     "unload_model": Executor.unload_model,
 }

@@ -24,6 +24,7 @@ from model_foundry.service.journal import Work
 from model_foundry.service.keys import Keys, Tenant
 from model_foundry.service.messages import MESSAGES
 from model_foundry.service.replies import AS_JSON
+from model_foundry.service.signing import Signer
 from model_foundry.service.worker import Worker
 
 HOLD_SECONDS = 25.0
@@ -44,6 +45,7 @@ class Front:
 
     Attributes:
         open: operations that are not answered, or whose answer nobody has fetched yet.
+        arrivals: sampler -> set when it is asked for another sample; there while somebody waits for that.
         seen: session -> when it was heard of last.
     """
 
@@ -52,7 +54,9 @@ class Front:
     executor: Executor
     keys: Keys
     limits: Limits
+    signer: Signer
     open: dict[str, Operation] = field(default_factory=dict)
+    arrivals: dict[str, asyncio.Event] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
 
     def tenant(self, request: Request) -> Tenant:
@@ -161,6 +165,10 @@ class Front:
         ids = [f"{operation.request_id}:{index}" for index in range(min(number, 1024))]
         return reply({"request_id": operation.request_id, "sample_sequence_ids": ids})
 
+    def arrival(self, lane: str) -> asyncio.Event:
+        """An event of the next operation in a lane."""
+        return self.arrivals.setdefault(lane, asyncio.Event())
+
     async def _accept(self, operation: Operation, model: Model | None = None) -> None:
         """Journal an operation and hand it on; a repeat changes nothing.
 
@@ -178,6 +186,8 @@ class Front:
                     self.books.models[model.model_id] = model
                 self.open[operation.request_id] = operation
                 self.worker.submit(operation)
+                if (arrived := self.arrivals.pop(operation.lane, None)) is not None:
+                    arrived.set()
                 return
             known = self.open.get(operation.request_id)
         if known is None:

@@ -27,8 +27,8 @@ from model_foundry.service.requests import LoadWeights, read_request
 from model_foundry.types import LoraConfig
 
 LORA_ALPHA = 32.0
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 _BODY_BYTES = 64_000_000
 """Bodies kept for doing a model's operations again; with more, a snapshot is taken sooner."""
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Host:
         if attention and mlp:
             targets: str | tuple[str, ...] = "all-linear"
         elif self.facts["implementation"] == "native":
-            targets = _ATTENTION if attention else _MLP
+            targets = ATTENTION if attention else MLP
         else:
             what = "which layers are attention and which are not is not known for this architecture"
             raise DataError(what, where="lora_config", hint="Leave train_attn and train_mlp true.")
@@ -305,7 +305,7 @@ class Host:
         return CheckpointStore(self.folder / "snapshots" / folder_name(model_id) / "kept")
 
     def store(self, run_id: str, kind: str) -> CheckpointStore:
-        return CheckpointStore(self.folder / "runs" / folder_name(run_id) / SEGMENTS[kind])
+        return stored_checkpoints(self.folder, run_id, kind)
 
     def open_for_base(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """`open`; refused where it is an adapter over another base.
@@ -331,6 +331,11 @@ class Host:
             raise
         except CheckpointError as error:
             raise CheckpointCorruptError("its folder is gone", where=checkpoint.path) from error
+
+
+def stored_checkpoints(state_dir: Path, run_id: str, kind: str) -> CheckpointStore:
+    """The checkpoints of a run, of one kind."""
+    return CheckpointStore(state_dir / "runs" / folder_name(run_id) / SEGMENTS[kind])
 
 
 def folder_name(run_id: str) -> str:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, insert, select, update
 from model_foundry.errors import UsageError
 from model_foundry.service import journal as tables
 from model_foundry.service.journal import Journal
+from model_foundry.service.signing import TOKEN_PREFIX, Signer
 
 PREFIX = "tml-"
 ROLES = ("user", "admin")
@@ -46,8 +47,15 @@ class Key:
 class Keys:
     """The keys of one journal, read once; `foundry service keys` writes while the service runs, so by and by again."""
 
-    def __init__(self, journal: Journal, *, is_open: bool, clock: Callable[[], float] = time.time) -> None:
-        self._journal, self._clock, self._is_open = journal, clock, is_open
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        is_open: bool,
+        signer: Signer | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._journal, self._clock, self._is_open, self._signer = journal, clock, is_open, signer
         self._by_digest: dict[str, Key] = {}
         self.reload()
 
@@ -66,13 +74,24 @@ class Keys:
         return self._is_open and not self._by_digest
 
     def tenant(self, secret: str | None) -> Tenant | None:
-        """Whose key this is; None where it is nobody's."""
+        """Whose key, or token of ours, this is; None where it is nobody's."""
+        if secret and secret.startswith(TOKEN_PREFIX):
+            return self._of_token(secret)
         if not secret or not secret.startswith(PREFIX):
             return None
         key = self._by_digest.get(_digest(secret))
         if key is not None:
             return None if key.revoked is not None else Tenant(key.key_id, key.role)
         return Tenant(f"open-{_digest(secret)[:16]}") if self.takes_every_key else None
+
+    def _of_token(self, token: str) -> Tenant | None:
+        owner = None if self._signer is None else self._signer.subject(token)
+        if owner is None:
+            return None
+        key = next((key for key in self.list() if key.key_id == owner), None)
+        if key is not None:
+            return None if key.revoked is not None else Tenant(owner, key.role)
+        return Tenant(owner) if self.takes_every_key else None
 
     def mint(self, name: str, role: str) -> tuple[Key, str]:
         """A new key, and its secret, which is kept nowhere.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from model_foundry.service.messages import DTYPES, MESSAGES, STOP_REASONS
+from model_foundry.service.scoring import NOTHING, Pairs, Scores, Targets
 from model_foundry.types import SampledSequence
 
 OUTPUT_TYPE = "ArrayRecord"
@@ -66,18 +67,51 @@ def pass_as_json(reply: bytes) -> dict[str, Any]:
     }
 
 
-def sample_reply(sequences: Sequence[SampledSequence], prompt_logprobs: np.ndarray | None) -> bytes:
-    """A serialised `SampleResponse`. `prompt_logprobs`: float32 [T], NaN where there is none."""
+def sample_reply(sequences: Sequence[SampledSequence], scores: Scores) -> bytes:
+    """A serialised `SampleResponse`."""
     message = MESSAGES["SampleResponse"]()
-    for sequence in sequences:
-        message.sequences.add(
+    for number, sequence in enumerate(sequences):
+        added = message.sequences.add(
             stop_reason=STOP_REASONS[sequence.stop_reason],
             tokens=sequence.tokens.astype("<i4").tobytes(),
             logprobs=sequence.logprobs.astype("<f4").tobytes(),
         )
-    if prompt_logprobs is not None:
-        message.prompt_logprobs = prompt_logprobs.astype("<f4").tobytes()
+        if scores.samples_likeliest:
+            _put_pairs(added.topk_sampled_logprobs, scores.samples_likeliest[number])
+    if scores.prompt is not None:
+        message.prompt_logprobs = scores.prompt.astype("<f4").tobytes()
+    if scores.prompt_likeliest is not None:
+        _put_pairs(message.topk_prompt_logprobs, scores.prompt_likeliest)
+    if scores.asked is not None and scores.targets is not None:
+        _put_targets(message.target_prompt_logprobs, scores.asked, scores.targets)
+    if scores.drawn is not None:
+        ids, logprobs = scores.drawn
+        for tensor, values, dtype in (
+            (message.prompt_alt_tokens.tokens, ids.astype("<i8"), "int64"),
+            (message.prompt_alt_tokens.logprobs, logprobs.astype("<f4"), "float32"),
+        ):
+            tensor.dense, tensor.dtype = values.tobytes(), DTYPES[dtype]
+            tensor.shape.extend(values.shape)
     return message.SerializeToString(deterministic=True)
+
+
+def _put_pairs(message: Any, pairs: Pairs) -> None:
+    ids, logprobs = pairs
+    message.token_ids, message.logprobs = ids.astype("<i4").tobytes(), logprobs.astype("<f4").tobytes()
+    message.length, message.k = ids.shape
+
+
+def _put_targets(message: Any, asked: Targets, values: np.ndarray) -> None:
+    """In the layout that they were asked for in."""
+    message.dtype = DTYPES["float32"]
+    message.shape.extend(asked.shape)
+    data = values.astype("<f4").tobytes()
+    if asked.crow is None or asked.col is None:
+        message.dense = data
+        return
+    message.sparse_csr.values = data
+    message.sparse_csr.crow_indices = asked.crow.astype("<i8").tobytes()
+    message.sparse_csr.col_indices = asked.col.astype("<i8").tobytes()
 
 
 def sample_as_json(reply: bytes) -> dict[str, Any]:
@@ -97,7 +131,20 @@ def sample_as_json(reply: bytes) -> dict[str, Any]:
     if message.HasField("prompt_logprobs"):
         values = np.frombuffer(message.prompt_logprobs, dtype="<f4").tolist()
         out["prompt_logprobs"] = [None if math.isnan(value) else value for value in values]
+    if message.HasField("topk_prompt_logprobs"):
+        out["topk_prompt_logprobs"] = _pairs_as_json(message.topk_prompt_logprobs)
+    for sequence, told in zip(message.sequences, out["sequences"], strict=True):
+        if sequence.HasField("topk_sampled_logprobs"):
+            told["topk_logprobs"] = _pairs_as_json(sequence.topk_sampled_logprobs)
     return out
+
+
+def _pairs_as_json(message: Any) -> list[list[tuple[int, float]] | None]:
+    shape = (message.length, message.k)
+    ids = np.frombuffer(message.token_ids, dtype="<i4").reshape(shape).tolist()
+    logprobs = np.frombuffer(message.logprobs, dtype="<f4").reshape(shape).tolist()
+    rows = [list(zip(*row, strict=True)) for row in zip(ids, logprobs, strict=True)]
+    return [None if row and row[0] == (0, NOTHING) else row for row in rows]
 
 
 AS_JSON = {"pass": pass_as_json, "sample": sample_as_json}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from model_foundry.errors import DataError
 
@@ -93,6 +93,17 @@ class SaveForSampler(Body):
     type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
 
 
+class SaveExternal(Body):
+    model_id: str
+    path: CheckpointName
+    seq_id: int | None = None
+    ttl_seconds: TtlSeconds | None = None
+    age_encryption_recipients: Annotated[list[str], Field(max_length=0)] | None = None
+    """Files are not encrypted here."""
+    user_metadata: dict[str, str] | None = None
+    type: Literal["save_weights_external"] = "save_weights_external"
+
+
 class UnloadModel(Body):
     model_id: str
     seq_id: int | None = None
@@ -108,6 +119,9 @@ class SamplingBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+Alternatives = Annotated[int, Field(ge=0, le=1024)]
+
+
 class Sample(Body):
     num_samples: Annotated[int, Field(ge=1, le=1024)] = 1
     prompt: dict[str, Any]
@@ -118,12 +132,42 @@ class Sample(Body):
     seq_id: int | None = None
     prompt_logprobs: bool | None = None
     prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
-    topk_prompt_logprobs: int = 0
-    topk_sample_logprobs: int = 0
-    target_prompt_logprobs: None = None
-    prompt_alt_tokens_k: int = 0
+    topk_prompt_logprobs: Alternatives = 0
+    topk_sample_logprobs: Alternatives = 0
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: Alternatives = 0
     record_stability_info: bool | None = None
     type: Literal["sample"] = "sample"
+
+
+class CopyWeights(Body):
+    session_id: str | None = None
+    model_seq_id: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    destination_project_id: str | None = None
+    source_path: str
+    ttl_seconds: TtlSeconds | None = None
+    weights_access_token: None = None
+
+
+class SearchOwner(Body):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: Annotated[list[str], Field(min_length=1, max_length=10)] | None = None
+
+
+class SearchCursor(Body):
+    last_created_at: AwareDatetime
+    last_session_id: str
+
+
+class SessionSearch(Body):
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: Annotated[str, Field(min_length=1)] | None = None
+    owner: SearchOwner = SearchOwner()
+    statuses: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    cursor: SearchCursor | None = None
 
 
 REQUESTS: dict[str, type[Body]] = {
@@ -132,6 +176,7 @@ REQUESTS: dict[str, type[Body]] = {
     "optim_step": OptimStep,
     "save_weights": SaveWeights,
     "save_weights_for_sampler": SaveForSampler,
+    "save_weights_external": SaveExternal,
     "unload_model": UnloadModel,
     "asample": Sample,
 }

@@ -27,6 +27,7 @@ from model_foundry.service.journal import Journal
 from model_foundry.service.keys import Keys
 from model_foundry.service.sampling import Texts
 from model_foundry.service.sampling_batch import SamplingBatch
+from model_foundry.service.signing import Signer
 from model_foundry.service.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ async def _at_work(config: ServiceConfig, journal: Journal, every_key: bool) -> 
     )
     worker = Worker(executor, books, asyncio.get_running_loop())
     unfinished = books.unfinished()
+    signer = Signer(journal)
     front = Front(
-        books, worker, executor, Keys(journal, is_open=every_key),
-        Limits(config.max_body_bytes, config.max_waiting_per_key, config.max_models_per_key),
+        books, worker, executor, Keys(journal, is_open=every_key, signer=signer),
+        Limits(config.max_body_bytes, config.max_waiting_per_key, config.max_models_per_key), signer,
         open={operation.request_id: operation for operation in unfinished},
     )  # fmt: skip
     if unfinished:

@@ -12,14 +12,10 @@ from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import DataError
 from model_foundry.models.folder import read_json
 from model_foundry.service.requests import Sample, SamplingBody
+from model_foundry.service.scoring import Wanted, read_targets
 from model_foundry.service.tensors import json_chunks
 from model_foundry.tokenizer import Tokenizer
-from model_foundry.types import Datum, SampledSequence, SamplingParams
-
-_NOT_OFFERED = (
-    "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k",
-    "record_stability_info",
-)  # fmt: skip
+from model_foundry.types import SampledSequence, SamplingParams
 
 
 class Texts:
@@ -52,15 +48,14 @@ class Prepared:
 
     Attributes:
         stops: strings to stop at.
-        wants_prompt: the prompt's own logprobs are asked for; `last`: of so many tokens at its end.
+        wanted: what is to be scored beside.
     """
 
     prompt: np.ndarray
     params: SamplingParams
     stops: list[str]
     num_samples: int
-    wants_prompt: bool
-    last: int | None
+    wanted: Wanted
 
 
 def prepare(request: Sample, texts: Texts, *, seed: int, longest: int | None) -> Prepared:
@@ -73,17 +68,29 @@ def prepare(request: Sample, texts: Texts, *, seed: int, longest: int | None) ->
     Raises:
         DataError: something that is not offered, or means nothing.
     """
-    for name in _NOT_OFFERED:
-        if getattr(request, name):
-            raise DataError(f"{name} is not offered by this service", where="asample")
+    if request.record_stability_info:
+        raise DataError("record_stability_info is for a loss that is not published", where="asample")
     tokens = [token for chunk in json_chunks(request.prompt, "prompt") for token in chunk]
     params, stops = sampling_params(request.sampling_params, texts, seed=seed, num_tokens=len(tokens), context=longest)
-    wants, last = bool(request.prompt_logprobs), request.prompt_logprobs_last_n
-    if last is not None and not wants:
+    wanted = _wanted(request, len(tokens))
+    return Prepared(np.asarray(tokens, dtype=np.int32), params, stops, request.num_samples, wanted)
+
+
+def _wanted(request: Sample, num_tokens: int) -> Wanted:
+    last = request.prompt_logprobs_last_n
+    if last is not None and not request.prompt_logprobs:
         raise DataError("prompt_logprobs_last_n needs prompt_logprobs", where="asample")
-    if last is not None and last >= len(tokens):
-        raise DataError(f"prompt_logprobs_last_n is {last}, of {len(tokens)} tokens", where="asample")
-    return Prepared(np.asarray(tokens, dtype=np.int32), params, stops, request.num_samples, wants, last)
+    if last is not None and last >= num_tokens:
+        raise DataError(f"prompt_logprobs_last_n is {last}, of {num_tokens} tokens", where="asample")
+    targets = request.target_prompt_logprobs
+    return Wanted(
+        prompt=bool(request.prompt_logprobs),
+        last=last,
+        likeliest_of_prompt=request.topk_prompt_logprobs,
+        likeliest_of_samples=request.topk_sample_logprobs,
+        drawn_of_prompt=request.prompt_alt_tokens_k,
+        targets=None if targets is None else read_targets(targets, num_tokens),
+    )
 
 
 def sampling_params(
@@ -145,14 +152,3 @@ def sequences_of(rows: Sequence[Sequence[tuple[int, float]]], stopped: set[int])
         )
         for row, pairs in enumerate(rows)
     ]
-
-
-def prompt_logprobs(engine: TorchEngine, model: str, prompt: np.ndarray, last: int | None) -> np.ndarray:
-    """Float32 [T]. Nothing comes before the first token, so it has none (NaN), nor those before the `last`."""
-    out = np.full(len(prompt), np.nan, dtype=np.float32)
-    if len(prompt) > 1:
-        inputs = {"target_tokens": prompt[1:], "weights": np.ones(len(prompt) - 1, dtype=np.float32)}
-        out[1:] = engine.forward(model, [Datum(prompt[:-1], inputs)], logprobs="all").logprobs[0]
-    if last is not None:
-        out[: len(out) - last] = np.nan
-    return out

@@ -11,8 +11,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from model_foundry.engine.continuous import ContinuousBatch, TokenEvent
 from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
 from model_foundry.engine.platform import is_out_of_memory, release_memory
@@ -38,8 +36,8 @@ class Asked:
 
     operation: Operation
     prepared: Prepared
+    checkpoint: Checkpoint | None
     adapter: str | None
-    prompt_logprobs: np.ndarray | None
     rows: list[list[tuple[int, float]]]
     coming: deque[int]
     stopped: set[int] = field(default_factory=set)
@@ -55,8 +53,9 @@ class Finished:
     """A sampling operation and what came of it."""
 
     operation: Operation
+    prepared: Prepared
+    checkpoint: Checkpoint | None
     sequences: list[SampledSequence]
-    prompt_logprobs: np.ndarray | None = None
     error: Exception | None = None
 
 
@@ -125,16 +124,15 @@ class SamplingBatch:
         operation: Operation,
         prepared: Prepared,
         checkpoint: Checkpoint | None,
-        prompt_logprobs: np.ndarray | None,
     ) -> None:
-        """Let an operation in, where `can_batch`; `prompt_logprobs` are handed back with its end.
+        """Let an operation in, where `can_batch`.
 
         Raises:
             FoundryError: its adapter cannot be read, or the batch could never hold it.
         """
         rows: list[list[tuple[int, float]]] = [[] for _ in range(prepared.num_samples)]
         coming = deque(range(prepared.num_samples))
-        asked = Asked(operation, prepared, self._adapter(checkpoint), prompt_logprobs, rows, coming)
+        asked = Asked(operation, prepared, checkpoint, self._adapter(checkpoint), rows, coming)
         # The first goes in here, so that what is refused is refused with everything as it was.
         self._place(asked)
         self._asked.append(asked)
@@ -165,7 +163,7 @@ class SamplingBatch:
             dropped = list(self._asked)
         for asked in dropped:
             self._drop(asked)
-            yield Finished(asked.operation, [], error=error)
+            yield Finished(asked.operation, asked.prepared, asked.checkpoint, [], error=error)
 
     def _note(self, event: TokenEvent) -> Finished | None:
         assert self._batch is not None
@@ -186,7 +184,8 @@ class SamplingBatch:
         if asked.num_done < len(asked.rows):
             return None
         self._asked.remove(asked)
-        return Finished(asked.operation, sequences_of(asked.rows, asked.stopped), asked.prompt_logprobs)
+        sequences = sequences_of(asked.rows, asked.stopped)
+        return Finished(asked.operation, prepared, asked.checkpoint, sequences)
 
     def _fill(self) -> None:
         """Give free places away, each to the owner who has fewest."""

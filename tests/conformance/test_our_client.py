@@ -204,6 +204,13 @@ def test_the_same_folder_in_one_process_is_one_service(tiny_folder: Callable[[st
             ServiceClient(base_model=base, state_dir=tmp_path, options={"num_threads": 2})
 
 
+def test_asking_for_the_head_is_refused_and_leaves_nothing(here: ServiceClient, service: Service) -> None:
+    """The SDK's default asks for it, so the service can only warn; who asks us has meant it."""
+    with pytest.raises(ServiceError, match="does not train the output head"):
+        here.create_lora_training_client(str(service.base), rank=2, train_unembed=True).result()
+    assert here.create_lora_training_client(str(service.base), rank=2).result().get_info().lora_rank == 2
+
+
 def test_what_is_wrong_is_said(service: Service, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no base yet"):
         ServiceClient(state_dir=tmp_path).create_rest_client()

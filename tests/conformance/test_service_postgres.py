@@ -9,6 +9,8 @@ import pgserver
 import pytest
 
 from model_foundry.errors import RunError, UsageError
+from model_foundry.service.books import Books
+from model_foundry.service.importing import import_checkpoint
 from model_foundry.service.journal import Journal
 from model_foundry.service.keys import Keys
 from tests.conformance.test_service_by_hand import new_model, one_step
@@ -38,7 +40,8 @@ def test_a_killed_service_goes_on_from_postgres_to_the_bits_of_one_on_sqlite(
                     service.kill()
                     service.start()
             done = finish(api, api.post("save_weights", json={"model_id": model, "path": "end", "seq_id": 17}))
-            ends.append(files_of(service.state / "runs" / done["path"].removeprefix("tinker://").replace(":", "-")))
+            saved = service.state / "runs" / done["path"].removeprefix("tinker://").replace(":", "-")
+            ends.append(files_of(saved))
             if options:
                 assert not (service.state / "journal.sqlite").exists()
                 with pytest.raises(RunError, match="another service is at work"):
@@ -46,6 +49,12 @@ def test_a_killed_service_goes_on_from_postgres_to_the_bits_of_one_on_sqlite(
                 beside = Journal(tmp_path, url=url)
                 assert Keys(beside, is_open=False).list() == []
                 beside.close()
+                with pytest.raises(RunError, match="another service is at work"):
+                    import_checkpoint(str(saved), state_dir=tmp_path / "other", name="x", key=None, journal_url=url)
+    path = import_checkpoint(str(saved), state_dir=tmp_path / "postgres", name="x", key=None, journal_url=url)
+    journal = Journal(tmp_path, url=url)
+    assert Books(journal).checkpoint_at(path, "anybody") is not None
+    journal.close()
     assert ends[0] == ends[1]
     assert len(ends[0]) == 2
 

@@ -17,6 +17,7 @@ from model_foundry.service.host import Host
 from model_foundry.service.journal import Journal
 from model_foundry.service.sampling import Prepared, Texts, sample_alone
 from model_foundry.service.sampling_batch import SamplingBatch
+from model_foundry.service.scoring import Wanted
 from model_foundry.types import SampledSequence, SamplingParams
 
 TinyFolder = Callable[[str], Path]
@@ -38,7 +39,7 @@ def operation(owner: str, number: int = 0) -> Operation:
 
 def asked(num_samples: int, **settings: Any) -> Prepared:
     params = SamplingParams(**{"max_tokens": 6, "temperature": 1.0, "seed": 3, **settings})
-    return Prepared(np.arange(5, 12, dtype=np.int32), params, [], num_samples, wants_prompt=False, last=None)
+    return Prepared(np.arange(5, 12, dtype=np.int32), params, [], num_samples, Wanted())
 
 
 def finish(batch: SamplingBatch) -> dict[str, list[SampledSequence]]:
@@ -54,8 +55,8 @@ def test_samples_are_those_of_the_engine(batch: SamplingBatch) -> None:
     """Copies of a prompt differ from each other, and are the same as when the engine draws them by itself."""
     want = sample_alone(batch.host.engine, batch.host.base_id, asked(5), batch.texts)
     assert batch.can_batch()
-    batch.begin(operation("a"), asked(5), None, None)
-    batch.begin(operation("b"), asked(2, seed=9), None, None)
+    batch.begin(operation("a"), asked(5), None)
+    batch.begin(operation("b"), asked(2, seed=9), None)
     got = finish(batch)
     assert [row.tokens.tolist() for row in got["a:0"]] == [row.tokens.tolist() for row in want]
     assert len({tuple(row.tokens) for row in got["a:0"]}) > 1
@@ -64,12 +65,12 @@ def test_samples_are_those_of_the_engine(batch: SamplingBatch) -> None:
 def test_a_thousand_samples_leave_places_for_others(batch: SamplingBatch) -> None:
     """One operation of a hundred samples must not make another tenant's single one wait for them all."""
     assert batch.can_batch()
-    batch.begin(operation("hog"), asked(100), None, None)
+    batch.begin(operation("hog"), asked(100), None)
     assert not batch.takes("hog")
     assert batch.takes("guest")
     for _ in range(3):
         assert not list(batch.step())
-    batch.begin(operation("guest"), asked(1), None, None)
+    batch.begin(operation("guest"), asked(1), None)
     ends: dict[str, int] = {}
     steps = 0
     while batch.is_active:
@@ -81,7 +82,7 @@ def test_a_thousand_samples_leave_places_for_others(batch: SamplingBatch) -> Non
 def test_what_cannot_be_held_is_refused_and_leaves_nothing(batch: SamplingBatch) -> None:
     assert batch.can_batch()
     with pytest.raises(EngineError, match="exceed"):
-        batch.begin(operation("a"), asked(3, max_tokens=100_000), None, None)
+        batch.begin(operation("a"), asked(3, max_tokens=100_000), None)
     assert not batch.is_active
     assert not batch.owners()
 
@@ -94,7 +95,7 @@ def test_a_step_that_fails_ends_its_samples_and_nothing_else(
     running = batch._batch
     assert running is not None
     for name in ("a", "b"):
-        batch.begin(operation(name), asked(2), None, None)
+        batch.begin(operation(name), asked(2), None)
     real = running.step
     failures: list[Exception] = [MemoryError()]
 
@@ -108,7 +109,7 @@ def test_a_step_that_fails_ends_its_samples_and_nothing_else(
     assert lost.operation.owner == "b"
     assert "memory ran out" in str(lost.error)
     assert finish(batch).keys() == {"a:0"}
-    batch.begin(operation("c"), asked(2), None, None)
+    batch.begin(operation("c"), asked(2), None)
     failures.append(ValueError("a fault"))
     (lost,) = batch.step()
     assert isinstance(lost.error, ValueError)

@@ -21,6 +21,7 @@ from model_foundry.service import bodies
 from model_foundry.service.messages import MESSAGES
 from model_foundry.service.replies import pass_as_json, pass_reply, sample_as_json, sample_reply
 from model_foundry.service.requests import read_request
+from model_foundry.service.scoring import Scores
 from model_foundry.service.tensors import Pass, read_json_pass, read_pass
 from model_foundry.types import SampledSequence
 
@@ -152,17 +153,21 @@ def test_results_read_back_as_they_were(shapes: list[tuple[int, int | None]]) ->
 
 def test_samples_read_back_as_they_were() -> None:
     sequence = SampledSequence(np.array([4, 5], np.int32), np.array([-1.0, -2.0], np.float32), "stop")
-    reply = sample_reply([sequence], np.array([np.nan, -3.0], np.float32))
+    pairs = (np.array([[0, 0], [7, 9]], np.int32), np.array([[-99999, -99999], [-0.5, -1.5]], np.float32))
+    scores = Scores(np.array([np.nan, -3.0], np.float32), prompt_likeliest=pairs, samples_likeliest=[pairs])
+    reply = sample_reply([sequence], scores)
     got: Any = deserialize_proto_response(reply, types.SampleResponse)
     assert (got.sequences[0].tokens, got.sequences[0].logprobs, got.sequences[0].stop_reason) == (
         [4, 5],
         [-1, -2],
         "stop",
     )
+    likeliest = [None, [(7, -0.5), (9, -1.5)]]
     assert got.prompt_logprobs == [None, -3.0]
+    assert got.topk_prompt_logprobs == got.sequences[0].topk_logprobs == likeliest
     assert sample_as_json(reply) == {
-        "type": "sample", "prompt_logprobs": [None, -3.0],
-        "sequences": [{"stop_reason": "stop", "tokens": [4, 5], "logprobs": [-1.0, -2.0]}],
+        "type": "sample", "prompt_logprobs": [None, -3.0], "topk_prompt_logprobs": likeliest,
+        "sequences": [{"stop_reason": "stop", "tokens": [4, 5], "logprobs": [-1.0, -2.0], "topk_logprobs": likeliest}],
     }  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""`sessions/search`: a client's sessions by name, data, project and how they ended, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+
+from model_foundry.service.bodies import Refusal, read_json, reply
+from model_foundry.service.books import Session
+from model_foundry.service.front import Front
+from model_foundry.service.keys import Tenant
+from model_foundry.service.requests import SessionSearch
+
+
+async def search(front: Front, request: Request) -> Response:
+    tenant = front.tenant(request)
+    try:
+        asked = SessionSearch.model_validate(await read_json(request, limit=front.limits.body_bytes))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise Refusal(422, f"sessions/search: {told}") from error
+    found = [item for item in front.books.sessions.values() if _sees(tenant, item, asked) and _matches(item, asked)]
+    found.sort(key=_place, reverse=True)
+    if asked.cursor is not None:
+        after = (asked.cursor.last_created_at.timestamp(), asked.cursor.last_session_id)
+        found = [item for item in found if _place(item) < after]
+    page = found[: asked.limit]
+    more = len(found) > len(page)
+    cursor = {"last_created_at": _time(page[-1].created), "last_session_id": page[-1].session_id} if more else None
+    return reply({"sessions": [_summary(front, item) for item in page], "next_cursor": cursor})
+
+
+def _place(session: Session) -> tuple[float, str]:
+    # As the cursor says it, in whole microseconds.
+    return datetime.fromisoformat(_time(session.created)).timestamp(), session.session_id
+
+
+def _sees(tenant: Tenant, session: Session, asked: SessionSearch) -> bool:
+    if asked.owner.type == "user" and session.owner not in (asked.owner.owner_urns or ()):
+        return False
+    return session.owner == tenant.owner or (tenant.sees is None and asked.owner.type != "own")
+
+
+def _matches(session: Session, asked: SessionSearch) -> bool:
+    facts = session.facts
+    metadata = facts.get("user_metadata") or {}
+    if any(metadata.get(key) != value for key, value in asked.user_metadata.items()):
+        return False
+    if asked.project_ids is not None and facts.get("project_id") not in asked.project_ids:
+        return False
+    if asked.statuses is not None and not any(_is_so(session, query) for query in asked.statuses):
+        return False
+    if asked.session_id is None and asked.display_name is None:
+        return True
+    shown = str(facts.get("display_name") or "").lower()
+    by_name = asked.display_name is not None and all(word in shown for word in asked.display_name.lower().split())
+    by_id = asked.session_id is not None and session.session_id == asked.session_id
+    return by_name or by_id
+
+
+def _is_so(session: Session, query: Mapping[str, Any]) -> bool:
+    kind = query.get("type")
+    if kind == "active":
+        return session.finished is None
+    if kind != "client_finished" or session.finished is None:
+        # Sessions neither fail nor are cancelled here: what fails is an operation.
+        return False
+    reasons = query.get("reasons")
+    return reasons is None or _reason(session) in reasons
+
+
+def _reason(session: Session) -> str:
+    kind = (session.facts.get("finish_reason") or {}).get("type")
+    return str(kind) if kind in ("success", "errored", "interrupted") else "success"
+
+
+def _summary(front: Front, session: Session) -> dict[str, Any]:
+    runs = {model.model_id for model in front.books.models.values() if model.session_id == session.session_id}
+    kept = [c for c in front.books.checkpoints.values() if c.run_id in runs and not c.facts["is_ephemeral"]]
+    is_over = session.finished is not None
+    return {
+        "session_id": session.session_id,
+        "created_at": _time(session.created),
+        "owner": session.owner,
+        "project_id": session.facts.get("project_id") or "",
+        "status": {"type": "client_finished", "reason": {"type": _reason(session)}} if is_over else {"type": "active"},
+        "checkpoints_count": len(kept),
+        "display_name": session.facts.get("display_name"),
+        "user_metadata": session.facts.get("user_metadata"),
+        "checkpoint_storage_bytes": sum(item.size_bytes for item in kept),
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")  # noqa: UP017

@@ -1,0 +1,75 @@
+"""The cookbook's own supervised loop, `chat_sl`, unmodified, against the service: stopped, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_foundry.checkpoint import atomic
+from tests.service_rig import Service
+
+pytestmark = [pytest.mark.prove, pytest.mark.timeout(900)]
+COOKBOOK = "tinker-cookbook==0.6.1"
+BESIDE = ("chz", "blobfile", "tml-renderers", "pyrage", "termcolor", "cloudpickle", "tiktoken")
+"""What it imports and we do not; its other dependencies are taken from the environment of the tests."""
+
+
+def python() -> Path:
+    """An environment with the cookbook, made once."""
+    home = Path(os.environ.get("FOUNDRY_HOME", "~/.cache/model-foundry")).expanduser() / "test-sdks"
+    folder = home / COOKBOOK.replace("==", "-")
+    if not folder.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        with atomic.atomic_directory(folder) as target:
+            packages = target / "packages"
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
+            subprocess.run([*command, COOKBOOK, *BESIDE], check=True, timeout=300)
+    return folder / "packages"
+
+
+def run(service: Service, log: Path, rows: Path, *, steps: int) -> list[dict[str, Any]]:
+    """The loop up to a step; what it measured, by step."""
+    arguments = {
+        "model_name": service.base, "dataset": rows, "renderer_name": "role_colon", "base_url": service.url,
+        "batch_size": 4, "max_length": 128, "learning_rate": 0.01, "lr_schedule": "constant", "lora_rank": 4,
+        "save_every": 2, "eval_every": 0, "max_steps": steps, "log_path": log, "behavior_if_log_dir_exists": "resume",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tinker_cookbook.recipes.chat_sl.train", *(f"{k}={v}" for k, v in arguments.items())],
+        env={
+            **os.environ, "PYTHONPATH": os.pathsep.join([str(python()), sysconfig.get_path("purelib")]),
+            "TINKER_API_KEY": "tml-cookbook", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_chat_sl_resumes_with_the_same_losses(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The service is killed between the two halves as well: the second half is that of an undisturbed run."""
+    rows = tmp_path / "rows.jsonl"
+    talks = [
+        [("user", f"Colour of thing {n}?"), ("assistant", f"It is {'red' if n % 2 else 'blue'}.")] for n in range(40)
+    ]
+    rows.write_text("".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}) + "\n"
+                            for talk in talks))  # fmt: skip
+    with Service(tiny_folder("llama-tied"), tmp_path / "state", "dtype=float32") as service:
+        straight = run(service, tmp_path / "straight", rows, steps=8)
+        run(service, tmp_path / "halves", rows, steps=4)
+        service.kill()
+        service.start()
+        halves = run(service, tmp_path / "halves", rows, steps=8)
+    losses = [[(line["step"], line["train_mean_nll"]) for line in each if "train_mean_nll" in line]
+              for each in (straight, halves)]  # fmt: skip
+    assert len(losses[0]) == 8
+    assert losses[1] == losses[0]
+    assert losses[0][-1][1] < losses[0][0][1]

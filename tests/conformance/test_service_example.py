@@ -1,0 +1,55 @@
+"""examples/service/sft.py: through the service in process, through one behind a URL, and `foundry train` itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_foundry import ServiceClient
+from model_foundry.run.metrics import read_metrics
+from tests.service_rig import KEY, Service, files_of
+from tests.tiny_runs import foundry, tiny_config, write_project
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+OPTIONS = {"num_threads": 1, "dtype": "float32"}
+SHAPE: dict[str, Any] = {"lora__r": 4, "lora__lora_alpha": 32}
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("sft_example", ROOT / "examples" / "service" / "sft.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_and_the_service_give_the_same_bits(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """What the client sends, or the service makes of it, that is not what the recipe's own engine gets."""
+    base = tiny_folder("llama-tied")
+    config = tiny_config(tmp_path, model=base, **SHAPE)
+    with ServiceClient(base_model=str(base), state_dir=tmp_path / "here", options=OPTIONS) as client:
+        here, path = example().train(client, config)
+    service = Service(base, tmp_path / "there", "dtype=float32")
+    with service, ServiceClient(base_url=service.url, api_key=KEY) as client:
+        there, other_path = example().train(client, config)
+    assert here == there
+    stored = [
+        files_of(tmp_path / state / "runs" / saved.removeprefix("tinker://").replace(":", "-"))
+        for state, saved in (("here", path), ("there", other_path))
+    ]
+    assert stored[0] == stored[1]
+    # Passes that may be shared are other products than the recipe's, which differ in the last bits; without, none.
+    alone = OPTIONS | {"co_batching": "off"}
+    with ServiceClient(base_model=str(base), state_dir=tmp_path / "alone", options=alone) as client:
+        unshared, _ = example().train(client, config)
+    done = foundry("train", write_project(tmp_path, model=base, **SHAPE))
+    assert done.returncode == 0, done.stderr
+    recipe = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "step"]
+    assert unshared == recipe
+    assert here == pytest.approx(recipe, rel=1e-5)
