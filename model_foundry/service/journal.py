@@ -41,11 +41,19 @@ from model_foundry.service.databases import database
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _MIGRATIONS: dict[int, tuple[str, ...]] = {
     1: ("ALTER TABLE operations ADD COLUMN loss FLOAT", "ALTER TABLE operations ADD COLUMN num_tokens INTEGER"),
+    2: (),
 }
 """Version -> what makes the next one of it."""
+_POSTGRES_MIGRATIONS: dict[int, tuple[str, ...]] = {
+    2: (
+        "ALTER TABLE operations ALTER COLUMN seq TYPE BIGINT",
+        "ALTER TABLE models ALTER COLUMN done_seq TYPE BIGINT",
+    ),
+}
+"""What it takes there besides; every integer of SQLite has 64 bits."""
 logger = logging.getLogger(__name__)
 
 metadata = MetaData()
@@ -65,7 +73,7 @@ models = Table(
     "models", metadata,
     Column("model_id", String, primary_key=True), Column("session_id", String, nullable=False),
     Column("owner", String, nullable=False), Column("created", Float, nullable=False),
-    Column("state", String, nullable=False), Column("done_seq", Integer, nullable=False),
+    Column("state", String, nullable=False), Column("done_seq", BigInteger, nullable=False),
     Column("last_request", Float, nullable=False), Column("facts", Text, nullable=False),
 )  # fmt: skip
 samplers = Table(
@@ -83,7 +91,7 @@ checkpoints = Table(
 operations = Table(
     "operations", metadata,
     Column("request_id", String, primary_key=True), Column("lane", String, nullable=False),
-    Column("seq", Integer), Column("owner", String, nullable=False), Column("kind", String, nullable=False),
+    Column("seq", BigInteger), Column("owner", String, nullable=False), Column("kind", String, nullable=False),
     Column("encoding", String, nullable=False), Column("body", LargeBinary), Column("seed", BigInteger, nullable=False),
     Column("created", Float, nullable=False), Column("finished", Float),
     Column("failed", Boolean, nullable=False), Column("reply_kind", String), Column("reply", LargeBinary),
@@ -143,7 +151,9 @@ class Journal:
                 what = f"the journal has schema {row.value}, and this version reads up to {SCHEMA_VERSION}"
                 raise RunError(what, where=self.where, hint="Start it with the version that wrote it.")
             for version in range(int(row.value), SCHEMA_VERSION):
-                for statement in _MIGRATIONS[version]:
+                is_postgres = self._connection.dialect.name == "postgresql"
+                more = _POSTGRES_MIGRATIONS.get(version, ()) if is_postgres else ()
+                for statement in (*_MIGRATIONS[version], *more):
                     self._connection.execute(text(statement))
             self._connection.execute(update(meta).where(meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pgserver
 import pytest
+from sqlalchemy import text
 
 from model_foundry.errors import RunError, UsageError
-from model_foundry.service.books import Books
+from model_foundry.service.books import Books, Operation
 from model_foundry.service.importing import import_checkpoint
 from model_foundry.service.journal import Journal
 from model_foundry.service.keys import Keys
@@ -57,6 +58,24 @@ def test_a_killed_service_goes_on_from_postgres_to_the_bits_of_one_on_sqlite(
     journal.close()
     assert ends[0] == ends[1]
     assert len(ends[0]) == 2
+
+
+def test_numbers_beyond_32_bits_are_kept_also_where_the_tables_are_older(tmp_path: Path, url: str) -> None:
+    """A client that joins a sampling session counts from a multiple of 1e9."""
+    journal = Journal(tmp_path, url=url)
+    for change in (
+        "ALTER TABLE operations ALTER COLUMN seq TYPE INTEGER",
+        "ALTER TABLE models ALTER COLUMN done_seq TYPE INTEGER",
+        "UPDATE meta SET value = '2' WHERE key = 'schema'",
+    ):
+        journal.run(lambda connection, change=change: connection.execute(text(change))).result()
+    journal.close()
+    journal = Journal(tmp_path, url=url)
+    books = Books(journal)
+    asked = Operation("far", "far", "me", "asample", "json", b"{}", 1, seq=3_000_000_000, created=1.0)
+    assert journal.run(books.accept(asked, None)).result()
+    assert [found.seq for found in books.unfinished() if found.request_id == "far"] == [3_000_000_000]
+    journal.close()
 
 
 @pytest.mark.parametrize("wrong", ["mysql://me@host/db", "not a url"])
