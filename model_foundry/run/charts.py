@@ -71,7 +71,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     make = _Axis.logarithmic if is_log else _Axis.linear
     y_axis = make(values, pixels=(HEIGHT - BOTTOM, TOP))
     body = [*_grid(x_axis, y_axis), *_labels(x_label, y_label), *(_line(one, x_axis, y_axis) for one in drawn)]
-    legend = [(one.name, one.colour) for one in drawn] if len(drawn) > 1 else []
+    legend = [(one.name, one.colour, one.is_faint) for one in drawn] if len(drawn) > 1 else []
     return _figure(title, _description(title, drawn), body, HEIGHT, legend=legend)
 
 
@@ -99,7 +99,9 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, scale: float = 1
     parts = "; ".join(
         f"{bar.label}: " + ", ".join(f"{name} {value / scale:,.1f}" for name, value in bar.parts) for bar in drawn
     )
-    return _figure(title, f"{title}. {x_label}. {parts}.", body, height, legend=list(colours.items()))
+    return _figure(
+        title, f"{title}. {x_label}. {parts}.", body, height, legend=[(*each, False) for each in colours.items()]
+    )
 
 
 def column_chart(
@@ -300,9 +302,14 @@ def _description(title: str, series: Sequence[Series]) -> str:
     return f"{title}. {'; '.join(lines)}."
 
 
-def _figure(title: str, description: str, body: Sequence[str], height: float, *, legend: list[tuple[str, int]]) -> str:
+def _figure(
+    title: str, description: str, body: Sequence[str], height: float, *, legend: list[tuple[str, int, bool]]
+) -> str:
+    """The legend: names, colours, and whether the line is faint."""
     keys = "".join(
-        f'<span><i style="background:var(--series-{colour})"></i>{escape(name)}</span>' for name, colour in legend
+        f'<span><i class="{"faint" if is_faint else "line"}" style="background:var(--series-{colour})"></i>'
+        f"{escape(name)}</span>"
+        for name, colour, is_faint in legend
     )
     return _framed(title, description, body, height, keys=keys)
 

@@ -55,6 +55,7 @@ summary { cursor: pointer; font-weight: 600; padding: 10px 0; }
 figure { margin: 0; } figcaption { font-weight: 600; display: flex; flex-wrap: wrap; gap: 4px 16px; }
 .legend { display: inline-flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; align-items: center; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+.legend .faint { opacity: .45; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; }
 svg .label { fill: var(--ink); } svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg .line { fill: none; stroke-width: 2; } svg .mark { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 4; }
