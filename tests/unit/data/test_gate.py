@@ -412,7 +412,7 @@ said = st.text(characters, min_size=1, max_size=40).filter(lambda text: not text
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(said, said), min_size=1, max_size=4))
+@given(st.lists(st.tuples(said, said), min_size=1, max_size=4, unique=True))
 @pytest.mark.slow
 def test_whatever_people_write_is_no_fault(gate: Gate, turns: list[tuple[str, str]]) -> None:
     """Prevents a refusal for odd characters alone: what is trained is the answer, whatever it is made of."""
