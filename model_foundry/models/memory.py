@@ -28,6 +28,8 @@ LIBRARY_BYTES = 130_000_000
 HOLES_LAYERS = 6
 """Holes that glibc's heap keeps between freed tensors, in layers' worth of activations; 2 to 9 were measured. In layers
 with experts the large tensors fill each other's places: there it is as if each token met one expert."""
+FORWARD_LAYERS = 1.25
+"""Layers' worth of activations in a pass without gradients: one at a time, and holes; 0.9 to 1.7 were measured."""
 PACKING_BYTES = 135_000_000
 """What importing bitsandbytes brings in."""
 FLOAT32_BYTES = 4
@@ -41,13 +43,14 @@ ROUTER, EXPERTS = "mlp.gate", "mlp.experts."
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes at the peak of a step.
+    """Bytes at the peak of a run: of a step, or of a measurement on held-out rows where those need more.
 
     Attributes:
         weights: base weights and adapters.
         gradients: of everything trained, float32.
         optimizer: AdamW's two moments, float32; with Muon one for the hidden matrices.
-        activations: what the forward pass keeps for the backward pass, and the holes between its tensors.
+        activations: what the forward pass keeps for the backward pass, and the holes between its tensors; or what a
+            pass without gradients holds.
         logits: the head's pieces, and the gradient it hands back.
         other: the interpreter, torch and its libraries; memory that loading needed and nothing else fills.
     """
@@ -81,8 +84,10 @@ def estimate_memory(
     machine: Machine = "cpu",
     optimizer: OptimizerKind = "adamw",
     num_threads: int = 1,
+    held_out_rows: Sequence[int] = (),
+    sampled_rows: Sequence[int] = (),
 ) -> MemoryEstimate:
-    """Peak memory of one forward, backward and optimizer step.
+    """Peak memory of one forward, backward and optimizer step, and of what is measured between steps.
 
     Args:
         lora: None trains every weight (kept in float32 whatever the compute type).
@@ -93,6 +98,8 @@ def estimate_memory(
         process_bytes: resident set before the model is loaded, where the caller has measured it.
         packed: linear layers in four bits (nf4), under adapters only.
         num_threads: on a CPU, each has gradients of its own while it computes its rows, where they are not too large.
+        held_out_rows: tokens of each row of the largest piece that is measured without gradients.
+        sampled_rows: tokens of each sequence that is sampled at the same time, prompt and answer.
         machine: `accelerator` is the memory of the device: fused attention, no holes of glibc's heap.
     """
     names = default_targets(config) if adapted is None else set(adapted)
@@ -113,6 +120,11 @@ def estimate_memory(
     activations += HOLES_LAYERS * max(holes) if machine == "cpu" else max(kept)
     activations += 2 * _largest_matrix(config) * dtype_bytes if packed else 0
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes)
+    held_out = _held_out_bytes(
+        config, held_out_rows, lora=lora, adapted=names, machine=machine, dtype_bytes=dtype_bytes
+    )
+    sampled = _sampled_bytes(config, sampled_rows, dtype_bytes=dtype_bytes)
+    activations, logits = max((activations, logits), held_out, sampled, key=sum)
     num_moments = 2 * num_trained - (num_hidden_weights(config) if optimizer == "muon" else 0)
     moments = num_moments * FLOAT32_BYTES
     own = num_trained * FLOAT32_BYTES * num_threads
@@ -208,6 +220,33 @@ def _kept_elements(
         if length <= KEEP_PROBABILITIES_TOKENS and machine == "cpu"
     )
     return sum(rows) * sum(per_token.values()) + probabilities
+
+
+def _held_out_bytes(
+    config: ModelConfig,
+    rows: Sequence[int],
+    *,
+    lora: LoraConfig | None,
+    adapted: Collection[str],
+    machine: Machine,
+    dtype_bytes: int,
+) -> tuple[int, int]:
+    """Activations and logits of a pass that keeps nothing for a backward pass."""
+    if not rows:
+        return 0, 0
+    layer = max(
+        _kept_elements(config, rows, lora=lora, adapted=adapted, sparse=sparse, machine=machine, one_expert=False)
+        for sparse in {*map(config.is_sparse, range(config.num_hidden_layers))}
+    )
+    return round(FORWARD_LAYERS * layer * dtype_bytes), _head_bytes(
+        config, sum(rows), trained=False, dtype_bytes=dtype_bytes
+    )
+
+
+def _sampled_bytes(config: ModelConfig, rows: Sequence[int], *, dtype_bytes: int) -> tuple[int, int]:
+    """Keys and values of sequences filled up to the longest, and the logits of a step with their probabilities."""
+    keys = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    return len(rows) * max(rows, default=0) * keys * dtype_bytes, 3 * len(rows) * config.vocab_size * FLOAT32_BYTES
 
 
 def _kept_casts(

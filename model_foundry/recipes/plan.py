@@ -69,6 +69,7 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
     pieces = split_by_tokens(lengths, config.training.micro_batch_tokens)
     piece = max(pieces, key=lambda rows: sum(lengths[row] for row in rows))
     reads = engine.attention != "flash"  # whose kernel reads each branch as a row
+    new = work.sampling.max_tokens
     due = sum(int((batch[row].loss_inputs["weights"] != 0).sum()) for row in piece)
     adapted = None
     if work.lora is not None:
@@ -88,7 +89,19 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
         packed=engine.quantization != "none",
         optimizer=config.training.optimizer,
         num_threads=engine.num_threads or 1,
+        held_out_rows=_held_out_rows(work),
+        sampled_rows=[len(tokens) + new for _, tokens in work.prompts],
     )
+
+
+def _held_out_rows(work: Work) -> list[int]:
+    """Tokens of each row of the largest piece that the held-out loss is measured on."""
+    largest: list[int] = []
+    for batch in work.validation_batches():
+        lengths = [datum.num_tokens for datum in batch]
+        for rows in split_by_tokens(lengths, work.config.training.micro_batch_tokens):
+            largest = max(largest, [lengths[row] for row in rows], key=sum)
+    return largest
 
 
 def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: MemoryEstimate | None) -> dict[str, Any]:
