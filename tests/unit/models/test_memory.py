@@ -79,3 +79,14 @@ def test_a_tiny_batch_of_full_training_needs_what_starting_needs() -> None:
     """All weights are there twice for a moment, before the first step; a short run's peak is there."""
     estimate = estimate_memory(SMOLLM2, lora=None, rows=[8])
     assert estimate.total >= 5 * 4 * SMOLLM2.num_parameters
+
+
+def test_what_is_measured_between_steps_counts_where_it_needs_more() -> None:
+    """Prevents a prediction for two rows a step of a run that measures sixteen of them at once."""
+    step = estimate_memory(SMOLLM2, lora=None, rows=[256])
+    same = estimate_memory(SMOLLM2, lora=None, rows=[256], held_out_rows=[64], sampled_rows=[32])
+    held_out = estimate_memory(SMOLLM2, lora=None, rows=[256], held_out_rows=[512] * 64)
+    sampled = estimate_memory(SMOLLM2, lora=None, rows=[256], sampled_rows=[8192] * 16)
+    assert same == step
+    assert held_out.total > step.total
+    assert sampled.activations >= 16 * 8192 * 30 * 2 * 3 * 64 * 4
