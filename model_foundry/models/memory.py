@@ -29,7 +29,7 @@ HOLES_LAYERS = 6
 """Holes that glibc's heap keeps between freed tensors, in layers' worth of activations; 2 to 9 were measured. In layers
 with experts the large tensors fill each other's places: there it is as if each token met one expert."""
 FORWARD_LAYERS = 1.25
-"""Layers' worth of activations in a pass without gradients: one at a time, and holes; two measured runs had 1.1 and 1.7."""
+"""Layers' worth of activations in a pass without gradients: one at a time, and holes; two runs had 1.1 and 1.7."""
 PACKING_BYTES = 135_000_000
 """What importing bitsandbytes brings in."""
 FLOAT32_BYTES = 4
