@@ -147,6 +147,9 @@ class TrainingSection(Section):
         return self
 
 
+DEFAULT_SUITES = ("general",)
+
+
 class EvaluationSection(Section):
     file: InputPath | None = None
     """Held-out questions with expected answers (JSONL, prompt/answer); asked before and after training."""
@@ -156,7 +159,7 @@ class EvaluationSection(Section):
     """Questions answered at once."""
     system: str | None = None
     """System message put before every question."""
-    suites: tuple[str, ...] = ("general",)
+    suites: tuple[str, ...] = DEFAULT_SUITES
     """Suites asked before and after as well, by name or as paths of YAML files; [] asks none (docs/evaluation.md)."""
     max_rows: PositiveInt | None = None
     """Rows of a suite at most: the first ones. How many are left out is said."""

@@ -181,11 +181,15 @@ def _datum(tokens: np.ndarray, num_read: int) -> Datum:
     return Datum.from_row(tokens, weights)
 
 
+class RowTooLongError(DataError):
+    """A suite's longest row does not fit the model's context."""
+
+
 def require_room(num_prompt_tokens: int, num_new_tokens: int, context: int | None) -> None:
-    """Raises: DataError: the longest row does not fit the model's context."""
+    """Raises: RowTooLongError: the longest row does not fit the model's context."""
     if context is not None and num_prompt_tokens + num_new_tokens > context:
         new = f" and {num_new_tokens} new ones" if num_new_tokens else ""
-        raise DataError(
+        raise RowTooLongError(
             f"{num_prompt_tokens} tokens of the longest row{new} exceed the model's context of {context:,}",
             hint="Lower max_new_tokens, or leave the suite out: evaluation.suites=[…]",
         )

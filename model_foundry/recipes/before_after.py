@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model_foundry.config.commands import RunConfig
-from model_foundry.config.schema import TrainConfig
+from model_foundry.config.schema import DEFAULT_SUITES, TrainConfig
 from model_foundry.evals.bounds import Bound
 from model_foundry.evals.measures import measured
 from model_foundry.evals.results import RowResult, SuiteResult
 from model_foundry.evals.suite import Suite
+from model_foundry.evals.targets import RowTooLongError
 from model_foundry.evals.text_scores import ANSWER_SCORES, Wanted
 from model_foundry.recipes.session import Session
 from model_foundry.recipes.suites import (
@@ -29,6 +31,7 @@ from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
 from model_foundry.types import Check
 
+logger = logging.getLogger(__name__)
 QUESTIONS, QUESTION_METRICS = "questions", ("exact", "f1", "contains")
 Bounds = Mapping[str, Mapping[str, Bound]]
 
@@ -50,6 +53,8 @@ def suite_results(
 ) -> dict[str, SuiteResult]:
     """Each suite's result on the model as it is now, kept in the run's folder.
 
+    A suite that is asked by default and does not fit the model's context is left out, and that is said.
+
     Args:
         reuse: take what an interrupted run has kept of the same suite.
     """
@@ -62,9 +67,15 @@ def suite_results(
         result = kept_result(path, suite) if reuse else None
         if result is None:
             again = config.evaluation.noise and when == "before"
-            result = ask_suite(
-                suite, target, batch_size=config.evaluation.batch_size, again=again, when=f"{when} training"
-            )
+            try:
+                result = ask_suite(
+                    suite, target, batch_size=config.evaluation.batch_size, again=again, when=f"{when} training"
+                )
+            except RowTooLongError as error:
+                if config.evaluation.suites != DEFAULT_SUITES or config.criteria.metrics:
+                    raise
+                logger.warning("%s; nobody asked for this suite, so it is left out: %s", suite.name, error.what)
+                continue
             keep_result(path, result)
         results[suite.name] = result
     return results

@@ -188,6 +188,7 @@ def _train_and_prove(run: RunDirectory, session: Session, digest: str, *, resume
         wants_noise = isinstance(config, TrainConfig) and config.evaluation.noise
         again = held_out_answers(run, session, "again", reuse=True) if wants_noise else []
         suites_before = suite_results(run, session, suites, "before", reuse=True)
+        suites = [suite for suite in suites if suite.name in suites_before]
         if resumed:
             _restore(run, session, metrics, checkpoint, digest)
         done = step if step == work.total_steps else _train(run, session, metrics, trackers, first_step=step + 1)

@@ -73,7 +73,8 @@ def test_from_text_to_a_chat_model(chatml_folder: Path, tmp_path: Path) -> None:
         "model.template=chatml", "training.warmup_steps=0", "gate.action=warn",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # The context is 32 tokens, less than an answer usually may have.
+    # The context is 32 tokens: less than rows of the suite asked by default, and than an answer usually has.
+    assert "general; nobody asked for this suite, so it is left out" in done.stderr
     done = foundry("chat", tmp_path / "chat", "prompt=Where is 1?")
     assert done.returncode == 0, done.stderr
     done = foundry("verify", "run", tmp_path / "run", "--json", timeout=200)
