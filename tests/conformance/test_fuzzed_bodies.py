@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from model_foundry.client.wire import pass_body
@@ -29,6 +29,7 @@ LENGTHY = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     database=None,
+    phases=[Phase.generate],  # an example may wait for an operation: making it smaller took longer than all tests
 )
 SHORT = settings(LENGTHY, max_examples=120)
 
