@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from model_foundry.checkpoint.store import CheckpointStore
-from model_foundry.errors import CheckpointError, DataError, FoundryError
+from model_foundry.errors import CheckpointError, DataError
 from model_foundry.service import passes, sampling
 from model_foundry.service.books import Books, Checkpoint, Effect, Model, Operation, Sampler
 from model_foundry.service.curves import Curves
@@ -177,7 +177,7 @@ class Executor:
         residents = [self.host.resident(self.model(operation)) for operation in operations]
         results = passes.do_together(self.host.engine, [resident.engine_id for resident in residents], asked)
         return [
-            result if isinstance(result, FoundryError) else self._pass_done(operation, resident, result)
+            result if isinstance(result, Exception) else self._pass_done(operation, resident, result)
             for operation, resident, result in zip(operations, residents, results, strict=True)
         ]
 

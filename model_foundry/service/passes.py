@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from model_foundry.engine.shared_passes import PassRequest
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import DataError, FoundryError
+from model_foundry.errors import DataError
 from model_foundry.service.books import Operation
 from model_foundry.service.messages import MESSAGES
 from model_foundry.service.replies import pass_reply
@@ -65,15 +65,13 @@ def do_pass(engine: TorchEngine, model: str, asked: Pass) -> PassDone:
     return _done(asked, out)
 
 
-def do_together(engine: TorchEngine, models: Sequence[str], asked: Sequence[Pass]) -> list[PassDone | FoundryError]:
+def do_together(engine: TorchEngine, models: Sequence[str], asked: Sequence[Pass]) -> list[PassDone | Exception]:
     """`do_pass` of several models at once, all forward only or none: each one's reply, or why it was refused."""
     requests = [
         PassRequest(model, each.data, each.loss_fn, each.loss_config) for model, each in zip(models, asked, strict=True)
     ]
     outputs = engine.run_together(requests, backward=not asked[0].forward_only)
-    return [
-        out if isinstance(out, FoundryError) else _done(each, out) for each, out in zip(asked, outputs, strict=True)
-    ]
+    return [out if isinstance(out, Exception) else _done(each, out) for each, out in zip(asked, outputs, strict=True)]
 
 
 def _done(asked: Pass, out: ForwardBackwardOutput) -> PassDone:

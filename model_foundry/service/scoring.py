@@ -14,7 +14,7 @@ import numpy as np
 from model_foundry.engine.next_tokens import drawn, likeliest
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import DataError
-from model_foundry.service.tensors import MAX_CELLS, json_tensor
+from model_foundry.service.tensors import Room, json_indices, json_tensor
 from model_foundry.types import Datum, SampledSequence
 
 NOTHING = -99999.0
@@ -82,13 +82,11 @@ def read_targets(value: Mapping[str, Any], num_tokens: int) -> Targets:
     if len(shape) != 2 or shape[0] != max(0, num_tokens - 1) or shape[1] < 0 or value.get("dtype") != "int64":
         raise DataError(f"it must be int64 of [{max(0, num_tokens - 1)}, K], a row for each token but the first",
                         where=where)  # fmt: skip
-    if shape[0] * shape[1] > MAX_CELLS:
-        raise DataError(f"its shape is {shape}", where=where)
+    # Where it is sparse, laid out for the checks alone: a listed -1 is not an empty cell.
+    laid_out = json_tensor(value, where, Room())
     if value.get("sparse_crow_indices") is None:
-        return Targets(json_tensor(value, where), (shape[0], shape[1]))
-    # Read as numbers of columns first: that checks the indices, and a listed -1 is not taken for an empty cell.
-    json_tensor(value, where)
-    crow, col = (np.asarray(value[f"sparse_{name}_indices"], dtype=np.int64) for name in ("crow", "col"))
+        return Targets(laid_out, (shape[0], shape[1]))
+    crow, col = json_indices(value, where)
     listed, lengths = np.asarray(value.get("data"), dtype=np.int64).reshape(-1), np.diff(crow)
     ids = np.full((shape[0], int(lengths.max(initial=0))), -1, dtype=np.int64)
     ids[_listed(lengths)] = listed
@@ -159,8 +157,9 @@ def _after_prompt(found: Pairs, num_tokens: int) -> Pairs:
 
 
 def _of_targets(engine: TorchEngine, model: str, before: np.ndarray, asked: Targets) -> np.ndarray:
-    if asked.ids.size and int(asked.ids.min()) < -1:
-        raise DataError("a token is below -1, which asks for nothing", where="target_prompt_logprobs")
+    if asked.ids.size and not -1 <= int(asked.ids.min()) <= int(asked.ids.max()) < 2**31:
+        raise DataError("a token is below -1, which asks for nothing, or beyond every vocabulary",
+                        where="target_prompt_logprobs")  # fmt: skip
     values = np.zeros(asked.ids.shape, dtype=np.float32)
     if asked.ids.size:
         inputs = {"target_tokens": np.maximum(asked.ids, 0).astype(np.int32), "weights": np.ones_like(values)}

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import threading
 import time
 from collections import Counter, deque
@@ -114,8 +116,14 @@ class Worker:
 
     def _run(self) -> None:
         self.executor.host.engine.between_pieces = self._between
-        while (turn := self._next()) is not None:
-            turn()
+        try:
+            while (turn := self._next()) is not None:
+                turn()
+        except Exception:
+            # Nobody would be answered any more. What was accepted is in the journal, for the next start.
+            logger.critical("the worker failed, and nothing can be done without it; the process ends", exc_info=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         try:
             self.executor.host.snapshot_all()
         except FoundryError as error:
@@ -231,7 +239,8 @@ class Worker:
             outcomes = [error] * len(group)
         host.kept = set()
         seconds = time.perf_counter() - began
-        shares = [_num_tokens(each) / sum(_num_tokens(other) for _, other in group) for _, each in group]
+        total = sum(_num_tokens(each) for _, each in group) or 1
+        shares = [_num_tokens(each) / total for _, each in group]
         self._finish([
             (done, outcome, seconds * share) for (done, _), outcome, share in zip(group, outcomes, shares, strict=True)
         ])  # fmt: skip

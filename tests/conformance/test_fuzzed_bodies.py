@@ -24,6 +24,12 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
+EMPTY = {
+    "model_input": {"chunks": []},
+    "loss_fn_inputs": {
+        "target_tokens": {"data": [], "dtype": "int64"}, "weights": {"data": [], "dtype": "float32"},
+    },
+}  # fmt: skip
 LENGTHY = settings(
     max_examples=3000,
     deadline=None,
@@ -115,7 +121,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def check_answer(api: httpx.Client, answer: httpx.Response) -> None:
     assert answer.status_code < 500, (answer.request.url, answer.request.content[:500], answer.text)
-    if answer.status_code == 200 and "request_id" in (values := answer.json()) and "seq_id" not in _sent(answer):
+    if answer.status_code == 200 and "request_id" in (values := answer.json()) and '"seq_id"' not in _sent(answer):
         result = api.post("retrieve_future", json={"request_id": values["request_id"]})
         assert result.status_code in (200, 408), result.text
         assert result.json().get("category", "user") == "user", (answer.request.content[:500], result.json())
@@ -142,11 +148,22 @@ def fuzz_json(api: httpx.Client, service: Service, model: str, level: settings) 
         if answer.status_code == 200 and "request_id" in answer.json():
             # What comes after it may want what it makes.
             finish(api, answer)
+    # What no chance finds: rows of nothing, which ended the thread that does all operations.
+    for kind in ("forward_backward", "forward"):
+        nothing = {"data": [EMPTY], "loss_fn": "cross_entropy"}
+        check_answer(api, api.post(kind, json={"model_id": model, f"{kind}_input": nothing}))
     fuzz()
+    check_alive(api, str(service.base))
+
+
+def check_alive(api: httpx.Client, base: str) -> None:
+    """Operations are still done: where nobody is left who does them, a question after one is only held, as a 408."""
     assert api.get("healthz").status_code == 200
+    done = finish(api, api.post("asample", json=seeds("", base)["asample"]))
+    assert len(done["sequences"]) == 1
 
 
-def fuzz_protobuf(api: httpx.Client, model: str, level: settings) -> None:
+def fuzz_protobuf(api: httpx.Client, base: str, model: str, level: settings) -> None:
     import numpy as np
 
     rows = [Datum(np.array([5, 6], np.int32), {"target_tokens": np.array([6, 7]), "weights": np.ones(2, np.float32)})]
@@ -166,15 +183,15 @@ def fuzz_protobuf(api: httpx.Client, model: str, level: settings) -> None:
         assert answer.status_code < 500, (bytes(body), answer.text)
 
     fuzz()
-    assert api.get("healthz").status_code == 200
+    check_alive(api, base)
 
 
 def test_json(api: httpx.Client, service: Service, model: str) -> None:
     fuzz_json(api, service, model, SHORT)
 
 
-def test_protobuf(api: httpx.Client, model: str) -> None:
-    fuzz_protobuf(api, model, SHORT)
+def test_protobuf(api: httpx.Client, service: Service, model: str) -> None:
+    fuzz_protobuf(api, str(service.base), model, SHORT)
 
 
 @pytest.mark.prove
@@ -185,5 +202,5 @@ def test_json_at_length(api: httpx.Client, service: Service, model: str) -> None
 
 @pytest.mark.prove
 @pytest.mark.timeout(3600)
-def test_protobuf_at_length(api: httpx.Client, model: str) -> None:
-    fuzz_protobuf(api, model, LENGTHY)
+def test_protobuf_at_length(api: httpx.Client, service: Service, model: str) -> None:
+    fuzz_protobuf(api, str(service.base), model, LENGTHY)

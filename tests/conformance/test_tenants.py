@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,3 +188,28 @@ def test_a_base_that_transformers_runs_is_trained_and_sampled_one_by_one(
         texts = [[sequence.tokens for sequence in answer.sequences] for answer in answers]
         assert texts[0] == texts[1]
         assert [len(tokens) for tokens in texts[0]] == [5, 5]
+
+
+BROKEN = """
+import asyncio, sys
+from model_foundry.config.load import load_config
+from model_foundry.config.service import ServiceConfig
+from model_foundry.service.running import running
+
+async def main():
+    overrides = [f"base_model={sys.argv[1]}", f"state_dir={sys.argv[2]}", "num_threads=1"]
+    async with running(load_config(ServiceConfig, path=None, overrides=overrides).config, every_key=True) as front:
+        front.worker.call(lambda: 1 / 0)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_service_whose_worker_fails_ends(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """It answered that it was well, took every operation, and did none of them."""
+    arguments = [sys.executable, "-c", BROKEN, str(tiny_folder("llama-tied")), str(tmp_path / "state")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=55)
+    assert ended.returncode == -signal.SIGTERM
+    assert "the worker failed" in ended.stderr
+    assert "ZeroDivisionError" in ended.stderr

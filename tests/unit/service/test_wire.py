@@ -21,7 +21,7 @@ from model_foundry.service import bodies
 from model_foundry.service.messages import MESSAGES
 from model_foundry.service.replies import pass_as_json, pass_reply, sample_as_json, sample_reply
 from model_foundry.service.requests import read_request
-from model_foundry.service.scoring import Scores
+from model_foundry.service.scoring import Scores, read_targets
 from model_foundry.service.tensors import Pass, read_json_pass, read_pass
 from model_foundry.types import SampledSequence
 
@@ -114,6 +114,15 @@ WRONG = {
     "a huge token": {"target_tokens": {"data": [2**40, 1, 1], "dtype": "int64"}},
     "float tokens": {"target_tokens": {"data": [1.5, 1, 1], "dtype": "float32"}},
     "float64": {"weights": {"data": [1, 1, 1], "dtype": "float64"}},
+    "tokens with fractions": {"target_tokens": {"data": [6.7, 1, 1], "dtype": "int64"}},
+    "tokens beyond 64 bits": {"target_tokens": {"data": [2**63, 1, 1], "dtype": "int64"}},
+    "tokens without an end": {"target_tokens": {"data": [float("inf"), 1, 1], "dtype": "int64"}},
+    "digits": {"target_tokens": {"data": ["1", "2", "3"], "dtype": "int64"}},
+    "a table of row starts": {"weights": {"data": [1.0], "dtype": "float32", "shape": [1, 2],
+                                          "sparse_crow_indices": [[[0], [1]]], "sparse_col_indices": [[5]]}},
+    "starts with fractions": {"weights": {"data": [1.0], "dtype": "float32", "shape": [1, 2],
+                                          "sparse_crow_indices": [0, 1.5], "sparse_col_indices": [0]}},
+    "nothing 2**31 wide": {"target_tokens": {"data": [], "dtype": "int64", "shape": [0, 2**31]}},
 }  # fmt: skip
 
 
@@ -122,6 +131,62 @@ def test_rows_that_cannot_be_meant_are_refused_by_number(wrong: str) -> None:
     row = {**JSON_ROW, "loss_fn_inputs": {**JSON_ROW["loss_fn_inputs"], **WRONG[wrong]}}
     with pytest.raises(DataError, match="row 0"):
         json_pass(row)
+
+
+def test_a_row_without_tokens_is_refused() -> None:
+    """A pass over no tokens has no share of its group's time: dividing by it ended the thread that does all passes."""
+    empty = {"loss_fn_inputs": {name: {"data": [], "dtype": kind} for name, kind in
+                                (("target_tokens", "int64"), ("weights", "float32"))}}  # fmt: skip
+    for chunks in ([], [{"tokens": []}]):
+        with pytest.raises(DataError, match="row 0: it has no tokens"):
+            json_pass({"model_input": {"chunks": chunks}, **empty})
+    with pytest.raises(DataError, match="row 1: it has no tokens"):
+        as_sent([datum([1], target_tokens=[2], weights=[1.0]), datum([], target_tokens=[], weights=[])])
+
+
+@pytest.mark.parametrize("config", [5, True, False, [1], "weights", ""])
+def test_settings_of_a_loss_are_an_object(config: Any) -> None:
+    """Where they were something else, all passes of a group failed with the one."""
+    body = {"model_id": "m", "forward_input": {"data": [JSON_ROW], "loss_fn": "ppo", "loss_fn_config": config}}
+    with pytest.raises(DataError, match="loss_fn_config is"):
+        read_json_pass(body, field="forward_input", forward_only=True)
+
+
+def json_rows(*targets: Any) -> Pass:
+    """A row of one token for each of these tensors of targets."""
+    rows = [{"model_input": {"chunks": [{"tokens": [1] * length}]}, "loss_fn_inputs": {"target_tokens": each}}
+            for length, each in targets]  # fmt: skip
+    body = {"model_id": "m", "forward_input": {"data": rows, "loss_fn": "cross_entropy"}}
+    return read_json_pass(body, field="forward_input", forward_only=True)
+
+
+def test_a_small_body_is_not_laid_out_over_all_memory() -> None:
+    """A row of a token and 100,000 targets makes every other row as wide: this one would take 40 GB."""
+    plain = (100_000, {"data": [2] * 100_000, "dtype": "int64"})
+    wide = (1, {"data": [2] * 100_000, "dtype": "int64", "shape": [1, 100_000]})
+    with pytest.raises(DataError, match="100,001 tokens with 100,000 targets each"):
+        json_rows(wide, plain)
+    with pytest.raises(DataError, match="2,147,483,647 targets each"):
+        json_rows((1, {"data": [], "dtype": "int64", "shape": [0, 2**31 - 1]}), (3, {**plain[1], "data": [2, 2, 2]}))
+
+
+def test_sparse_tensors_are_bounded_together() -> None:
+    """Each may be as large as is allowed, and cost a body of a hundred of them nothing."""
+    empty = {"data": [], "dtype": "int64", "shape": [1, 30_000_000],
+             "sparse_crow_indices": [0, 0], "sparse_col_indices": []}  # fmt: skip
+    with pytest.raises(DataError, match="row 2, target_tokens: a sparse tensor"):
+        json_rows(*[(1, empty)] * 3)
+
+
+def test_indices_may_be_nested() -> None:
+    """A list in a list had no length to compare, and was the service's own failure."""
+    nested = {"data": [5], "dtype": "int64", "shape": [1, 2], "sparse_crow_indices": [[0, 1]],
+              "sparse_col_indices": [[1]]}  # fmt: skip
+    assert json_rows((1, nested)).data[0].loss_inputs["target_tokens"].tolist() == [[0, 5]]
+    asked = read_targets(nested, 2)
+    assert asked.crow is not None
+    assert asked.crow.tolist() == [0, 1]
+    assert asked.ids.tolist() == [[5]]
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
