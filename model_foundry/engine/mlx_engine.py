@@ -7,7 +7,6 @@ have the same numbers; only the arithmetic is MLX's. Dense decoders of the Llama
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from model_foundry.checkpoint.tensors import write_tensors
 from model_foundry.engine.base import EngineKind, LogprobScope
 from model_foundry.engine.choose import model_obstacle
 from model_foundry.engine.mlx_arrays import DTYPES, to_mlx, to_torch
@@ -28,15 +26,15 @@ from model_foundry.engine.mlx_optimizer import MlxAdamW
 from model_foundry.engine.mlx_passes import MlxPasses
 from model_foundry.engine.pieces import check_batch
 from model_foundry.engine.platform import peak_memory_bytes
-from model_foundry.engine.sampling import collect, stream_tokens
+from model_foundry.engine.sampling import collect, stream_beside_training
 from model_foundry.engine.state import (
-    MOMENTS_NAME,
     STATE_FORMAT,
     agreed_lora,
     differences,
     read_state,
     require_optimizer,
     write_full_weights,
+    write_state,
 )
 from model_foundry.errors import EngineError
 from model_foundry.models.adapter import (
@@ -200,10 +198,7 @@ class MlxEngine:
         model = self._get(model_id)
         optimizer = _optimizer(model)
         model.passes.mend()
-        output = optimizer.apply(params)
-        model.passes.forget()
-        model.passes.counter.step += 1
-        return output
+        return model.passes.step(lambda *, gradient_scale: optimizer.apply(params))
 
     def discard_gradients(self, model_id: str) -> None:
         """Forget what is pending, as if `forward_backward` had not been called since the last step."""
@@ -215,12 +210,7 @@ class MlxEngine:
         self, model_id: str, prompts: Sequence[np.ndarray], params: SamplingParams
     ) -> Iterator[tuple[int, int, float]]:
         model: Any = self._get(model_id).decoder
-        was_training = model.training
-        model.eval()
-        try:
-            yield from stream_tokens(model, prompts, params, _CPU)
-        finally:
-            model.train(was_training)
+        yield from stream_beside_training(model, prompts, params, _CPU)
 
     def sample(
         self, model_id: str, prompts: Sequence[np.ndarray], params: SamplingParams
@@ -278,10 +268,7 @@ class MlxEngine:
     ) -> None:
         """The optimizer's part of `save_state` from tensors taken earlier; another thread may call it."""
         del model_id
-        part = folder / "state"
-        part.mkdir()
-        write_tensors(part / MOMENTS_NAME, tensors)
-        (part / "engine.json").write_text(json.dumps(dict(facts), indent=1, sort_keys=True) + "\n")
+        write_state(folder, tensors, facts)
 
     def load_state(self, model_id: str, folder: Path, *, optimizer: bool) -> tuple[str, ...]:
         """Read a verified checkpoint folder. Pending gradients are forgotten.

@@ -40,6 +40,7 @@ class Passes:
     """Runs batches through one model, and remembers those whose gradients are pending, to be able to do them again.
 
     Attributes:
+        num_threads: the engine's; on a CPU each may have rows of its own.
         planned_piece_tokens: pieces of at most this many tokens, by configuration.
         max_piece_tokens: the same, learnt where memory ran out.
         loss_scale: what gradients are larger by, where activations are float16.
@@ -52,6 +53,7 @@ class Passes:
     counter: DropoutCounter
     device: torch.device
     optimizer: FlatOptimizer | None
+    num_threads: int = 1
     planned_piece_tokens: int | None = None
     max_piece_tokens: int | None = None
     loss_scale: LossScale | None = None
@@ -249,10 +251,10 @@ class Passes:
         self, data: Sequence[Datum], loss: Loss, *, scope: LogprobScope, backward: bool
     ) -> tuple[float, list[np.ndarray], float]:
         """Loss, log-probabilities by row, and the routers' share of their loss."""
-        shares = self._shares(data)
+        shares = self._shares(data, backward=backward)
         if shares is None:
             return self._pass(data, loss, scope=scope, backward=backward)
-        trained = [] if self.optimizer is None else list(self.optimizer.parameters.values())
+        trained = list(self.optimizer.parameters.values()) if backward and self.optimizer is not None else []
         gradients = [OwnGradients(trained, self.model.head, num_shares=len(shares)) for _ in shares]
         results = run_side_by_side([
             partial(self._pass, [data[row] for row in share], loss, scope=scope, backward=backward, own=own)
@@ -265,15 +267,18 @@ class Passes:
             logprobs.update(zip(share, found, strict=True))
         return sum(result[0] for result in results), [logprobs[row] for row in range(len(data))], 0.0
 
-    def _shares(self, data: Sequence[Datum]) -> list[list[int]] | None:
+    def _shares(self, data: Sequence[Datum], *, backward: bool) -> list[list[int]] | None:
         """The rows of each thread, where the model and the rows allow that threads have rows of their own."""
         if self.device.type != "cpu" or not self.model.has_no_pass_state:
             return None
-        num_threads = torch.get_num_threads()
-        num_trained = 0 if self.optimizer is None else self.optimizer.num_parameters
-        if 4 * num_trained * num_threads > MAX_OWN_GRADIENT_BYTES:
-            return None
-        return worthwhile_shares([datum.num_tokens for datum in data], num_threads)
+        if backward and self.optimizer is not None:
+            head = self.model.head
+            # A trained head has its gradient beside the layers', which hold another where it is the embedding.
+            own = self.optimizer.num_parameters + (head.numel() if head is not None and head.requires_grad else 0)
+            if 4 * own * self.num_threads > MAX_OWN_GRADIENT_BYTES:
+                return None
+        reads = self.model.reads_branches
+        return worthwhile_shares([sum(laid_lengths(datum, reads_branches=reads)) for datum in data], self.num_threads)
 
     def _pass(
         self,

@@ -16,10 +16,32 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from model_foundry.errors import EngineError
+from model_foundry.engine.platform import is_out_of_memory
+from model_foundry.errors import EngineError, OutOfMemoryError
 from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.randomness import generator
 from model_foundry.types import SampledSequence, SamplingParams
+
+
+def stream_beside_training(
+    model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams, device: torch.device
+) -> Iterator[tuple[int, int, float]]:
+    """`stream_tokens` of a model that may be in training, and goes on with it afterwards.
+
+    Raises:
+        OutOfMemoryError: memory ran out. EngineError: as `stream_tokens`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        yield from stream_tokens(model, prompts, params, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "Ask for fewer answers at once (evaluation.batch_size), or for shorter ones."
+        raise OutOfMemoryError(f"memory ran out over {len(prompts)} answers", hint=hint) from error
+    finally:
+        model.train(was_training)
 
 
 def stream_tokens(

@@ -39,6 +39,21 @@ SEGMENT_ROWS = 16
 """A segment is filled up to a multiple of this, by tokens after its last row's end."""
 
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same input, in one product with all their A's."""
+
+
+def adapts_whole_groups(layers: Mapping[str, Linear]) -> bool:
+    """Whether of layers that read the same input all carry an adapter or none; others are not computed here."""
+    adapted = {name for name, layer in layers.items() if layer.lora_A is not None}
+    places = ((name.rpartition("."), group) for name in layers for group in TOGETHER)
+    return all(
+        len({f"{where}.{part}" in adapted for part in group}) == 1
+        for (where, _, last), group in places
+        if last in group
+    )
+
+
 class AdapterLayers:
     """An adapter's layers by their Hugging Face names, and their weights as the base's products need them.
 
@@ -182,12 +197,11 @@ class SharedBase:
 
     def _try(self) -> None:
         """Raises EngineError where this machine's products cannot be relied on; every shape once."""
-        dtype = self.decoder.compute_dtype
-        for layer, name in self._names.items():
-            for product, width in zip(self._products[name], reversed(layer.shape), strict=True):
-                # Every number of rows is made of these two.
-                for num_rows in (LEAST_ROWS, LEAST_ROWS + STEP_ROWS):
-                    product(torch.zeros(num_rows, width, dtype=dtype))
+        every = (product for pair in (*self._products.values(), self._head) for product in pair)
+        for product in {product.sizes: product for product in every}.values():
+            # Every number of rows is made of these two.
+            for num_rows in (LEAST_ROWS, LEAST_ROWS + STEP_ROWS):
+                product.try_rows(num_rows)
 
     def run(self, segments: Sequence[Segment], *, backward: bool) -> list[SegmentResult]:
         """One pass; with `backward`, gradients are added to the adapters' own. No adapter may come twice."""
@@ -221,14 +235,16 @@ class SharedBase:
             packed.append((torch.zeros(spare, dtype=torch.int64), PackedRows.of([spare])))
         ends = np.cumsum([0, *sizes]).tolist()
         self._work.places = tuple(zip([slice(*pair) for pair in pairwise(ends)], units, strict=True))
-        with torch.set_grad_enabled(backward):
-            hidden = self.decoder(
-                torch.cat([tokens for tokens, _ in packed]), PackedRows.joined([rows for _, rows in packed])
-            )
-        gradient = self._heads(hidden.detach(), backward=backward)
-        if gradient is not None:
-            hidden.backward(gradient)
-        self._work.places = ()
+        try:
+            with torch.set_grad_enabled(backward):
+                hidden = self.decoder(
+                    torch.cat([tokens for tokens, _ in packed]), PackedRows.joined([rows for _, rows in packed])
+                )
+            gradient = self._heads(hidden.detach(), backward=backward)
+            if gradient is not None:
+                hidden.backward(gradient)
+        finally:
+            self._work.places = ()
 
     @torch.no_grad()
     def _heads(self, hidden: torch.Tensor, *, backward: bool) -> torch.Tensor | None:
@@ -387,6 +403,8 @@ def _obstacle(base: LanguageModel, device: torch.device) -> str | None:
     if not isinstance(base, NativeModel):
         return "transformers runs this model"
     decoder = base.decoder
+    if base.quantization != "none":
+        return f"{base.quantization} weights would be kept unpacked"
     if device.type != "cpu":
         return f"rows that are the same bits in every company are had on a CPU, and this is {device.type}"
     if decoder.compute_dtype == torch.float16:

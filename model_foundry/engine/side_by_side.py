@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -20,8 +20,8 @@ MIN_SHARE_TOKENS = 128
 MAX_UNEVEN = 1.15
 """The largest share over the mean; beyond it the threads would wait for each other longer than operations do."""
 
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-_pool_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}
+_making_pool = threading.Lock()
 
 
 def even_shares(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
@@ -49,7 +49,8 @@ def run_side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """The results in order, each task on a thread of its own whose torch operations use that one thread.
 
     Raises:
-        Exception: what the first task in order raised, after all have ended.
+        Exception: what the first task in order raised, or Ctrl-C; after all have ended in any case, for they write what
+            the caller may want to mend.
     """
     with_gradients = torch.is_grad_enabled()
 
@@ -60,27 +61,34 @@ def run_side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
 
     pool = _threads(len(tasks))
     futures: list[Future[T]] = [pool.submit(on_thread, task) for task in tasks]
-    failed = next((error for error in [future.exception() for future in futures] if error is not None), None)
+    try:
+        errors = [future.exception() for future in futures]
+    except BaseException:
+        wait(futures)
+        raise
+    failed = next((error for error in errors if error is not None), None)
     if failed is not None:
         raise failed
     return [future.result() for future in futures]
 
 
 def _threads(number: int) -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None or _pool[0] != number:
-            if _pool is not None:
-                _pool[1].shutdown(wait=False)
-            mine = torch.get_num_threads()
+    """As many threads, started once a process."""
+    with _making_pool:
+        if number not in _pools:
+            mine, barrier = torch.get_num_threads(), threading.Barrier(number)
             pool = ThreadPoolExecutor(number, thread_name_prefix="pass")
-            barrier = threading.Barrier(number)
-            # All of them start now; then the number that later threads begin with is set back.
-            for future in [pool.submit(_use_one_thread, barrier) for _ in range(number)]:
-                future.result()
-            torch.set_num_threads(mine)
-            _pool = (number, pool)
-        return _pool[1]
+            try:
+                for future in [pool.submit(_use_one_thread, barrier) for _ in range(number)]:
+                    future.result()
+            except BaseException:
+                barrier.abort()
+                pool.shutdown(wait=False)
+                raise
+            finally:
+                torch.set_num_threads(mine)  # what later threads begin with
+            _pools[number] = pool
+        return _pools[number]
 
 
 def _use_one_thread(barrier: threading.Barrier) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model_foundry.checkpoint.tensors import read_tensors
+from model_foundry.checkpoint.tensors import read_tensors, write_tensors
 from model_foundry.errors import ArchitectureMismatchError, CheckpointError
 from model_foundry.models.adapter import read_adapter_config
 from model_foundry.models.folder import fill_model_folder, read_config
@@ -25,6 +25,14 @@ from model_foundry.types import LoraConfig, OptimizerKind
 STATE_FORMAT = 1
 MOMENTS_NAME = "optimizer.safetensors"
 _FACTS = {"optimizer_step": int, "counter_step": int, "seed": int}
+
+
+def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """What `read_state` reads."""
+    part = folder / "state"
+    part.mkdir()
+    write_tensors(part / MOMENTS_NAME, tensors)
+    (part / "engine.json").write_text(json.dumps(dict(facts), indent=1, sort_keys=True) + "\n")
 
 
 def read_state(folder: Path, *, engine: str = "torch") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -34,13 +34,17 @@ class SteadyProduct:
     """
 
     def __init__(self, multiply: Multiply, *, num_in: int, dtype: torch.dtype, sizes: Sizes) -> None:
-        self._multiply, self._num_in, self._dtype, self._sizes = multiply, num_in, dtype, sizes
+        self._multiply, self._num_in, self._dtype, self.sizes = multiply, num_in, dtype, sizes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = self._sizes.parts(x.shape[0], self._is_steady)
+        parts = self.sizes.parts(x.shape[0], self._is_steady)
         if len(parts) == 1:
             return self._multiply(x)
         return torch.cat([self._multiply(part) for part in x.split(parts)])
+
+    def try_rows(self, num_rows: int) -> None:
+        """Find out how so many rows are cut. Raises: EngineError: as a call would."""
+        self.sizes.parts(num_rows, self._is_steady)
 
     @torch.no_grad()
     def _is_steady(self, num_rows: int) -> bool:

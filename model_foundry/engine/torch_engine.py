@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from model_foundry.checkpoint.tensors import write_tensors
 from model_foundry.engine.base import EngineKind, LogprobScope
 from model_foundry.engine.loss_scale import LossScale
 from model_foundry.engine.losses import choose_loss
@@ -24,25 +22,24 @@ from model_foundry.engine.pieces import split_by_tokens as split_by_tokens
 from model_foundry.engine.platform import (
     choose_device,
     choose_dtype,
-    is_out_of_memory,
     keep_freed_memory,
     multiplies_bfloat16,
     peak_memory_bytes,
     set_threads,
 )
-from model_foundry.engine.sampling import collect, stream_tokens
-from model_foundry.engine.shared_base import AdapterLayers, SharedBase
+from model_foundry.engine.sampling import collect, stream_beside_training
+from model_foundry.engine.shared_base import AdapterLayers, SharedBase, adapts_whole_groups
 from model_foundry.engine.shared_passes import PassRequest, Share, SharedPasses, run_together
 from model_foundry.engine.state import (
-    MOMENTS_NAME,
     STATE_FORMAT,
     agreed_lora,
     differences,
     read_state,
     require_optimizer,
     write_full_weights,
+    write_state,
 )
-from model_foundry.errors import EngineError, FoundryError, ModelError, OutOfMemoryError
+from model_foundry.errors import EngineError, FoundryError, ModelError
 from model_foundry.models.adapter import (
     adapter_tensors,
     fitting_adapter,
@@ -187,12 +184,12 @@ class TorchEngine:
     ) -> Passes:  # fmt: skip
         planned, between = self.micro_batch_tokens, lambda: self.between_pieces()
         plain = state is not None and lora is not None and not lora.use_dora and not lora.lora_dropout
-        if self._shared is None or self._shared[0] != base or not plain:
+        layers = {name: layer for name, layer in model.linears().items() if isinstance(layer, Linear)}
+        if self._shared is None or self._shared[0] != base or not plain or not adapts_whole_groups(layers):
             return Passes(
-                model, counter, self.device, state, planned_piece_tokens=planned,
+                model, counter, self.device, state, num_threads=self.num_threads, planned_piece_tokens=planned,
                 loss_scale=self._new_loss_scale(), between=between,
             )  # fmt: skip
-        layers = {name: layer for name, layer in model.linears().items() if isinstance(layer, Linear)}
         return SharedPasses(
             model, counter, self.device, state, planned_piece_tokens=planned, between=between,
             base=self._shared[1], adapter=AdapterLayers(layers),
@@ -295,18 +292,7 @@ class TorchEngine:
     def stream(
         self, model_id: str, prompts: Sequence[np.ndarray], params: SamplingParams
     ) -> Iterator[tuple[int, int, float]]:
-        model = self._get(model_id).language_model
-        was_training = model.training
-        model.eval()
-        try:
-            yield from stream_tokens(model, prompts, params, self.device)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            hint = "Ask for fewer answers at once (evaluation.batch_size), or for shorter ones."
-            raise OutOfMemoryError(f"memory ran out over {len(prompts)} answers", hint=hint) from error
-        finally:
-            model.train(was_training)
+        yield from stream_beside_training(self._get(model_id).language_model, prompts, params, self.device)
 
     def sample(
         self, model_id: str, prompts: Sequence[np.ndarray], params: SamplingParams
@@ -387,10 +373,7 @@ class TorchEngine:
         self, model_id: str, folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     ) -> None:
         """The optimizer's part of `save_state` from tensors copied earlier; another thread may call it."""
-        part = folder / "state"
-        part.mkdir()
-        write_tensors(part / MOMENTS_NAME, tensors)
-        (part / "engine.json").write_text(json.dumps(dict(facts), indent=1, sort_keys=True) + "\n")
+        write_state(folder, tensors, facts)
 
     def load_state(self, model_id: str, folder: Path, *, optimizer: bool) -> tuple[str, ...]:
         """Read a verified checkpoint folder. Pending gradients are forgotten.

@@ -127,9 +127,9 @@ def estimate_memory(
     activations, logits = max((activations, logits), held_out, sampled, key=sum)
     num_moments = 2 * num_trained - (num_hidden_weights(config) if optimizer == "muon" else 0)
     moments = num_moments * FLOAT32_BYTES
-    own = num_trained * FLOAT32_BYTES * num_threads
-    side_by_side = machine == "cpu" and num_threads > 1 and own <= MAX_OWN_GRADIENT_BYTES and not gradient_checkpointing
-    gradients = num_trained * FLOAT32_BYTES + (own if side_by_side else 0)
+    gradients = num_trained * FLOAT32_BYTES
+    if machine == "cpu" and 1 < num_threads <= len(rows) and not (gradient_checkpointing or packed):
+        gradients += _own_gradient_bytes(config, num_trained, lora=lora, num_threads=num_threads)
     fixed = weights + gradients + moments
     # Training every weight copies them into one stretch; the first copy's place is left to what comes.
     loading = fixed + (base if lora is None else 0)
@@ -220,6 +220,15 @@ def _kept_elements(
         if length <= KEEP_PROBABILITIES_TOKENS and machine == "cpu"
     )
     return sum(rows) * sum(per_token.values()) + probabilities
+
+
+def _own_gradient_bytes(config: ModelConfig, num_trained: int, *, lora: LoraConfig | None, num_threads: int) -> int:
+    """Gradients that threads hold while each computes rows of its own; 0 where they do not (see `engine.pieces`)."""
+    if config.experts or config.dropout or config.attention_dropout or (lora is not None and lora.lora_dropout):
+        return 0
+    head = config.vocab_size * config.hidden_size if lora is None else 0
+    own = (num_trained + head) * FLOAT32_BYTES * num_threads
+    return own if own <= MAX_OWN_GRADIENT_BYTES else 0
 
 
 def _held_out_bytes(

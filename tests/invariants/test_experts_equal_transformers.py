@@ -183,8 +183,8 @@ def test_splitting_a_batch_keeps_the_balance_of_the_whole_batch(checkpointing: b
 class SmallMachine(NativeModel):
     """A model with memory for 100 tokens; beyond, it fails as torch does, and late, with every choice recorded."""
 
-    def hidden(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        hidden = super().hidden(rows)
+    def hidden(self, rows: Sequence[torch.Tensor], branches: Sequence[tuple[int, ...]] = ()) -> torch.Tensor:
+        hidden = super().hidden(rows, branches)
         if sum(len(row) for row in rows) > 100:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return hidden

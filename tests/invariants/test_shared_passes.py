@@ -230,3 +230,32 @@ def test_rows_are_cut_where_a_number_of_them_cannot_be_relied_on() -> None:
     assert Sizes().parts(224, lambda size: size in (64, 96)) == [96, 64, 64]
     with pytest.raises(EngineError, match="depend on who else"):
         Sizes().parts(96, lambda size: False)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",), ("up_proj",)])
+def test_an_adapter_on_a_part_of_what_reads_one_input_is_computed_alone(
+    targets: tuple[str, ...], tiny_folder: TinyFolder
+) -> None:
+    """Prevents an adapter that is left out of the shared product because the first layer of the group has none."""
+    found = []
+    for shared in (True, False):
+        engine = TorchEngine(device="cpu", dtype="float32", num_threads=1)
+        base = engine.create_model(tiny_folder("llama-tied"), lora=None, trainable=False)
+        if shared:
+            engine.share_base(base)
+        lora = LoraConfig(r=4, lora_alpha=32, target_modules=targets)
+        model = engine.create_model(tiny_folder("llama-tied"), lora=lora, seed=1)
+        data = rows(3, (20, 30), "cross_entropy")
+        assert not engine.can_join(model, data)
+        engine.forward_backward(model, data)
+        norm = engine.optim_step(model, AdamParams(learning_rate=1e-2)).grad_norm
+        found.append((norm, engine.forward(model, data).loss_sum))
+    assert found[0] == found[1]
+    assert found[0][0] > 0
+
+
+def test_packed_weights_are_not_unpacked_to_be_shared(tiny_folder: TinyFolder) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra quant is not installed")
+    engine = TorchEngine(device="cpu", dtype="float32", num_threads=1, quantization="nf4")
+    with pytest.raises(EngineError, match="nf4 weights would be kept unpacked"):
+        engine.share_base(engine.create_model(tiny_folder("llama-tied"), lora=None, trainable=False))

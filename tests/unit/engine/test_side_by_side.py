@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +127,32 @@ def test_a_thread_that_fails_leaves_the_gradients_as_they_were(
     with pytest.raises(OutOfMemoryError):
         engine.forward_backward(model_id, random_data((160, 161)))
     assert torch.equal(optimizer.grad, before)
+
+
+def test_two_numbers_of_threads_take_turns(two_threads: None) -> None:
+    """Prevents a pool that is shut down by whoever asks for another number, while somebody is about to use it."""
+    for number in (2, 3, 2, 3):
+        assert run_side_by_side([threading.current_thread] * number)
+    assert torch.get_num_threads() == 2
+
+
+def test_an_interrupt_is_raised_when_nothing_writes_any_more(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a pass that still adds gradients while the caller brings them back to what they were."""
+    ended, begun = [], threading.Event()
+
+    def finish() -> None:
+        begun.wait(timeout=30)
+        time.sleep(0.2)
+        ended.append(True)
+
+    def interrupt(future: Future[None], timeout: float | None = None) -> None:
+        begun.set()
+        raise KeyboardInterrupt
+
+    run_side_by_side([int, int])
+    monkeypatch.setattr(Future, "exception", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side([finish, finish])
+    assert ended == [True, True]
