@@ -58,6 +58,11 @@ def parse_bound(text: str, *, unit: str, where: str) -> Bound:
     elif given not in ("", unit.lower()):
         measured = "a share: a number from 0 to 1, or a percentage" if unit == SHARE else f"in {unit or 'no unit'}"
         raise ConfigError(f"the unit of {text!r} is {given}, and the metric is {measured}", where=where)
+    if unit == SHARE and not given and abs(number) > 1:
+        hint = f'A share is a number from 0 to 1, or a percentage: "{how} {number:g} %".'
+        raise ConfigError(f"{text!r} bounds nothing", where=where, hint=hint)
+    if how == "within" and number < 0:
+        raise ConfigError(f"{text!r} bounds nothing", where=where, hint="Leave out the sign.")
     shown = f"{how} {number * 100:.4g} %" if unit == SHARE else f"{how} {number:g} {unit}".rstrip()
     if how == "within":
         shown = shown.replace("within ", "within ±")

@@ -20,7 +20,7 @@ from model_foundry.evals.results import RowResult, SuiteResult
 from model_foundry.evals.suite import Suite
 from model_foundry.evals.targets import Continuation, Target
 
-_LIKELIHOODS = ("multiple_choice", "loglikelihood_rolling")
+_LIKELIHOODS = ("multiple_choice",)
 
 
 def run_harness(suite: Suite, target: Target, *, batch_size: int) -> SuiteResult:
@@ -97,11 +97,11 @@ def _model_class() -> Any:
 
 
 def _require_likelihoods(tasks: Mapping[str, Any]) -> None:
-    """Raises: UsageError: a task wants more than likelihoods of choices or of texts."""
+    """Raises: UsageError: a task wants more than likelihoods of choices."""
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in _LIKELIHOODS:
-            hint = "Use multiple choice tasks; for answers in words write a suite of the kind answers."
-            what = f"the task {name} ({task.OUTPUT_TYPE}) is not scored by likelihoods alone"
+            hint = "Use multiple choice tasks; for answers in words or texts write a suite of the kind answers or text."
+            what = f"the task {name} ({task.OUTPUT_TYPE}) is not scored by the likelihoods of choices"
             raise UsageError(what, where="kind: harness", hint=hint)
 
 
@@ -124,8 +124,8 @@ def _collected(
                 for own, sample in flat
             ]
             stats = np.array([[0.0, 0.0] if v is None or math.isnan(v) else [float(v), 1.0] for v in values])
-            lower = name in ("brier_score", "word_perplexity", "byte_perplexity", "bits_per_byte")
-            measure = measure_of(f"{task}.{name}", unit="share", better="lower" if lower else "higher")
+            better = "lower" if name == "brier_score" else "higher"
+            measure = measure_of(f"{task}.{name}", unit="share", better=better)
             if stats.any():
                 metrics[f"{task}.{name}"] = measured_stats(measure, stats, seed=seed)
     rows = tuple(

@@ -172,12 +172,10 @@ def measured_stats(measure: Measure, stats: np.ndarray, *, seed: int = 0) -> Mea
     if not len(used):
         return Measured(measure, stats, math.nan, None, "no row has what it needs")
     value = float(measure.combine(used.sum(axis=0)))
-    if len(used) == 1:
-        return Measured(measure, stats, value, None, "one row alone has no interval")
-    if measure.is_yes_no:
+    if measure.is_yes_no and len(used) > 1:
         return Measured(measure, stats, value, statistics.share_interval(float(used[:, 0].sum()), len(used)))
     found = statistics.interval(stats, measure.combine, seed=seed)
-    return Measured(measure, stats, value, found, "" if found else "too few resamples gave a number")
+    return Measured(measure, stats, value, found, "" if found else statistics.why_none(len(used)))
 
 
 def measure_of(name: str, *, unit: str, better: str) -> Measure:

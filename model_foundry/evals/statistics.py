@@ -28,23 +28,28 @@ Combine = Callable[[np.ndarray], np.ndarray]
 """From summed statistics float64 [..., S] to the metric, float64 [...]; NaN where no row counted."""
 
 
+LEAST_ROWS = 6
+"""Resamples never reach beyond the rows' own range, and fewer rows lie on one side by chance more than one time in
+twenty: of two without any effect, half would change "for sure"."""
+
+
 def interval(stats: np.ndarray, combine: Combine, *, seed: int = 0) -> Interval | None:
-    """95 % bootstrap interval of the metric over float64 [R, S]; None for fewer than two rows that count."""
+    """95 % bootstrap interval of the metric over float64 [R, S]; None for fewer than six rows that count."""
     used = counting(stats)
-    if len(used) < 2:
+    if len(used) < LEAST_ROWS:
         return None
     return _percentiles(combine(_resampled_sums(used, seed=seed)), len(used))
 
 
 def paired_interval(before: np.ndarray, after: np.ndarray, combine: Combine, *, seed: int = 0) -> Interval | None:
-    """95 % interval of after minus before, the same rows drawn for both; None for fewer than two rows.
+    """95 % interval of after minus before, the same rows drawn for both; None for fewer than six rows.
 
     Args:
         before, after: float64 [R, S] on the same rows in the same order. A row that counts on one side only still
             counts there.
     """
     kept = (before != 0).any(axis=1) | (after != 0).any(axis=1)
-    if kept.sum() < 2:
+    if kept.sum() < LEAST_ROWS:
         return None
     both = np.concatenate([before[kept], after[kept]], axis=1)
     sums = _resampled_sums(both, seed=seed)
@@ -114,6 +119,13 @@ def _resampled_sums(stats: np.ndarray, *, seed: int) -> np.ndarray:
         size = min(block, NUM_RESAMPLES - start)
         sums[start : start + size] = source.multinomial(num_rows, even, size=size) @ stats
     return sums
+
+
+def why_none(num_rows: int) -> str:
+    """Why so many rows gave no interval."""
+    if num_rows < LEAST_ROWS:
+        return "one row alone has no interval" if num_rows == 1 else f"{num_rows} rows are too few for an interval"
+    return "too few resamples gave a number"
 
 
 def _percentiles(values: np.ndarray, num_rows: int) -> Interval | None:

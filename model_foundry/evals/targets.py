@@ -15,6 +15,7 @@ import numpy as np
 from model_foundry.errors import DataError, EngineError
 from model_foundry.evals.suite import Decoding
 from model_foundry.rendering import Renderer
+from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Datum, ForwardBackwardOutput, Message, SampledSequence, SamplingParams
 
 Messages = Sequence[Message]
@@ -156,23 +157,37 @@ class EngineTarget:
 def ending_tokens(renderer: Renderer, continuation: Continuation) -> tuple[np.ndarray, int]:
     """int32 [T] of the whole row, and how many tokens at its front are read and not counted.
 
-    A text alone begins after the token that begins texts (BOS, else end-of-text), so that its first token counts too.
+    An answer has the tokens that training would give it, without the end of its turn. A text alone begins after the
+    token that begins texts (BOS, else end-of-text), so that its first token counts too.
 
     Raises:
         DataError: an ending without tokens, or a text for a tokenizer that has no token to begin it with.
     """
-    tokenizer = renderer.tokenizer
-    if continuation.messages is None:
-        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        if first is None:
-            raise DataError("the tokenizer has neither BOS nor end-of-text, so a text's first token has no likelihood")
-        before = [first, *tokenizer.encode(continuation.text[: continuation.start])]
+    if continuation.messages is not None:
+        tokens, num_read = _answer_tokens(renderer, continuation.messages, continuation.text)
     else:
-        before = renderer.prompt(continuation.messages).tolist()
-    own = tokenizer.encode(continuation.text[continuation.start :])
-    if not own:
+        tokens, num_read = _text_tokens(renderer.tokenizer, continuation.text, continuation.start)
+    if len(tokens) <= num_read:
         raise DataError(f"the ending {continuation.text!r} has no tokens")
-    return np.array([*before, *own], dtype=np.int32), len(before)
+    return np.asarray(tokens, dtype=np.int32), num_read
+
+
+def _answer_tokens(renderer: Renderer, messages: Messages, answer: str) -> tuple[np.ndarray, int]:
+    row = renderer.render([*messages, Message("assistant", answer)], train_on="last_assistant")
+    turn = np.flatnonzero(row.weights)
+    if not len(turn):
+        return row.tokens, len(row.tokens)
+    ends = (int(place) for place in turn if int(row.tokens[place]) in renderer.stop_token_ids)
+    return row.tokens[: next(ends, int(turn[-1]) + 1)], int(turn[0])
+
+
+def _text_tokens(tokenizer: Tokenizer, text: str, start: int) -> tuple[list[int], int]:
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if first is None:
+        raise DataError("the tokenizer has neither BOS nor end-of-text, so a text's first token has no likelihood")
+    before = [first, *tokenizer.encode(text[:start])]
+    # In the middle of a text, a tokenizer that puts a space before a text's first word must not.
+    return [*before, *tokenizer.encode(text[start:], first=start == 0)], len(before)
 
 
 def _datum(tokens: np.ndarray, num_read: int) -> Datum:

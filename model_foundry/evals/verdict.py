@@ -29,7 +29,7 @@ class Change:
     """How a metric differs between two results on the same rows.
 
     Attributes:
-        delta: after minus before, in the metric's unit.
+        delta: after minus before, in the metric's unit; where zero is best, of the distances from it.
         interval: 95 %, paired by row; None where there is none, and `why` says why.
         noise: how far the metric moves by itself.
         verdict: better, worse, same (not a row differs), or unclear.
@@ -82,31 +82,46 @@ def changes(before: SuiteResult, after: SuiteResult, *, seed: int = 0) -> dict[s
 
 
 def _change(before: Measured, after: Measured, *, noise: float, seed: int) -> Change:
-    measure, delta = after.measure, after.value - before.value
+    measure = after.measure
+    delta = abs(after.value) - abs(before.value) if measure.better == "zero" else after.value - before.value
     kept = (before.stats != 0).any(axis=1) | (after.stats != 0).any(axis=1)
     found, why = None, ""
-    if kept.sum() < 2:
-        why = "one row alone has no interval" if kept.sum() else "no row has what it needs"
-    elif measure.is_yes_no and (before.stats[kept][:, 1] == 1).all() and (after.stats[kept][:, 1] == 1).all():
+    if not kept.any():
+        why = "no row has what it needs"
+    elif (
+        kept.sum() > 1
+        and measure.is_yes_no
+        and (before.stats[kept][:, 1] == 1).all()
+        and (after.stats[kept][:, 1] == 1).all()
+    ):
         found = statistics.paired_share_interval(before.stats[kept][:, 0], after.stats[kept][:, 0])
     else:
-        found = statistics.paired_interval(before.stats, after.stats, measure.combine, seed=seed)
-        why = "" if found else "too few resamples gave a number"
+        found = statistics.paired_interval(before.stats, after.stats, _judged(measure), seed=seed)
+        why = "" if found else statistics.why_none(int(kept.sum()))
     rows = tuple(
         _way(measure, one, two) for one, two in zip(before.row_values(), after.row_values(), strict=True)
     )  # fmt: skip
-    verdict = _verdict(measure, before.value, delta, found, noise)
+    verdict = _verdict(measure, before.value, after.value, delta, found, noise)
     if np.array_equal(before.stats, after.stats):
         verdict = SAME
     return Change(measure, before.value, after.value, delta, found, why, noise, verdict, rows)
 
 
-def _verdict(measure: Measure, before: float, delta: float, interval: tuple[float, float] | None, noise: float) -> str:
+def _judged(measure: Measure) -> statistics.Combine:
+    """What of a metric's sums gets better or worse: where zero is best, the distance from it."""
+    if measure.better != "zero":
+        return measure.combine
+    return lambda sums: np.abs(measure.combine(sums))
+
+
+def _verdict(
+    measure: Measure, before: float, after: float, delta: float, interval: tuple[float, float] | None, noise: float
+) -> str:
     if interval is None or not math.isfinite(delta) or abs(delta) <= noise:
         return UNCLEAR
     if interval[0] <= 0 <= interval[1]:
         return UNCLEAR
-    return _way(measure, before, before + delta)
+    return _way(measure, before, after)
 
 
 def _way(measure: Measure, before: float | None, after: float | None) -> str:
@@ -121,8 +136,6 @@ def fell_behind(change: Change, *, borne: float) -> bool:
     """Whether a metric got worse for sure by more than is borne."""
     if change.verdict != WORSE or change.interval is None:
         return False
-    if change.measure.better == "zero":
-        return abs(change.after) - abs(change.before) > borne
     loss = -change.interval[1] if change.measure.better == "higher" else change.interval[0]
     return loss > borne
 
@@ -132,21 +145,26 @@ def guard_check(suite: str, guard: Mapping[str, float], found: Mapping[str, Chan
     watched = {name: found[name] for name in guard if name in found}
     if not watched:
         return None
+    lost = {name: "it was not measured on both sides" for name in guard if name not in found}
+    lost |= {
+        name: "it has no value any more"
+        for name, change in watched.items()
+        if math.isfinite(change.before) and not math.isfinite(change.after)
+    }
     behind = [name for name, change in watched.items() if fell_behind(change, borne=guard[name])]
     borne = ", ".join(f"{name} {value_text(guard[name], watched[name].measure.unit)}" for name in watched)
-    words = [f"{name} {change.text()}" for name, change in watched.items() if name in behind or not behind]
+    words = [f"{name} cannot be judged: {reason}" for name, reason in lost.items()]
+    words += [f"{name} {change.text()}" for name, change in watched.items() if name in behind or not (behind or lost)]
     return Check(
         name=f"{suite}: not behind",
-        passed=not behind,
-        value=f"{len(behind)} of {len(watched)} fell behind",
+        passed=not (behind or lost),
+        value=f"{len(behind)} of {len(guard)} fell behind" + (f", {len(lost)} cannot be judged" if lost else ""),
         bound=f"not worse for sure by more than: {borne}",
         evidence="; ".join(words) + ".",
     )
 
 
-def threshold_checks(
-    suite: str, thresholds: Mapping[str, Bound], result: SuiteResult, *, bounds_of: str = "suite"
-) -> tuple[Check, ...]:
+def threshold_checks(suite: str, thresholds: Mapping[str, Bound], result: SuiteResult) -> tuple[Check, ...]:
     """A check for each bound. What could not be measured fails, and says why."""
     return tuple(_threshold(f"{suite}.{name}", name, bound, result) for name, bound in thresholds.items())
 

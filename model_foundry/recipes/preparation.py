@@ -22,7 +22,7 @@ from model_foundry.data.gate.reading import Reading, read_attentively
 from model_foundry.data.gate.verdict import GateReport
 from model_foundry.data.rows import RowSet
 from model_foundry.data.tokenise import TokenisedSet, tokenise_rows
-from model_foundry.errors import ConfigError, ModelError, RunError
+from model_foundry.errors import ConfigError, DataError, ModelError, RunError
 from model_foundry.evals.generation import Question, read_questions
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import fingerprint, read_config
@@ -257,16 +257,23 @@ def prepare_as(kind: type[P], config: TrainConfig, *, now: datetime, tokenise: T
         )  # fmt: skip
     renderer = Renderer(Tokenizer.load(source.folder), config.model.template, now=now)
     formats: dict[str, str] = {}
-    paths = {"train_file": local_path(config.data.train_file)}
-    reading = read_attentively(paths["train_file"], format=config.data.format)
-    train = tokenise(config, reading, renderer)
-    formats["train"] = reading.rows.format
+    paths: dict[str, Path] = {}
+
+    def read(role: str, named: Path | str) -> tuple[Reading, Tokenised]:
+        path = paths[f"{role}_file"] = local_path(named)
+        try:
+            reading = read_attentively(path, format=config.data.format)
+        except DataError as error:
+            if path.exists():
+                raise
+            raise DataError(error.what, where=error.where, hint=f"Check data.{role}_file.") from error
+        formats[role] = reading.rows.format
+        return reading, tokenise(config, reading, renderer)
+
+    reading, train = read("train", config.data.train_file)
     validation, validation_reading = None, None
     if config.data.validation_file is not None:
-        paths["validation_file"] = local_path(config.data.validation_file)
-        validation_reading = read_attentively(paths["validation_file"], format=config.data.format)
-        validation = tokenise(config, validation_reading, renderer)
-        formats["validation"] = validation_reading.rows.format
+        validation_reading, validation = read("validation", config.data.validation_file)
     model = read_config(source.folder)
     for tokenised in (train, validation):
         if tokenised is not None:

@@ -52,7 +52,9 @@ def metric_bounds(metrics: Mapping[str, str], suites: Sequence[Suite]) -> dict[s
     harness = {suite.name for suite in suites if suite.kind == "harness"}
     bounds: dict[str, dict[str, Bound]] = {}
     for title, text in metrics.items():
-        suite, _, name = title.partition(".")
+        # A suite's name may have dots itself.
+        suite = max((each.name for each in suites if title.startswith(f"{each.name}.")), key=len, default="")
+        name = title[len(suite) + 1 :]
         where = f"criteria.metrics.{title}"
         if title not in known and suite not in harness:
             listed = ", ".join(known) or "none, because no suite is asked (evaluation.suites)"

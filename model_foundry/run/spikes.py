@@ -39,4 +39,8 @@ def losses_of(records: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def find_spikes(values: Sequence[float]) -> list[int]:
     """The steps, counted from 1, whose loss is a spike."""
-    return [number + 1 for number, loss in enumerate(values) if is_spike(loss, values[:number])]
+    return [
+        number + 1
+        for number, loss in enumerate(values)
+        if is_spike(loss, values[max(0, number - WINDOW_STEPS) : number])
+    ]

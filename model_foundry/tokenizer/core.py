@@ -114,19 +114,22 @@ class Tokenizer:
 
     # -- text to ids and back --------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False, first: bool = True
+    ) -> list[int]:
         """Token ids of `text`.
 
         Args:
             text: what to encode.
             add_special: add the tokens the tokenizer puts around a text, such as BOS.
             parse_special: read control tokens written in the text as such; by default they are plain text.
+            first: it is the beginning; false: it goes on from text before it (with `parse_special` it must begin).
 
         Raises:
             DataError: the text holds the two characters kept for our own use, or half a character.
         """
         before, after = self._special_frame if add_special else ((), ())
-        return [*before, *self._encoder(parse_special).encode(text, first=True)[0], *after]
+        return [*before, *self._encoder(parse_special).encode(text, first=first)[0], *after]
 
     def encode_batch(
         self, texts: Iterable[str], *, add_special: bool = False, parse_special: bool = False

@@ -131,7 +131,7 @@ def test_keys_that_several_commands_have_leave_it_open_and_the_option_decides(tm
     path.write_text("model: x\nseed: 1\n", encoding="utf-8")
     error = invoke("check", str(path)).exception
     assert isinstance(error, ConfigError)
-    assert "its keys would also do for evaluate, chat" in (error.hint or "")
+    assert "its keys would also do for rl, evaluate, chat" in (error.hint or "")
     assert invoke("check", str(path), "--command", "evaluate").stdout.startswith("valid for foundry evaluate")
 
 

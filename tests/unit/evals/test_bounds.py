@@ -31,8 +31,16 @@ def test_within_fails_only_where_the_whole_interval_is_outside() -> None:
 
 @pytest.mark.parametrize("text, words", [
     ("> 30 nats", "the unit of '> 30 nats' is nats, and the metric is a share"), ("about 3", "is no bound"),
-    ("0.3", "is no bound"), ("> 3 %", "in grade"),
+    ("0.3", "is no bound"), ("> 3 %", "in grade"), ("within -0.5", "bounds nothing"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_bound(text, unit="share" if "nats" in text else "grade", where="criteria.metrics.a.b")
+
+
+def test_sixty_of_a_share_is_sixty_percent_forgotten() -> None:
+    """Prevents a bound that nothing can meet from being found out after the whole training."""
+    with pytest.raises(ConfigError, match="bounds nothing") as caught:
+        parse_bound("> 60", unit="share", where="x")
+    assert "> 60 %" in str(caught.value)
+    assert parse_bound("> 150 %", unit="share", where="x").number == 1.5

@@ -9,8 +9,20 @@ from pathlib import Path
 import pytest
 
 from model_foundry.errors import DataError
+from model_foundry.evals.measures import measured
+from model_foundry.evals.results import SuiteResult
 from model_foundry.evals.suite import Suite, load_suite
-from model_foundry.evals.verdict import BETTER, SAME, UNCLEAR, WORSE, changes, guard_check, judge, threshold_checks
+from model_foundry.evals.verdict import (
+    BETTER,
+    SAME,
+    UNCLEAR,
+    WORSE,
+    changes,
+    fell_behind,
+    guard_check,
+    judge,
+    threshold_checks,
+)
 from model_foundry.types import Check
 from tests.unit.evals.scripted_target import ScriptedTarget
 from tests.unit.evals.test_kinds import ask
@@ -97,3 +109,39 @@ def test_without_checks_nothing_is_judged() -> None:
     assert judge([]).ship is None
     assert judge([Check("a", True, 1.0, "b", "c")]).text == "SHIP"
     json.dumps(judge([]).reasons)
+
+
+def test_an_answer_that_became_empty_is_not_passed_over(tmp_path: Path) -> None:
+    """Prevents a run that answers nothing from being shipped, for nothing can be measured any more."""
+    rows = [{"prompt": f"{n:02d}?", "answer": "yes"} for n in range(8)]
+    guard = {"reading_ease": 1.0, "f1": 1.0}
+    suite = load_suite(str(write(tmp_path, rows, metrics=["f1", "reading_ease"], guard=guard)))
+    words = ScriptedTarget(lambda prompt, *_: "The cat sat on the mat. It was warm there, and it slept.")
+    before, after = ask(suite, words), ask(suite, ScriptedTarget(lambda prompt, *_: ""))
+    check = guard_check(suite.name, suite.guard, changes(before, after))
+    assert check is not None
+    assert not check.passed
+    assert "reading_ease cannot be judged: it has no value any more" in check.evidence
+
+
+def test_a_guarded_metric_that_one_side_lacks_is_said(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, 8, guard={"exact": 1.0})
+    check = guard_check(suite.name, {**suite.guard, "margin": 0.0}, compared(suite, 4, 4))
+    assert check is not None
+    assert not check.passed
+    assert "margin cannot be judged: it was not measured on both sides" in check.evidence
+
+
+def test_a_bias_that_changes_sides_is_no_worse_than_it_is_far(tmp_path: Path) -> None:
+    """Prevents -0.10 to +0.12 nats from counting as a move of 0.22 away from zero."""
+    result = ask(suite_of(tmp_path, 12), right_below(6))
+
+    def biased(mean: float) -> SuiteResult:
+        spread = [(mean + 0.3 * ((n % 4) - 1.5), 1.0) for n in range(12)]
+        return replace(result, metrics={"likelihood_bias": measured("likelihood_bias", spread)})
+
+    change = changes(biased(-0.10), biased(0.12))["likelihood_bias"]
+    assert change.delta == pytest.approx(0.02)
+    assert change.verdict == UNCLEAR
+    assert not fell_behind(change, borne=0.0)
+    assert changes(biased(-0.1), biased(2.0))["likelihood_bias"].verdict == WORSE
