@@ -136,11 +136,16 @@ def load_suite(name: str) -> Suite:
 def questions_suite(path: Path, *, system: str | None, max_new_tokens: int) -> Suite:
     """A file of questions as a suite: exact match, word F1, and whether the expected answer is contained."""
     rows = read_suite_rows(path, "answers", system=system, language=None)
-    digest = hashlib.sha256(path.read_bytes() + f"{system}:{max_new_tokens}".encode()).hexdigest()
+    digest = questions_digest(path, system=system, max_new_tokens=max_new_tokens)
     return Suite(
         "questions", "answers", rows, ("exact", "f1", "contains"), f"The questions of {path}",
         decoding=Decoding(max_new_tokens=max_new_tokens), digest=digest,
     )  # fmt: skip
+
+
+def questions_digest(path: Path, *, system: str | None, max_new_tokens: int) -> str:
+    """The same for the same questions asked in the same way, whichever model answers."""
+    return hashlib.sha256(path.read_bytes() + f"{system}:{max_new_tokens}".encode()).hexdigest()
 
 
 def _suite(values: Mapping[str, Any], path: Path) -> Suite:

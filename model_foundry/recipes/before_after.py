@@ -11,7 +11,7 @@ from model_foundry.config.schema import DEFAULT_SUITES, TrainConfig
 from model_foundry.evals.bounds import Bound
 from model_foundry.evals.measures import measured
 from model_foundry.evals.results import RowResult, SuiteResult
-from model_foundry.evals.suite import Suite
+from model_foundry.evals.suite import Suite, questions_digest
 from model_foundry.evals.targets import RowTooLongError
 from model_foundry.evals.text_scores import ANSWER_SCORES, Wanted
 from model_foundry.recipes.session import Session
@@ -99,9 +99,9 @@ def assess_run(
         checks: those that were made already.
     """
     assessment = assess(suites, after=after, before=before, bounds=bounds, further=checks)
-    results = ({}, {})
-    if answers is not None:
-        results = tuple({QUESTIONS: _questions_result(session.work, texts)} for texts in answers)
+    results, config = ({}, {}), session.work.config
+    if answers is not None and isinstance(config, TrainConfig):
+        results = tuple({QUESTIONS: _questions_result(session.work, config, texts)} for texts in answers)
     if not (after or results[0]):
         return assessment.checks, None
     shown = Assessment(results[1] | dict(after), results[0] | dict(before), assessment.checks)
@@ -109,8 +109,12 @@ def assess_run(
     return assessment.checks, write_assessment(run.path / FOLDER, facts, shown)
 
 
-def _questions_result(work: Work, texts: Sequence[str]) -> SuiteResult:
-    """Answers to the held-out questions as a suite's result."""
+def _questions_result(work: Work, config: TrainConfig, texts: Sequence[str]) -> SuiteResult:
+    """Answers to the held-out questions as a suite's result, comparable with every other asked the same."""
+    assert config.evaluation.file is not None
+    digest = questions_digest(
+        Path(config.evaluation.file), system=config.evaluation.system, max_new_tokens=config.evaluation.max_new_tokens
+    )
     stats = {
         name: [ANSWER_SCORES[name](text, Wanted((q.answer,))) for q, text in zip(work.questions, texts, strict=True)]
         for name in QUESTION_METRICS
@@ -120,7 +124,7 @@ def _questions_result(work: Work, texts: Sequence[str]) -> SuiteResult:
         for question, text in zip(work.questions, texts, strict=True)
     )
     return SuiteResult(
-        suite=QUESTIONS, kind="answers", digest=work.model_fingerprint, target={"name": work.source.name},
+        suite=QUESTIONS, kind="answers", digest=digest, target={"name": work.source.name},
         metrics={name: measured(name, each, seed=work.config.seed) for name, each in stats.items()}, rows=rows,
         about="The run's held-out questions, kept out of training.",
     )  # fmt: skip
