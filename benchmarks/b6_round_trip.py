@@ -44,7 +44,3 @@ def main(arguments: Sequence[str]) -> int:
     )
     report("b6", figures={"p50_ms": p50, "p99_ms": p99}, rounds=rounds, options=options)
     return 0
-
-
-def _sync(result: Result) -> float:
-    return result["sync_milliseconds"]

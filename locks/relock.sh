@@ -13,10 +13,16 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.11}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet "$pin"
 "$work/venv/bin/python" -m pip install --quiet "$pin" --editable '.[train,data,code,generate,gguf,quant,serve,service,eval,track,dev]'
+# A local part such as +cpu names one platform's build, not the version.
+"$work/venv/bin/python" -m pip freeze --all --exclude-editable | grep -v -E '^(pip|wheel)==' | sed 's/+[a-z0-9.]*$//' >"$work/pins"
 {
   grep '^#' "$lock"
-  # A local part such as +cpu names one platform's build, not the version.
-  "$work/venv/bin/python" -m pip freeze --all --exclude-editable | grep -v -E '^(pip|wheel)==' | sed 's/+[a-z0-9.]*$//'
+  # What the old lock keeps to some machines stays kept to them, installed on this one or not.
+  grep ';' "$lock" | grep -v '^#' | awk '
+    { name = $0; sub(/==.*/, "", name) }
+    FILENAME == "-" { kept[name] = $0; sub(/^[^;]*/, ""); marker[name] = $0; next }
+    { print $0 marker[name]; delete kept[name] }
+    END { for (name in kept) print kept[name] }' - "$work/pins"
 } >"$work/lock"
 cp "$work/lock" "$lock"
 echo "lock: $(grep -c == "$lock") packages pinned in $lock"

@@ -129,6 +129,7 @@ def compare(ranks: Ranks, models: Path) -> dict[str, Any]:
 
 STATES: tuple[tuple[str, LoraConfig | None, OptimizerKind], ...] = (
     ("llama-tied", None, "adamw"),
+    ("moe-balanced", None, "adamw"),
     ("moe-balanced", None, "muon"),
     ("moe-balanced", LORA, "adamw"),
 )
@@ -151,7 +152,7 @@ def states(ranks: Ranks, models: Path, root: Path) -> dict[str, Any]:
             read = reader.create_model(models / folder, lora=lora, seed=77, optimizer=optimizer)
             warnings = reader.load_state(read, place, optimizer=True)
             before, after = final(writer, written), final(reader, read)
-            results[f"{folder} {'full' if lora is None else 'lora'} {name}"] = {
+            results[f"{folder} {'full' if lora is None else 'lora'} {optimizer} {name}"] = {
                 "warnings": warnings,
                 "same bits": all(np.array_equal(before[key], after[key]) for key in before),
                 "went on": train(writer, written, range(2, 4)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,14 +19,18 @@ from tests.service_rig import Service
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(900)]
 COOKBOOK = "tinker-cookbook==0.6.1"
-BESIDE = ("chz", "blobfile", "tml-renderers", "pyrage", "termcolor", "cloudpickle", "tiktoken")
+BESIDE = (
+    "chz==0.4.0", "blobfile==3.3.0", "tml-renderers==0.2.1", "pyrage==1.4.0", "termcolor==3.3.0", "cloudpickle==3.1.3",
+    "tiktoken==0.14.0",
+)  # fmt: skip
 """What it imports and we do not; its other dependencies are taken from the environment of the tests."""
 
 
 def python() -> Path:
-    """An environment with the cookbook, made once."""
+    """An environment with the cookbook, made once for each list of packages."""
     home = Path(os.environ.get("FOUNDRY_HOME", "~/.cache/model-foundry")).expanduser() / "test-sdks"
-    folder = home / COOKBOOK.replace("==", "-")
+    digest = hashlib.sha256("\n".join((COOKBOOK, *BESIDE)).encode()).hexdigest()
+    folder = home / f"{COOKBOOK.replace('==', '-')}-{digest[:12]}"
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)
         with atomic.atomic_directory(folder) as target:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.several_ranks import CASES
+from tests.several_ranks import CASES, STATES
 from tests.tiny_models import write_tiny_model
 from tests.tiny_runs import environment
 
@@ -76,9 +76,9 @@ def test_a_rank_holds_its_share(measured: dict[str, Any], case: str) -> None:
 
 def test_a_state_is_read_by_any_number_of_processes(measured: dict[str, Any]) -> None:
     """Prevents a checkpoint that only as many processes as wrote it can read, or only by this engine."""
-    assert len(measured["states"]) == 9
+    assert len(measured["states"]) == 3 * len(STATES)
     for name, found in measured["states"].items():
-        tight = 3e-3 if "moe-balanced full" in name else 1e-5
+        tight = 3e-3 if "muon" in name else 1e-5  # its iterations are in bfloat16
         assert found["same bits"], name
         for went_on, resumed in zip(found["went on"], found["resumed"], strict=True):
             assert resumed == pytest.approx(went_on, rel=tight, abs=tight), name

@@ -19,11 +19,13 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*\Z|<.*>\Z|\[.*|…|\.\.\.")
 
 
 def command_lines(path: Path) -> list[str]:
-    """Lines of fenced blocks and inline code that start with make or foundry."""
+    """Lines of fenced and indented blocks, and inline code, that start with make or foundry."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += re.findall(r"^(?: {4,}|\t)\s*(?:\$ )?(\S.*)$", outside, flags=re.MULTILINE)
+    lines += re.findall(r"`([^`\n]+)`", outside)
     return [line for line in lines if re.match(r"(\S+=\S+ )*(make|foundry|\.venv/bin/foundry) ", line)]
 
 
@@ -66,6 +68,15 @@ def test_the_readme_shows_commands() -> None:
     readme = [line for page, line in all_commands() if page == "README.md"]
     assert any(line.startswith("make ") for line in readme)
     assert any("foundry " in line for line in readme)
+
+
+def test_commands_are_found_however_they_are_set(tmp_path: Path) -> None:
+    """Indented commands were never looked at, and a page of them was wrong unseen."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Call `make a` or\n\n    foundry b   # so\n    $ make c\n\n```sh\n$ foundry d\n```\n", encoding="utf-8"
+    )
+    assert sorted(command_lines(page)) == ["foundry b   # so", "foundry d", "make a", "make c"]
 
 
 @pytest.mark.parametrize(("page", "line"), all_commands())

@@ -80,7 +80,7 @@ def test_experts_and_packed_weights_are_foretold_as_well(
     folder, tokenizer = tmp_path / "model", write_tokenizer(tmp_path / "tokenizer")
     write_fresh_model(folder, to_config(shape), seed=0, tokenizer_from=tokenizer)
     # One run in four finds 250 MB less: the heap of glibc grows in such steps, and now and then one is spared.
-    for last in (False, False, False, False, True):
+    for last in (False, False, True):
         try:
             assert_foretold(folder, lora=lora, rows=rows, quantization=quantization, vocabulary=16_000)
             break
@@ -123,7 +123,7 @@ def assert_foretold(
 def test_the_peak_of_preference_training_is_foretold(lora: bool) -> None:
     """Prevents a plan that counts both answers' prompts, or a second model for the reference."""
     folder = resolve_model("smollm2-135m-instruct").folder
-    batch = random_pairs(num_pairs=2 if lora else 1, num_shared=384, num_answer=64)
+    batch = joined_pairs(num_pairs=2 if lora else 1, num_shared=384, num_answer=64)
     task = task_of(
         batch, folder=str(folder), lora=LoraConfig() if lora else None, device="cpu", dtype="float32", num_threads=1,
         implementation="auto", gradient_checkpointing=False, micro_batch_tokens=None, loss_fn="dpo_sigmoid",
@@ -139,7 +139,7 @@ def test_the_peak_of_preference_training_is_foretold(lora: bool) -> None:
     assert estimate.total == pytest.approx(measured.peak, rel=0.15), estimate.as_dict()
 
 
-def random_pairs(*, num_pairs: int, num_shared: int, num_answer: int) -> list[Datum]:
+def joined_pairs(*, num_pairs: int, num_shared: int, num_answer: int) -> list[Datum]:
     random, pairs = np.random.default_rng(0), []
     for _ in range(num_pairs):
         prompt = random.integers(5, 49_000, num_shared + 1).astype(np.int32)

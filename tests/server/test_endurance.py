@@ -50,7 +50,7 @@ def ask_many(url: str, count: int, *, first: int) -> None:
 
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.prove)])
 def test_memory_stays_where_it_was(endless: Path, count: int) -> None:
-    """A request that leaves something behind is found by its number: a kilobyte each would be ten megabytes."""
+    """A request that leaves something behind is found by its number: ten thousand find a kilobyte each, and 500 ten."""
     with process(endless, "batch.max_cache_tokens=8192") as (running, url):
         server = psutil.Process(running.pid)
         ask_many(url, 400, first=0)  # kernels, the cache and its books are there now
@@ -60,7 +60,7 @@ def test_memory_stays_where_it_was(endless: Path, count: int) -> None:
         grown = server.memory_info().rss - before
         rate = count / (time.monotonic() - started)
         print(f"{count} requests at {rate:.0f}/s: {before / 1e6:.0f} MB before, {grown / 1e6:+.1f} MB after")
-        assert grown < 12e6, f"{grown / 1e6:.1f} MB more after {count} requests"
+        assert grown < 4e6 + 400 * count, f"{grown / 1e6:.1f} MB more after {count} requests"
         assert len(server.net_connections()) < 40
 
 
@@ -144,12 +144,15 @@ def test_an_abusive_client_does_not_take_the_server_from_the_others(
             with threads([*good, *ill]):
                 pass
         assert running.poll() is None
+        medians = [statistics.median(seen.seconds) for seen in (alone, beside)]
         print(
             f"{seconds:.0f} s, 24 abusive connections: goodput {beside.goodput:.1%} of {len(beside.seconds)} answers, "
-            f"median {statistics.median(beside.seconds):.2f} s (alone {statistics.median(alone.seconds):.2f} s), "
+            f"median {medians[1]:.3f} s (alone {medians[0]:.3f} s), "
             f"longest {max(beside.seconds):.2f} s, fewest of a client {min(beside.by_client.values())}"
         )
         assert alone.failed == []
         assert beside.goodput >= 0.9, beside.failed[:5]
+        # Six to seventeen times, measured; an idle machine answers alone in less time than can be compared with.
+        assert medians[1] < 30 * max(medians[0], 0.02), medians
         assert set(beside.by_client) == set(names)
         assert min(beside.by_client.values()) > 0.5 * max(beside.by_client.values()), "somebody starves"

@@ -411,6 +411,7 @@ characters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="
 said = st.text(characters, min_size=1, max_size=40).filter(lambda text: not text[0].isspace() and text.isprintable())
 
 
+# Rows that repeat each other are refused for that, by the check of duplicates: here each is said once.
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(said, said), min_size=1, max_size=4, unique=True))
 @pytest.mark.slow
