@@ -60,21 +60,35 @@ def run(service: Service, log: Path, rows: Path, *, steps: int) -> list[dict[str
 
 
 def test_chat_sl_resumes_with_the_same_losses(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """The service is killed between the two halves as well: the second half is that of an undisturbed run."""
-    rows = tmp_path / "rows.jsonl"
+    """Gone on with from a checkpoint, a run has the same losses, the service killed in between or not.
+
+    The loop names no seed, so a second run would begin with another adapter; and it saves after the next step was
+    submitted, so its own continuation repeats two batches: two continuations are what can be compared.
+    """
+    rows, start = tmp_path / "rows.jsonl", tmp_path / "start"
     talks = [
         [("user", f"Colour of thing {n}?"), ("assistant", f"It is {'red' if n % 2 else 'blue'}.")] for n in range(40)
     ]
     rows.write_text("".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}) + "\n"
                             for talk in talks))  # fmt: skip
     with Service(tiny_folder("llama-tied"), tmp_path / "state", "dtype=float32") as service:
-        straight = run(service, tmp_path / "straight", rows, steps=8)
-        run(service, tmp_path / "halves", rows, steps=4)
-        service.kill()
-        service.start()
-        halves = run(service, tmp_path / "halves", rows, steps=8)
-    losses = [[(line["step"], line["train_mean_nll"]) for line in each if "train_mean_nll" in line]
-              for each in (straight, halves)]  # fmt: skip
-    assert len(losses[0]) == 8
-    assert losses[1] == losses[0]
-    assert losses[0][-1][1] < losses[0][0][1]
+        whole = losses(run(service, start, rows, steps=8))
+        (middle,) = [line for line in (start / "checkpoints.jsonl").read_text().splitlines() if '"000004"' in line]
+        continued = []
+        for name in ("undisturbed", "killed"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "checkpoints.jsonl").write_text(f"{middle}\n")
+            if name == "killed":
+                service.kill()
+                service.start()
+            continued.append(losses(run(service, tmp_path / name, rows, steps=8)))
+    assert list(whole) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert list(continued[0]) == [7, 8, 9, 10]  # the optimizer's count goes on
+    assert continued[1] == continued[0]
+    assert whole[8] < whole[1]
+    assert continued[0][7] < whole[5], "the same batch, two steps later"
+
+
+def losses(metrics: list[dict[str, Any]]) -> dict[int, float]:
+    """By the optimizer's count of steps."""
+    return {int(line["step"]): line["train_mean_nll"] for line in metrics if "train_mean_nll" in line}
