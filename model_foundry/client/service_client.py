@@ -29,6 +29,7 @@ from model_foundry.errors import CheckpointError, ModelNotFoundError, ServiceErr
 DEFAULT_KEY = "tml-local"
 DEFAULT_STATE_DIR = Path("runs/service")
 _PLACEHOLDER_URL = "http://in-process"
+_GREETING_SECONDS = 15.0
 _FAREWELL_SECONDS = 3.0
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class ServiceClient:
         base_model: in this process, what every model is an adapter over; default what is asked for first.
         state_dir: in this process, where everything is kept; default `runs/service`.
         options: in this process, more of `foundry service`'s configuration, such as `{"num_threads": 2}`.
-        patience_seconds: how long a service may be away before that is an error.
+        patience_seconds: how long a service may be away before that is an error; at most 15 seconds at the beginning.
 
     Raises:
         UsageError: options of a service in this process for one that is elsewhere.
@@ -211,7 +212,10 @@ class ServiceClient:
 
 
 async def _begin_session(loop: LoopThread, connection: Connection, facts: Mapping[str, Any]) -> Session:
-    found = await connection.post("create_session", {**facts, "type": "create_session"})
+    # A service that was never there is a wrong address sooner than one that is being started again.
+    patience = min(_GREETING_SECONDS, connection.patience_seconds)
+    body = {**facts, "type": "create_session"}
+    found = (await connection.call("POST", "create_session", patience_seconds=patience, json=body)).json()
     session = Session(loop, connection, found["session_id"])
     session.begin_heartbeat()
     return session
