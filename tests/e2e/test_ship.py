@@ -86,7 +86,8 @@ def test_a_run_that_forgets_is_not_shipped_and_a_gentle_one_is(taught: Path, tmp
     assert done.returncode == 1, done.stderr
     again = json.loads(done.stdout)
     assert (again["ship"], again["against"]) == (False, str(taught))
-    assert again["reasons"] and all("Wanted: " in reason for reason in again["reasons"])
+    assert again["reasons"]
+    assert all("Wanted: " in reason for reason in again["reasons"])
     assert "DON&#x27;T SHIP" in Path(again["page"]).read_text()
     assert again["suites"]["colours"]["changes"]["accuracy"] == colours["accuracy"]
     compared = foundry_here("runs", "compare", tmp_path / "gentle" / "run", run)
