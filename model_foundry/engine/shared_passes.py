@@ -5,6 +5,7 @@ It knows what `pieces` knows, and that models may share a pass. It knows nothing
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.engine.shared_base import AdapterLayers, Segment, SegmentResult, SharedBase
 from model_foundry.errors import EngineError, FoundryError
 from model_foundry.types import Datum, ForwardBackwardOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,7 +74,7 @@ class Share:
     loss: Loss
 
 
-def run_together(shares: Sequence[Share], *, backward: bool) -> list[ForwardBackwardOutput | FoundryError]:
+def run_together(shares: Sequence[Share], *, backward: bool) -> list[ForwardBackwardOutput | Exception]:
     """Run batches of different models in one pass, and one by one where that fails.
 
     Each ends as if it had been alone: with its output, or with an error and its gradients as they were.
@@ -86,7 +89,7 @@ def run_together(shares: Sequence[Share], *, backward: bool) -> list[ForwardBack
         results = shares[0].passes.base.run(segments, backward=backward)
     except Exception as error:
         if not is_out_of_memory(error) and not isinstance(error, FoundryError):
-            raise
+            logger.error("a pass of %s models failed; each is done alone now", len(shares), exc_info=error)
     if results is None:
         # Only here are the tensors of the failed pass gone.
         release_memory(shares[0].passes.device)
@@ -98,9 +101,9 @@ def run_together(shares: Sequence[Share], *, backward: bool) -> list[ForwardBack
     return [ForwardBackwardOutput(result.loss, tuple(result.logprobs), 1, 0.0) for result in results]
 
 
-def _alone(share: Share, *, backward: bool) -> ForwardBackwardOutput | FoundryError:
+def _alone(share: Share, *, backward: bool) -> ForwardBackwardOutput | Exception:
     run = share.passes.forward_backward if backward else share.passes.forward
     try:
         return run(share.data, share.loss, scope="all")
-    except FoundryError as error:
+    except Exception as error:  # whatever it is, it is not the others'
         return error

@@ -39,7 +39,7 @@ from model_foundry.engine.state import (
     write_full_weights,
     write_state,
 )
-from model_foundry.errors import EngineError, FoundryError, ModelError
+from model_foundry.errors import EngineError, ModelError
 from model_foundry.models.adapter import (
     adapter_tensors,
     fitting_adapter,
@@ -256,19 +256,19 @@ class TorchEngine:
 
     def run_together(
         self, requests: Sequence[PassRequest], *, backward: bool
-    ) -> list[ForwardBackwardOutput | FoundryError]:
+    ) -> list[ForwardBackwardOutput | Exception]:
         """`forward_backward`, or `forward`, of batches that `can_join`, each of another model, in one pass.
 
         Each ends with the bits that it would have alone, or with its own error. The logprobs are those of every token.
         """
-        outputs: dict[int, ForwardBackwardOutput | FoundryError] = {}
+        outputs: dict[int, ForwardBackwardOutput | Exception] = {}
         shares: dict[int, Share] = {}
         for number, request in enumerate(requests):
             model = self._get(request.model_id)
             try:
                 loss = choose_loss(request.loss_fn, request.loss_config)
                 check_batch(request.data, model.language_model, loss)
-            except EngineError as error:
+            except Exception as error:  # whatever it is, it is not the others'
                 outputs[number] = error
                 continue
             assert isinstance(model.passes, SharedPasses)

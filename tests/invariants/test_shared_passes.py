@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -185,8 +185,9 @@ def test_nan_in_one_adapter_stays_there(tiny_folder: TinyFolder) -> None:
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_over_a_group_is_tried_one_by_one(
-    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [MemoryError, TypeError])
+def test_a_group_that_fails_is_tried_one_by_one(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """Half-way through the backward pass some gradients are there twice; what was pending before must not be lost."""
     alone, together = (Tenants.create(tiny_folder("llama-tied"), "float32", shared=True) for _ in range(2))
@@ -203,7 +204,7 @@ def test_memory_that_runs_out_over_a_group_is_tried_one_by_one(
         calls.append(len(segments))
         out = real(segments, backward=backward)
         if len(segments) > 1:
-            raise MemoryError
+            raise error
         return out
 
     monkeypatch.setattr(base, "run", run)
@@ -222,6 +223,10 @@ def test_a_batch_that_is_refused_is_refused_alone(tiny_folder: TinyFolder) -> No
     outs = tenants.engine.run_together(requests, backward=True)
     assert isinstance(outs[2], EngineError)
     assert [isinstance(out, EngineError) for out in outs] == [False, False, True, False]
+    # Settings that nobody thought of, too.
+    requests[2] = PassRequest(tenants.models[2], requests[2].data, "ppo", cast(Any, 5))
+    outs = tenants.engine.run_together(requests, backward=True)
+    assert [isinstance(out, Exception) for out in outs] == [False, False, True, False]
 
 
 def test_rows_are_cut_where_a_number_of_them_cannot_be_relied_on() -> None:
