@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from model_foundry.engine.losses import CHUNK_LOGITS
+from model_foundry.engine.sampling import GREEDY_BELOW
 from model_foundry.errors import EngineError
 from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.randomness import generator
@@ -44,9 +45,9 @@ def drawn(
     dice = generator(seed, "draws")
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
-        if temperature == 0:
+        if temperature < GREEDY_BELOW:
             return logits.argmax(dim=1, keepdim=True).expand(-1, k)
-        shares = torch.softmax(logits / temperature, dim=1).cpu()
+        shares = torch.softmax((logits - logits.amax(dim=1, keepdim=True)) / temperature, dim=1).cpu()
         return torch.multinomial(shares, k, replacement=True, generator=dice).to(logits.device)
 
     return _at_each(model, tokens, k, choose, device)

@@ -16,6 +16,9 @@ from torch import nn
 from model_foundry.errors import ArchitectureMismatchError, EngineError
 from model_foundry.types import AdamParams, MuonParams, OptimizerKind, OptimParams, OptimStepOutput
 
+_FLOAT32 = torch.finfo(torch.float32)
+"""What the weights are: a hyper-parameter beyond it would be an infinity to them, or nothing."""
+
 
 class FlatOptimizer:
     """Owns the storage of `parameters` (float32 leaves) and of their gradients, laid out in the order given.
@@ -184,7 +187,7 @@ def check_params(params: OptimParams, *, kind: OptimizerKind, takes: type) -> No
         "learning_rate": params.learning_rate >= 0,
         "beta1": 0 <= params.beta1 < 1,
         "beta2": 0 <= params.beta2 < 1,
-        "eps": params.eps > 0,
+        "eps": params.eps >= _FLOAT32.tiny,
         "weight_decay": params.weight_decay >= 0,
         "grad_clip_norm": params.grad_clip_norm >= 0,
     }
@@ -192,7 +195,7 @@ def check_params(params: OptimParams, *, kind: OptimizerKind, takes: type) -> No
         ranges["momentum"] = 0 <= params.momentum < 1
     for name, is_possible in ranges.items():
         value = getattr(params, name)
-        if not (is_possible and math.isfinite(value)):
+        if not (is_possible and value <= _FLOAT32.max):
             raise EngineError(f"{name} is {value}", where="optim_step")
 
 

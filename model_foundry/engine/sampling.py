@@ -22,6 +22,9 @@ from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.randomness import generator
 from model_foundry.types import SampledSequence, SamplingParams
 
+GREEDY_BELOW = 1e-30
+"""Temperatures below it are 0: a float32 difference of logits divided by it must stay a number."""
+
 
 def stream_beside_training(
     model: LanguageModel, prompts: Sequence[np.ndarray], params: SamplingParams, device: torch.device
@@ -151,7 +154,7 @@ def check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: S
 
 def choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str], position: int) -> torch.Tensor:
     """int64 [B] from float32 [B, V]."""
-    if params.temperature == 0:
+    if params.temperature < GREEDY_BELOW:
         return logits.argmax(dim=1)
     # The largest logit first, so that dividing by a small temperature overflows towards certainty.
     scaled = (logits - logits.amax(dim=1, keepdim=True)) / params.temperature

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from model_foundry.service.accounts import account_routes, refusing
-from model_foundry.service.bodies import Refusal, read_json, reply, text, whole_number
+from model_foundry.service.bodies import Refusal, read_body, read_json, reply, text, whole_number
 from model_foundry.service.books import Sampler, finished
 from model_foundry.service.copying import copy_weights
 from model_foundry.service.downloads import download_routes
@@ -18,6 +18,7 @@ from model_foundry.service.front import Front, new_session
 from model_foundry.service.futures import future_routes
 from model_foundry.service.listing import listing_routes, path_info
 from model_foundry.service.page_routes import page_routes
+from model_foundry.service.requests import CreateSession, FinishSession
 from model_foundry.service.searching import search
 
 Route = Callable[[Front, Request], Awaitable[Response]]
@@ -94,7 +95,8 @@ async def dynamic_config(front: Front, request: Request) -> Response:
 
 async def create_session(front: Front, request: Request) -> Response:
     tenant = front.tenant(request)
-    session = new_session(tenant, await _body(front, request), front.books.clock())
+    asked = await read_body(request, CreateSession, limit=front.limits.body_bytes)
+    session = new_session(tenant, asked.model_dump(), front.books.clock())
     await front.put(session)
     front.seen[session.session_id] = session.created
     return reply({"type": "create_session", "session_id": session.session_id, "warning_message": UNEMBED_NOTE})
@@ -108,8 +110,10 @@ async def heartbeat(front: Front, request: Request) -> Response:
 
 async def finish_session(front: Front, request: Request) -> Response:
     session = front.session(request.path_params["session_id"], front.tenant(request))
-    reason = (await _body(front, request)).get("reason")
-    await front.put(finished(session, front.books.clock(), reason if isinstance(reason, dict) else {}))
+    asked = await read_body(request, FinishSession, limit=front.limits.body_bytes)
+    reason = {} if asked.reason is None else asked.reason.model_dump()
+    # As it is now: it may have been moved while the body was on its way.
+    await front.put(finished(front.books.sessions[session.session_id], front.books.clock(), reason))
     return Response(status_code=204)
 
 

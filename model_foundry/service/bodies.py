@@ -6,13 +6,15 @@ import asyncio
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import zstandard
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import BaseModel, ValidationError
 
+Body = TypeVar("Body", bound=BaseModel)
 PROTOBUF = "application/x-protobuf"
 _SMALL_BYTES = 256_000
 """What is parsed at once; larger bodies in a thread, so that nobody waits for them."""
@@ -82,6 +84,19 @@ async def read_json(request: Request, *, limit: int) -> dict[str, Any]:
         Refusal: it is none.
     """
     return await parse_json(await read_bytes(request, limit=limit))
+
+
+async def read_body(request: Request, kind: type[Body], *, limit: int) -> Body:
+    """The body as one of `requests`.
+
+    Raises:
+        Refusal: it is none; every problem is named by field.
+    """
+    try:
+        return kind.model_validate(await read_json(request, limit=limit))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise Refusal(422, f"{request.url.path.removeprefix('/api/v1/')}: {told}") from error
 
 
 async def parse_json(data: bytes) -> dict[str, Any]:

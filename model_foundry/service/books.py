@@ -109,6 +109,10 @@ class Operation:
     is_cancelled: bool = False
 
 
+class TakenError(Exception):
+    """A model's id is another's already."""
+
+
 Effect = Callable[[], None]
 
 
@@ -165,13 +169,18 @@ class Books:
         return read
 
     def accept(self, operation: Operation, model: Model | None) -> Work[bool]:
-        """Write an operation, and the model that it creates; False where it is a repeat, which changes nothing."""
+        """Write an operation, and the model that it creates; False where it is a repeat, which changes nothing.
+
+        The work raises TakenError where there is such a model, made by something else.
+        """
 
         def write(connection: Connection) -> bool:
             table = tables.operations
             known = select(table.c.request_id).where(table.c.request_id == operation.request_id)
             if connection.execute(known).first() is not None:
                 return False
+            if model is not None and model_facts(connection, model.model_id) is not None:
+                raise TakenError(model.model_id)
             connection.execute(
                 insert(table).values(
                     request_id=operation.request_id,
@@ -290,6 +299,12 @@ def finished(session: Session, when: float, reason: Mapping[str, Any]) -> Sessio
     if session.finished is not None:
         return session
     return replace(session, finished=when, facts={**session.facts, "finish_reason": reason})
+
+
+def model_facts(connection: Connection, model_id: str) -> dict[str, Any] | None:
+    """As they are in the journal; None of a model that is not there."""
+    row = connection.execute(select(tables.models.c.facts).where(tables.models.c.model_id == model_id)).first()
+    return None if row is None else json.loads(row.facts)
 
 
 def _in_memory(key: tuple[str, ...]) -> Any:

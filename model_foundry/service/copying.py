@@ -10,11 +10,12 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import ValidationError
+from sqlalchemy import Connection
 
-from model_foundry.errors import CheckpointError
-from model_foundry.service.bodies import Refusal, read_json, reply
-from model_foundry.service.books import Checkpoint, Model, Session
+from model_foundry.errors import CheckpointError, DataError
+from model_foundry.service.bodies import Refusal, read_body, reply
+from model_foundry.service.books import Checkpoint, Model, Session, model_facts
+from model_foundry.service.downloads import opened
 from model_foundry.service.front import Front, new_session
 from model_foundry.service.keys import Tenant
 from model_foundry.service.requests import CopyWeights
@@ -23,11 +24,7 @@ from model_foundry.service.requests import CopyWeights
 async def copy_weights(front: Front, request: Request) -> Response:
     """Answered when the copy is whole. A repeat finds the first one by the run's number, or by the idempotency key."""
     tenant = front.tenant(request)
-    try:
-        asked = CopyWeights.model_validate(await read_json(request, limit=front.limits.body_bytes))
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise Refusal(422, f"copy_weights: {told}") from error
+    asked = await read_body(request, CopyWeights, limit=front.limits.body_bytes)
     source = front.books.checkpoint_at(asked.source_path, tenant.sees)
     if source is None:
         raise Refusal(404, f"there is no checkpoint {asked.source_path}")
@@ -35,22 +32,46 @@ async def copy_weights(front: Front, request: Request) -> Response:
     run_id = f"{session.session_id}:train:{number}"
     known = front.books.models.get(run_id)
     if known is not None and known.facts.get("copy_of") != source.path:
-        raise Refusal(409, f"{run_id} is taken", {"x-should-retry": "false"})
+        raise _taken(run_id)
     copy = _copy_of(front, source, run_id, session, asked)
     if known is None or copy.key not in front.books.checkpoints:
+        try:
+            front.executor.check_quota(copy.owner, where="copy_weights")
+        except DataError as error:
+            raise Refusal(403, str(error), {"x-should-retry": "false"}) from error
         await asyncio.to_thread(_write, front, source, copy)
-        facts = {**source.facts["lora"], "user_metadata": None, "copy_of": source.path}
-        model = Model(run_id, session.session_id, session.owner, copy.created, copy.created, facts, state="unloaded")
-        for item in (session, model, copy):
-            await front.put(item)
+        await _note(front, source, copy, session)
     return reply({"tinker_path": copy.path})
+
+
+async def _note(front: Front, source: Checkpoint, copy: Checkpoint, session: Session) -> None:
+    """The run and its checkpoint, and the session where it is new, in one transaction."""
+    facts = {**source.facts["lora"], "user_metadata": None, "copy_of": source.path}
+    # Its number 0 is done: what is asked of it afterwards is refused, and is not the making of it.
+    model = Model(copy.run_id, session.session_id, session.owner, copy.created, copy.created, facts,
+                  state="unloaded", done_seq=0)  # fmt: skip
+    items = [model, copy] if session.session_id in front.books.sessions else [session, model, copy]
+    puts = [front.books.put(item) for item in items]
+
+    def write(connection: Connection) -> None:
+        found = model_facts(connection, copy.run_id)
+        if found is not None and found.get("copy_of") != source.path:
+            raise _taken(copy.run_id)
+        for work, _ in puts:
+            work(connection)
+
+    await front.commit(write)
+    for _, apply in puts:
+        apply()
+
+
+def _taken(run_id: str) -> Refusal:
+    return Refusal(409, f"{run_id} is taken", {"x-should-retry": "false"})
 
 
 def _destination(front: Front, request: Request, tenant: Tenant, asked: CopyWeights) -> tuple[Session, int]:
     """The session that will own the copy, and the number of its run."""
-    if asked.session_id is not None:
-        if asked.model_seq_id is None:
-            raise Refusal(422, "model_seq_id is missing")
+    if asked.session_id is not None and asked.model_seq_id is not None:
         return front.open_session(asked.session_id, tenant), asked.model_seq_id
     key = request.headers.get("x-idempotency-key")
     name = uuid.uuid5(uuid.NAMESPACE_URL, f"{tenant.owner}/{key}").hex if key else uuid.uuid4().hex
@@ -68,15 +89,14 @@ def _copy_of(front: Front, source: Checkpoint, run_id: str, session: Session, as
 
 
 def _write(front: Front, source: Checkpoint, copy: Checkpoint) -> None:
-    host = front.executor.host
+    host, stored = front.executor.host, opened(front, source)
+
+    def write(folder: Path) -> None:
+        for part in stored.path.iterdir():
+            if part.is_dir():
+                shutil.copytree(part, folder / part.name)
+
     try:
-        stored = host.open(source)
-
-        def write(folder: Path) -> None:
-            for part in stored.path.iterdir():
-                if part.is_dir():
-                    shutil.copytree(part, folder / part.name)
-
         store = host.store(copy.run_id, copy.kind)
         store.save(copy.name, stored.step, write, stored.metadata, expected_bytes=stored.total_bytes)
     except CheckpointError as error:

@@ -20,6 +20,7 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import Connection, select
 
 from model_foundry.checkpoint.manifest import MANIFEST_NAME
+from model_foundry.checkpoint.store import Checkpoint as StoredCheckpoint
 from model_foundry.errors import CheckpointError
 from model_foundry.service import journal as tables
 from model_foundry.service.bodies import Refusal, reply
@@ -69,7 +70,7 @@ async def archive(front: Front, request: Request) -> Response:
 async def external_weights_urls(front: Front, request: Request) -> Response:
     found = _readable(front, request)
     place = found.path.removeprefix("tinker://")
-    folder = (await asyncio.to_thread(_folder, front, found)) / "adapter"
+    folder = (await asyncio.to_thread(opened, front, found)).path / "adapter"
     addresses = {file.name: _address(front, request, f"file/{place}/{file.name}") for file in sorted(folder.iterdir())}
     expires = max(when for _, when in addresses.values())
     return reply({"urls": {name: url for name, (url, _) in addresses.items()}, "expires": expires.isoformat()})
@@ -97,17 +98,30 @@ async def download(front: Front, request: Request) -> Response:
     found = front.books.checkpoint_at(f"tinker://{run}/{segment}/{name}", None)
     if found is None:
         raise Refusal(404, "the checkpoint is gone")
-    folder = await asyncio.to_thread(_folder, front, found)
     if kind == "file":
-        return FileResponse(folder / "adapter" / file[0])
-    headers = {"Content-Disposition": f'attachment; filename="{name}.tar"'}
+        return FileResponse((await asyncio.to_thread(opened, front, found)).path / "adapter" / file[0])
+    return await as_tar(front, found)
+
+
+async def as_tar(front: Front, found: Checkpoint) -> Response:
+    """A checkpoint as one file.
+
+    Raises:
+        Refusal: it is damaged.
+    """
+    folder = (await asyncio.to_thread(opened, front, found)).path
+    headers = {"Content-Disposition": f'attachment; filename="{found.name}.tar"'}
     return StreamingResponse(_tar(folder), media_type="application/x-tar", headers=headers)
 
 
-def _folder(front: Front, found: Checkpoint) -> Path:
-    """Every byte verified, so nothing damaged is handed out."""
+def opened(front: Front, found: Checkpoint) -> StoredCheckpoint:
+    """Every byte verified, so nothing damaged is handed out.
+
+    Raises:
+        Refusal: it is damaged.
+    """
     try:
-        return front.executor.host.open(found).path
+        return front.executor.host.open(found)
     except CheckpointError as error:
         raise Refusal(410, str(error)) from error
 

@@ -242,7 +242,7 @@ class Executor:
             raise DataError(
                 "a checkpoint of this name exists", where=known.path, hint="Use overwrite, or another name."
             )
-        self._check_quota(model.owner)
+        self.check_quota(model.owner, where="save_weights")
         lora = {key: model.facts[key] for key in ("rank", "seed", "train_unembed", "train_mlp", "train_attn")}
         metadata = {
             "request_id": operation.request_id, "model": self.host.fingerprint,
@@ -259,11 +259,12 @@ class Executor:
             facts={"lora": lora, "user_metadata": request.user_metadata, "is_ephemeral": is_ephemeral},
         )  # fmt: skip
 
-    def _check_quota(self, owner: str) -> None:
+    def check_quota(self, owner: str, *, where: str) -> None:
+        """Raises DataError where a key has its share of the disk."""
         used = sum(each.size_bytes for each in self.books.checkpoints.values() if each.owner == owner)
         if used >= self.max_checkpoint_bytes:
             what = f"checkpoints of this key take {used:,} bytes, and may take {self.max_checkpoint_bytes:,.0f}"
-            raise DataError(what, where="save_weights", hint="Delete some, or let them expire.")
+            raise DataError(what, where=where, hint="Delete some, or let them expire.")
 
     def _writer(self, resident: Resident, kind: str) -> Callable[[Any], None]:
         engine = self.host.engine
@@ -289,7 +290,10 @@ class Executor:
         path = request.model_path
         if request.sampling_session_id is not None:
             path = self.books.samplers[request.sampling_session_id].path
-        elif request.base_model is not None:
+            if request.model_path not in (None, path) or (request.base_model is not None and path is not None):
+                what = f"the session samples {path or 'the base'}, and model_path or base_model names another model"
+                raise DataError(what, where="asample")
+        if request.base_model is not None:
             self.check_base(request.base_model)
         checkpoint = None if path is None else self.checkpoint(path, operation.owner)
         context = self.host.facts["context"]

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from model_foundry.service.bodies import PROTOBUF, Refusal, parse_json, read_bytes, reply, text, whole_number
-from model_foundry.service.books import Books, Model, Operation, Sampler, Session
+from model_foundry.service.books import Books, Model, Operation, Sampler, Session, TakenError
 from model_foundry.service.execute import Executor
 from model_foundry.service.journal import Work
 from model_foundry.service.keys import Keys, Tenant
@@ -122,12 +122,17 @@ class Front:
         if values.get("model_id") is None and kind in ("create_model", "load_weights"):
             return await self._submit_new(tenant, kind, values, data)
         model = self.model(text(values, "model_id"), tenant)
-        seq = whole_number(values, "seq_id")
-        if seq is None:
-            seq = self.worker.free_seq(model)
+        given = whole_number(values, "seq_id")
+        seq = self.worker.free_seq(model) if given is None else given
         operation = _operation(model.model_id, seq, model.owner, kind, encoding, data)
         self.seen[model.session_id] = self.books.clock()
-        await self._accept(operation)
+        if given is not None:
+            await self._accept(operation)
+        else:
+            # Another that named no number either may have been quicker.
+            while not await self._add(operation):
+                seq = max(seq + 1, self.worker.free_seq(self.books.models[model.model_id]))
+                operation = _operation(model.model_id, seq, model.owner, kind, encoding, data)
         return reply({"request_id": operation.request_id, "model_id": model.model_id})
 
     async def _submit_new(self, tenant: Tenant, kind: str, values: dict[str, Any], data: bytes) -> Response:
@@ -144,7 +149,10 @@ class Front:
         now = self.books.clock()
         model = Model(model_id, session.session_id, session.owner, created=now, last_request=now, facts={})
         operation = _operation(model_id, 0, session.owner, kind, "json", data)
-        await self._accept(operation, model)
+        try:
+            await self._accept(operation, model)
+        except TakenError as error:
+            raise Refusal(409, f"{model_id} is taken by a copy", {"x-should-retry": "false"}) from error
         return reply({"request_id": operation.request_id, "model_id": model_id})
 
     async def submit_sample(self, request: Request) -> Response:
@@ -174,22 +182,11 @@ class Front:
 
         Raises:
             Refusal: too much of this client is waiting already, or the id was used for something else.
+            TakenError: the model's id is known.
         """
+        if await self._add(operation, model):
+            return
         known = self.open.get(operation.request_id)
-        if known is None and self.worker.num_waiting(operation.owner) >= self.limits.waiting_operations:
-            what = f"{self.limits.waiting_operations} operations of this key are waiting already"
-            raise Refusal(429, what, {"Retry-After": "2"})
-        if known is None:
-            is_new = await self.commit(self.books.accept(operation, model))
-            if is_new:
-                if model is not None:
-                    self.books.models[model.model_id] = model
-                self.open[operation.request_id] = operation
-                self.worker.submit(operation)
-                if (arrived := self.arrivals.pop(operation.lane, None)) is not None:
-                    arrived.set()
-                return
-            known = self.open.get(operation.request_id)
         if known is None:
             known = await self.commit(self.books.read_operation(operation.request_id), durable=False)
         if known is not None and known.reply_kind == "gone":
@@ -197,6 +194,28 @@ class Front:
         if known is not None and known.kind != operation.kind:
             what = f"{operation.request_id} is taken by {known.kind}; this is {operation.kind}"
             raise Refusal(409, what, {"x-should-retry": "false"})
+
+    async def _add(self, operation: Operation, model: Model | None = None) -> bool:
+        """Journal an operation and hand it on; False where its id is known already, which changes nothing.
+
+        Raises:
+            Refusal: too much of this client is waiting already.
+            TakenError: the model's id is known.
+        """
+        if operation.request_id in self.open:
+            return False
+        if self.worker.num_waiting(operation.owner) >= self.limits.waiting_operations:
+            what = f"{self.limits.waiting_operations} operations of this key are waiting already"
+            raise Refusal(429, what, {"Retry-After": "2"})
+        if not await self.commit(self.books.accept(operation, model)):
+            return False
+        if model is not None:
+            self.books.models[model.model_id] = model
+        self.open[operation.request_id] = operation
+        self.worker.submit(operation)
+        if (arrived := self.arrivals.pop(operation.lane, None)) is not None:
+            arrived.set()
+        return True
 
     async def retrieve(self, request: Request) -> Response:
         """The result of an operation, as soon as there is one: a question is held until then."""
@@ -267,5 +286,5 @@ def new_session(tenant: Tenant, values: dict[str, Any], now: float) -> Session:
     return Session(uuid.uuid4().hex, tenant.owner, now, {key: values.get(key) for key in wanted})
 
 
-def moved(session: Session, project: Any) -> Session:
+def moved(session: Session, project: str | None) -> Session:
     return replace(session, facts={**session.facts, "project_id": project})

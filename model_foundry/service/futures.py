@@ -17,6 +17,8 @@ from model_foundry.service.front import HOLD_SECONDS, Front
 Route = Callable[[Front, Request], Awaitable[Response]]
 CLONE_BLOCK = 1_000_000_000
 """A cloned sampler's numbers begin at its own multiple of this."""
+_MOST_CLONES = 2**53 // CLONE_BLOCK
+"""Numbers of operations are below 2**53."""
 
 
 def future_routes() -> dict[tuple[str, str], Route]:
@@ -39,18 +41,22 @@ async def retrieve_many(front: Front, request: Request) -> Response:
         raise Refusal(422, "target must be a sampling_session")
     sampler = front.sampler(text(target, "sampling_session_id"), tenant)
     clone = whole_number(target, "cloned_sampler_id") or 0
+    if clone > _MOST_CLONES:
+        raise Refusal(422, f"cloned_sampler_id is {clone}; there are numbers for {_MOST_CLONES:,}")
     cursor = whole_number(values, "prev_cursor") or 0
     deadline = asyncio.get_running_loop().time() + _hold(values)
     while True:
-        arrived = front.arrival(sampler.sampler_id)
+        # Before it is looked up: what is finished meanwhile is told by its event.
+        events = [front.arrival(sampler.sampler_id)]
+        events += [each.done for each in front.open.values() if each.lane == sampler.sampler_id]
+        events = [event for event in events if not event.is_set()]
         found = await front.commit(
             lambda connection: _finished(connection, sampler.sampler_id, clone, cursor), durable=False
         )
         left = deadline - asyncio.get_running_loop().time()
         if found or left <= 0:
             return reply({"completions": found, "cursor": max([cursor, *(item.pop("cursor") for item in found)])})
-        events = [item.done for item in front.open.values() if item.lane == sampler.sampler_id]
-        await _any_of([arrived, *(event for event in events if not event.is_set())], left)
+        await _any_of(events, left)
 
 
 def _hold(values: dict[str, Any]) -> float:
@@ -76,7 +82,7 @@ def _finished(connection: Connection, lane: str, clone: int, cursor: int) -> lis
     columns = (table.c.request_id, table.c.failed, table.c.finished, func.length(table.c.reply).label("size"))
     wanted = (
         table.c.lane == lane,
-        table.c.finished.is_not(None),
+        table.c.finished >= cursor / 1e6,
         table.c.seq >= clone * CLONE_BLOCK,
         table.c.seq < (clone + 1) * CLONE_BLOCK,
     )

@@ -64,7 +64,7 @@ def import_checkpoint(
         session = Session(f"import-{uuid.uuid4().hex}", owner, time.time(), {"user_metadata": None}, time.time())
         facts = {**lora, "user_metadata": {"imported_from": source}}
         run = Model(f"{session.session_id}:train:0", session.session_id, owner, session.created, session.created,
-                    facts, state="unloaded")  # fmt: skip
+                    facts, state="unloaded", done_seq=0)  # fmt: skip
         metadata = {"request_id": None, "model": base, "base_model": model.provenance.get("base"), "lora": lora}
         store = stored_checkpoints(state_dir, run.model_id, "training")
         store.save(name, 0, lambda folder: _copy(adapter, folder), metadata)

@@ -61,7 +61,11 @@ async def session(front: Front, request: Request) -> Response:
 async def move_session(front: Front, request: Request) -> Response:
     found = front.session(request.path_params["session_id"], front.tenant(request))
     values = await read_json(request, limit=front.limits.body_bytes)
-    await front.put(moved(found, values.get("project_id")))
+    project = values.get("project_id")
+    if project is not None and not isinstance(project, str):
+        raise Refusal(422, f"project_id is {project!r}; it must be a text, or null")
+    # As it is now: it may have been finished while the body was on its way.
+    await front.put(moved(front.books.sessions[found.session_id], project))
     return Response(status_code=204)
 
 

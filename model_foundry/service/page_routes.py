@@ -7,17 +7,15 @@ its own. Without a key, and while a service on a loopback address takes every ke
 from __future__ import annotations
 
 import math
-import tarfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
-from model_foundry.errors import CheckpointError
 from model_foundry.service.bodies import Refusal, reply
+from model_foundry.service.downloads import as_tar
 from model_foundry.service.front import Front
 from model_foundry.service.keys import Tenant
 from model_foundry.service.listing import shown_checkpoints
@@ -38,7 +36,6 @@ _FILES = {
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _MOST = 200
 """Of each kind, the newest."""
-_CHUNK_BYTES = 1 << 20
 
 
 def page_routes() -> dict[str, Route]:
@@ -117,27 +114,11 @@ def _curve(front: Front, model_id: str) -> list[tuple[int, float]]:
 
 
 async def archive(front: Front, request: Request) -> Response:
-    """A checkpoint's folder as a tar file."""
+    """A checkpoint as a tar file."""
     path = request.query_params.get("path", "")
     found = front.books.checkpoint_at(path, _viewer(front, request).sees)
     if found is None:
         raise Refusal(404, f"there is no checkpoint {path}")
-    try:
-        stored = front.executor.host.open(found)
-    except CheckpointError as error:
-        raise Refusal(410, str(error)) from error
-    headers = {**_SAFE, "Content-Disposition": "attachment; filename=checkpoint.tar"}
-    return StreamingResponse(tar_parts(stored.path), media_type="application/x-tar", headers=headers)
-
-
-def tar_parts(folder: Path) -> Iterator[bytes]:
-    """A folder as a tar file, piece by piece; nothing of it is held in memory."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        info = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder)}")
-        info.size, info.mtime = path.stat().st_size, int(path.stat().st_mtime)
-        yield info.tobuf(tarfile.PAX_FORMAT)
-        with path.open("rb") as file:
-            while part := file.read(_CHUNK_BYTES):
-                yield part
-        yield b"\0" * (-info.size % tarfile.BLOCKSIZE)
-    yield b"\0" * (2 * tarfile.BLOCKSIZE)
+    answer = await as_tar(front, found)
+    answer.headers.update(_SAFE)
+    return answer

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_foundry.errors import DataError
 
@@ -12,7 +12,7 @@ MAX_RANK = 512
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 86400
 CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 TtlSeconds = Annotated[int, Field(ge=MIN_TTL_SECONDS, le=MAX_TTL_SECONDS)]
-Metadata = dict[str, Any] | None
+Metadata = dict[str, str] | None
 
 
 class Body(BaseModel):
@@ -29,6 +29,15 @@ class LoraBody(Body):
 
 class OptimizerBody(Body):
     type: Literal["adamw"] = "adamw"
+
+
+class CreateSession(Body):
+    tags: list[str] | None = None
+    user_metadata: Metadata = None
+    sdk_version: str | None = None
+    project_id: str | None = None
+    display_name: str | None = None
+    type: Literal["create_session"] = "create_session"
 
 
 class CreateModel(Body):
@@ -78,7 +87,7 @@ class SaveWeights(Body):
     seq_id: int | None = None
     ttl_seconds: TtlSeconds | None = None
     overwrite: bool = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
     type: Literal["save_weights"] = "save_weights"
 
 
@@ -89,7 +98,7 @@ class SaveForSampler(Body):
     kind: Literal["snapshot", "inflight"] = "snapshot"
     seq_id: int | None = None
     ttl_seconds: TtlSeconds | None = None
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
     type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
 
 
@@ -100,7 +109,7 @@ class SaveExternal(Body):
     ttl_seconds: TtlSeconds | None = None
     age_encryption_recipients: Annotated[list[str], Field(max_length=0)] | None = None
     """Files are not encrypted here."""
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
     type: Literal["save_weights_external"] = "save_weights_external"
 
 
@@ -141,12 +150,24 @@ class Sample(Body):
 
 
 class CopyWeights(Body):
+    """Into a session and under a number of its own, or into a session that is made for the copy."""
+
     session_id: str | None = None
     model_seq_id: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     destination_project_id: str | None = None
     source_path: str
     ttl_seconds: TtlSeconds | None = None
     weights_access_token: None = None
+
+    @model_validator(mode="after")
+    def _has_one_destination(self) -> Self:
+        if self.session_id is None and self.model_seq_id is not None:
+            raise ValueError("model_seq_id needs session_id")
+        if self.session_id is not None and self.model_seq_id is None:
+            raise ValueError("session_id needs model_seq_id")
+        if self.session_id is not None and self.destination_project_id is not None:
+            raise ValueError("destination_project_id is for a copy without session_id")
+        return self
 
 
 class SearchOwner(Body):
@@ -159,13 +180,35 @@ class SearchCursor(Body):
     last_session_id: str
 
 
+FinishReason = Literal["success", "errored", "interrupted"]
+
+
+class FinishBody(Body):
+    type: FinishReason
+
+
+class FinishSession(Body):
+    reason: FinishBody | None = None
+
+
+class StatusQuery(Body):
+    type: Literal["active", "cancelled", "failed"]
+
+
+class FinishedQuery(Body):
+    type: Literal["client_finished"]
+    reasons: Annotated[list[FinishReason], Field(min_length=1)] | None = None
+
+
 class SessionSearch(Body):
     session_id: str | None = None
     project_ids: list[str] | None = None
     user_metadata: dict[str, str] = {}
     display_name: Annotated[str, Field(min_length=1)] | None = None
     owner: SearchOwner = SearchOwner()
-    statuses: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    statuses: (
+        Annotated[list[Annotated[StatusQuery | FinishedQuery, Field(discriminator="type")]], Field(min_length=1)] | None
+    ) = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     cursor: SearchCursor | None = None
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import ValidationError
 
-from model_foundry.service.bodies import Refusal, read_json, reply
+from model_foundry.service.bodies import read_body, reply
 from model_foundry.service.books import Session
 from model_foundry.service.front import Front
 from model_foundry.service.keys import Tenant
-from model_foundry.service.requests import SessionSearch
+from model_foundry.service.requests import FinishedQuery, SessionSearch, StatusQuery
 
 
 async def search(front: Front, request: Request) -> Response:
     tenant = front.tenant(request)
-    try:
-        asked = SessionSearch.model_validate(await read_json(request, limit=front.limits.body_bytes))
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise Refusal(422, f"sessions/search: {told}") from error
+    asked = await read_body(request, SessionSearch, limit=front.limits.body_bytes)
     found = [item for item in front.books.sessions.values() if _sees(tenant, item, asked) and _matches(item, asked)]
     found.sort(key=_place, reverse=True)
     if asked.cursor is not None:
@@ -63,15 +57,11 @@ def _matches(session: Session, asked: SessionSearch) -> bool:
     return by_name or by_id
 
 
-def _is_so(session: Session, query: Mapping[str, Any]) -> bool:
-    kind = query.get("type")
-    if kind == "active":
-        return session.finished is None
-    if kind != "client_finished" or session.finished is None:
-        # Sessions neither fail nor are cancelled here: what fails is an operation.
-        return False
-    reasons = query.get("reasons")
-    return reasons is None or _reason(session) in reasons
+def _is_so(session: Session, query: StatusQuery | FinishedQuery) -> bool:
+    if isinstance(query, FinishedQuery):
+        return session.finished is not None and (query.reasons is None or _reason(session) in query.reasons)
+    # Sessions neither fail nor are cancelled here: what fails is an operation.
+    return query.type == "active" and session.finished is None
 
 
 def _reason(session: Session) -> str:

@@ -73,13 +73,22 @@ def test_a_checkpoint_comes_as_one_file(page: Service) -> None:
     with page.api() as api:
         _, path = trained(page, api)
     answer = httpx.get(f"{page.url}/page/archive", params={"path": path}, headers={"X-API-Key": KEY})
+    folder = page.state / "runs" / path.removeprefix("tinker://").replace(":", "-")
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
         for member in archive.getmembers():
-            run = page.state / "runs" / path.removeprefix("tinker://").replace(":", "-")
             stored = archive.extractfile(member)
             assert stored is not None
-            assert stored.read() == (run.parent / member.name).read_bytes()
-        assert {"first/manifest.json", "first/adapter/adapter_config.json"} <= set(archive.getnames())
+            file = folder / member.name
+            assert stored.read() == (file if file.exists() else folder / "adapter" / member.name).read_bytes()
+        names = {"adapter_config.json", "adapter_model.safetensors", "state/optimizer.safetensors"}
+        assert names <= set(archive.getnames())
+    with page.api() as api:
+        run, segment, name = path.removeprefix("tinker://").split("/")
+        other = api.get(f"training_runs/{run}/checkpoints/{segment}/{name}/archive", follow_redirects=True)
+    assert other.content == answer.content
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    damaged = httpx.get(f"{page.url}/page/archive", params={"path": path}, headers={"X-API-Key": KEY})
+    assert damaged.status_code == 410
 
 
 def test_a_key_sees_its_own_and_a_foreign_name_sees_nothing(page: Service) -> None:

@@ -152,6 +152,8 @@ def test_a_key_that_has_its_share_of_the_disk_saves_no_more(tiny_folder: Callabl
         path = model.save_state("first").result().path
         with pytest.raises(tinker.RequestFailedError, match="may take 1,000,000"):
             model.save_state("second").result()
+        with pytest.raises(tinker.APIStatusError, match="may take 1,000,000"):
+            client(own, "hog").create_rest_client().copy_weights(path, destination_project_id="more").result()
         guest: Any = client(own, "guest").create_lora_training_client(base_model=str(own.base), rank=1).result()
         assert guest.save_state("mine").result().path
         client(own, "hog").create_rest_client().delete_checkpoint_from_tinker_path(path).result()

@@ -153,6 +153,9 @@ def test_a_reset_optimizer_takes_the_steps_of_a_new_one() -> None:
 WRONG = [
     ("learning_rate", float("nan")),
     ("learning_rate", -1e-3),
+    ("learning_rate", 1e308),
+    ("eps", 1e-50),
+    ("eps", 1e39),
     ("beta2", 1.0),
     ("eps", 0.0),
     ("weight_decay", -1.0),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from model_foundry.engine.next_tokens import drawn
 from model_foundry.engine.sampling import filtered
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import EngineError
@@ -116,10 +117,17 @@ def test_a_stop_token_ends_its_row_and_no_other(loaded: Loaded) -> None:
 def test_a_tiny_temperature_is_greedy_and_not_nan(loaded: Loaded) -> None:
     own, model_id = loaded
     starts = prompts(9, 4)
-    greedy, cold = (
-        own.sample(model_id, starts, SamplingParams(max_tokens=8, temperature=value)) for value in (0.0, 1e-30)
+    greedy, *cold = (
+        [row.tokens.tolist() for row in own.sample(model_id, starts, SamplingParams(max_tokens=8, temperature=value))]
+        for value in (0.0, 1e-30, 1e-46, 5e-324)
     )
-    assert [r.tokens.tolist() for r in cold] == [r.tokens.tolist() for r in greedy]
+    assert cold == [greedy] * 3
+    model, device = own.language_model(model_id), torch.device("cpu")
+    likeliest, *draws = (
+        drawn(model, starts[0], k=2, temperature=value, seed=1, device=device)[0].tolist()
+        for value in (0.0, 1e-30, 1e-46)
+    )
+    assert draws == [likeliest] * 2
 
 
 def test_nothing_asked_for_is_nothing_given(loaded: Loaded) -> None:
