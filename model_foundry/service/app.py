@@ -113,7 +113,8 @@ async def finish_session(front: Front, request: Request) -> Response:
     asked = await read_body(request, FinishSession, limit=front.limits.body_bytes)
     reason = {} if asked.reason is None else asked.reason.model_dump()
     # As it is now: it may have been moved while the body was on its way.
-    await front.put(finished(front.books.sessions[session.session_id], front.books.clock(), reason))
+    now = front.books.sessions[session.session_id]
+    await front.put(finished(now, front.books.clock(), reason, asked.detail))
     return Response(status_code=204)
 
 

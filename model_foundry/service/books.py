@@ -294,11 +294,11 @@ class Books:
         return found if owner is None or found.public or found.owner == owner else None
 
 
-def finished(session: Session, when: float, reason: Mapping[str, Any]) -> Session:
+def finished(session: Session, when: float, reason: Mapping[str, Any], detail: str | None = None) -> Session:
     """The session as it is from now on; the first reason stays."""
     if session.finished is not None:
         return session
-    return replace(session, finished=when, facts={**session.facts, "finish_reason": reason})
+    return replace(session, finished=when, facts={**session.facts, "finish_reason": reason, "finish_detail": detail})
 
 
 def model_facts(connection: Connection, model_id: str) -> dict[str, Any] | None:

@@ -189,6 +189,7 @@ class FinishBody(Body):
 
 class FinishSession(Body):
     reason: FinishBody | None = None
+    detail: str | None = None
 
 
 class StatusQuery(Body):

@@ -69,16 +69,22 @@ def _reason(session: Session) -> str:
     return str(kind) if kind in ("success", "errored", "interrupted") else "success"
 
 
+def _status(session: Session) -> dict[str, Any]:
+    if session.finished is None:
+        return {"type": "active"}
+    detail = session.facts.get("finish_detail")
+    return {"type": "client_finished", "reason": {"type": _reason(session)}, "detail": detail}
+
+
 def _summary(front: Front, session: Session) -> dict[str, Any]:
     runs = {model.model_id for model in front.books.models.values() if model.session_id == session.session_id}
     kept = [c for c in front.books.checkpoints.values() if c.run_id in runs and not c.facts["is_ephemeral"]]
-    is_over = session.finished is not None
     return {
         "session_id": session.session_id,
         "created_at": _time(session.created),
         "owner": session.owner,
         "project_id": session.facts.get("project_id") or "",
-        "status": {"type": "client_finished", "reason": {"type": _reason(session)}} if is_over else {"type": "active"},
+        "status": _status(session),
         "checkpoints_count": len(kept),
         "display_name": session.facts.get("display_name"),
         "user_metadata": session.facts.get("user_metadata"),

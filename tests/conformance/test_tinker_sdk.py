@@ -332,10 +332,14 @@ def test_many_models_at_once_train_as_alone(client: tinker.ServiceClient, servic
 
 
 def test_a_finished_session_is_over(service: Service) -> None:
-    with tinker.ServiceClient(base_url=service.url, api_key=KEY) as client:
-        session = client.holder.get_session_id()
-        model_of(client, service)
+    client = tinker.ServiceClient(base_url=service.url, api_key=KEY)
+    session = client.holder.get_session_id()
+    model_of(client, service)
+    client.close("errored", detail="the data ran out").result()
     with service.api() as api:
+        (found,) = api.post("sessions/search", json={"session_id": session}).json()["sessions"]
+        status = {"type": "client_finished", "reason": {"type": "errored"}, "detail": "the data ran out"}
+        assert found["status"] == status
         assert api.post("session_heartbeat", json={"session_id": session}).status_code == 410
         body = {"session_id": session, "model_seq_id": 9, "base_model": str(service.base), "lora_config": {"rank": 2}}
         assert api.post("create_model", json=body).status_code == 410
