@@ -7,10 +7,11 @@ are done again alone: another bit in a shared one would be seen here.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ def train(url: str, base: Path, *, seed: int, begun: threading.Barrier) -> list[
     return sampled
 
 
-def run(base: Path, state: Path, kills: list[float]) -> dict[str, Any]:
-    """Train two clients at once; kill the service after each of so many seconds, and start it again."""
+def run(base: Path, state: Path, kills: Iterable[float]) -> tuple[dict[str, Any], list[float]]:
+    """Train two clients at once; kill the service after each of so many seconds, and start it again.
+
+    Returns:
+        What they end with, and the kills that hit a client at work: there may be more seconds than they need.
+    """
     with Service(base, state, "snapshot_seconds=0.05") as service:
         errors: list[BaseException] = []
         sampled: dict[str, list[list[int]]] = {}
@@ -67,26 +72,32 @@ def run(base: Path, state: Path, kills: list[float]) -> dict[str, Any]:
         for thread in threads:
             thread.start()
         begun.wait(timeout=120)
+        hits: list[float] = []
         for seconds in kills:
             time.sleep(seconds)
+            if not any(thread.is_alive() for thread in threads):
+                break
+            hits.append(seconds)
             service.kill()
             service.start()
         for thread in threads:
             thread.join()
         assert not errors, errors
     ends = {f"end-{seed}": files_of(next(state.glob(f"runs/*/weights/end-{seed}"))) for seed in (1, 2)}
-    return {**ends, **sampled}
+    return {**ends, **sampled}, hits
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tiny_folder("llama-tied"), tmp_path_factory.mktemp("straight") / "state", [])
+    return run(tiny_folder("llama-tied"), tmp_path_factory.mktemp("straight") / "state", [])[0]
 
 
-def check(seed: int, num_kills: int, base: Path, folder: Path, want: dict[str, Any]) -> None:
+def check(seed: int, at_most: int, base: Path, folder: Path, want: dict[str, Any]) -> int:
+    """Kill at random instants until both clients are done, or so often; returns how often that was."""
     draw = random.Random(seed)
-    kills = [draw.uniform(0.0, 1.5) for _ in range(num_kills)]
-    assert run(base, folder / f"state-{seed}", kills) == want, f"killed after {kills}"
+    found, kills = run(base, folder / f"state-{seed}", [draw.uniform(0.0, 1.0) for _ in range(at_most)])
+    assert found == want, f"killed after {kills}"
+    return len(kills)
 
 
 @pytest.mark.slow
@@ -95,11 +106,19 @@ def test_a_service_killed_three_times_ends_with_the_same_bits(
 ) -> None:
     """An operation that is lost, done twice, or done again from another state changes the last bit at least."""
     assert {"adapter_model.safetensors", "optimizer.safetensors"} == undisturbed["end-1"].keys()
-    check(0, 3, tiny_folder("llama-tied"), tmp_path, undisturbed)
+    # After so short a time a client is at work whatever the machine.
+    base, draw = tiny_folder("llama-tied"), random.Random(0)
+    found, kills = run(base, tmp_path / "state", [draw.uniform(0.0, 0.6) for _ in range(3)])
+    assert found == undisturbed, f"killed after {kills}"
+    assert len(kills) == 3
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(7200)
 def test_two_hundred_kills(undisturbed: dict[str, Any], tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    for seed in range(1, 51):
-        check(seed, 4, tiny_folder("llama-tied"), tmp_path, undisturbed)
+    """Two hundred that hit a client at work, over as many runs as that takes."""
+    num_kills = 0
+    for seed in itertools.count(1):
+        num_kills += check(seed, min(8, 200 - num_kills), tiny_folder("llama-tied"), tmp_path, undisturbed)
+        if num_kills == 200:
+            return
