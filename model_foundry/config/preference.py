@@ -11,13 +11,19 @@ from model_foundry.config.section import Fraction, PositiveInt, Section, broken_
 
 SMOOTHED_LOSSES = ("sigmoid", "robust")
 """Those that read `label_smoothing`."""
+LOSSES_ALONE = ("orpo",)
+"""Those that have no reference."""
 
 
 class DpoSection(Section):
-    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "nca_pair", "apo_zero", "apo_down"] = "sigmoid"
-    """Loss of a pair, by TRL's names. sigmoid is DPO's own; with label_smoothing it is cDPO's."""
+    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "nca_pair", "apo_zero", "apo_down", "orpo"] = (
+        "sigmoid"
+    )
+    """Loss of a pair, by TRL's names. sigmoid is DPO's own; with label_smoothing it is cDPO's. orpo has no reference:
+    it imitates the better answer as fine-tuning does and sets its odds above the worse one's."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """How dearly each step away from the reference is paid for: the scale of the rewards, in rewards a nat."""
+    """How dearly each step away from the reference is paid for: the scale of the rewards, in rewards a nat. Of
+    orpo: the weight of the odds beside the imitation."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the pairs that are taken to be the wrong way round; read by the losses sigmoid and robust."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional
 
-from model_foundry.engine.preference_losses import PREFERENCE_TERMS
+from model_foundry.engine.preference_losses import ALONE_TERMS, PREFERENCE_TERMS
 from model_foundry.errors import EngineError
 
 Inputs = Mapping[str, torch.Tensor]
@@ -74,7 +74,8 @@ def _dro(logprobs: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Te
 
 NUM_ANSWERS = 2
 """A better one and a worse one."""
-_PAIR = ("target_tokens", "weights", "logprobs")
+_PAIR_ALONE = ("target_tokens", "weights")
+_PAIR = (*_PAIR_ALONE, "logprobs")
 _SAMPLED = ("target_tokens", "logprobs", "advantages")
 
 LOSSES: dict[str, Loss] = {
@@ -91,6 +92,10 @@ LOSSES: dict[str, Loss] = {
     **{
         f"dpo_{name}": Loss(terms, _PAIR, due="weights", settings=settings, num_branches=NUM_ANSWERS)
         for name, (terms, settings) in PREFERENCE_TERMS.items()
+    },
+    **{
+        f"dpo_{name}": Loss(terms, _PAIR_ALONE, due="weights", settings=settings, num_branches=NUM_ANSWERS)
+        for name, (terms, settings) in ALONE_TERMS.items()
     },
 }
 

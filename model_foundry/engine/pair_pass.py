@@ -1,7 +1,8 @@
 """The head's pass for losses of pairs, whose gradient is known only when all of an answer has been read.
 
 A datum is a pair: it ends in two branches, the better answer first. Their tokens bear the pair's weight, so that a
-pair's loss scales with its weight as token losses do, and their `logprobs` are the reference's. It knows no models.
+pair's loss scales with its weight as token losses do; their `logprobs`, where the loss has a reference, are its. It
+knows no models.
 
 Shapes: R pairs, M tokens with a loss due, D width, V vocabulary; [R, 2] is better and worse.
 """
@@ -56,9 +57,10 @@ def pair_pass(
 
     num_tokens = sums(torch.ones_like(result.logprobs))
     weights = (sums(inputs["weights"]) / num_tokens)[:, 0]
+    wholes = {"num_tokens": num_tokens} | {name: sums(inputs[name]) for name in ("logprobs",) if name in loss.inputs}
     with torch.enable_grad():
         logps = sums(result.logprobs).requires_grad_()
-        terms = loss.terms(logps, {"logprobs": sums(inputs["logprobs"]), "num_tokens": num_tokens}, loss.settings)
+        terms = loss.terms(logps, wholes, loss.settings)
         value = (weights * terms).sum()
         (slopes,) = torch.autograd.grad(value, logps)
     result.loss = float(value.detach())

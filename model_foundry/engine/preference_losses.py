@@ -1,7 +1,8 @@
 """Losses of pairs: elementwise arithmetic on how likely a better and a worse answer are as wholes, beside a reference.
 
 DPO: Rafailov et al. 2023; smoothed (cDPO): Mitchell 2023. IPO: Azar et al. 2024. Hinge (SLiC): Zhao et al. 2023. Robust
-DPO: Chowdhury et al. 2024. NCA: Chen et al. 2024. APO: D'Oosterlinck et al. 2024. The arithmetic is TRL's.
+DPO: Chowdhury et al. 2024. NCA: Chen et al. 2024. APO: D'Oosterlinck et al. 2024. ORPO, which has no reference: Hong et
+al. 2024. The arithmetic is TRL's.
 
 Shapes: R pairs; [R, 2] is better and worse.
 """
@@ -71,6 +72,22 @@ def _apo_down(logps: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.
     return torch.sigmoid(better) + 1 - torch.sigmoid(better - worse)
 
 
+_SURE = -1e-7
+"""Mean log-probability above which an answer's odds count as that: at 0 they are infinite, and their slope is NaN."""
+
+
+def _orpo(logps: torch.Tensor, inputs: Inputs, settings: Settings) -> torch.Tensor:
+    """Imitate the better answer, and make its odds better than the worse one's; both a token (means)."""
+    means = logps / inputs["num_tokens"]
+    better, worse = (_log_odds(means.clamp(max=_SURE))).unbind(1)
+    return -means[:, 0] - settings["beta"] * functional.logsigmoid(better - worse)
+
+
+def _log_odds(logp: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p))"""
+    return logp - torch.log(-torch.expm1(logp))
+
+
 _BETA = {"beta": 0.1}
 _SMOOTHED = {"beta": 0.1, "label_smoothing": 0.0}
 PREFERENCE_TERMS: dict[str, tuple[Callable[[torch.Tensor, Inputs, Settings], torch.Tensor], Settings]] = {
@@ -85,3 +102,7 @@ PREFERENCE_TERMS: dict[str, tuple[Callable[[torch.Tensor, Inputs, Settings], tor
 }
 """`terms(logps [R, 2], inputs, settings)` → [R], and the settings with their defaults. Inputs are `logprobs`, the
 reference's sums, and `num_tokens`, both [R, 2]."""
+ALONE_TERMS: dict[str, tuple[Callable[[torch.Tensor, Inputs, Settings], torch.Tensor], Settings]] = {
+    "orpo": (_orpo, _BETA),
+}
+"""The same without a reference: the input is `num_tokens` alone."""

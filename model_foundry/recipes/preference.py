@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from model_foundry.client.local import TrainingClient
-from model_foundry.config.preference import SMOOTHED_LOSSES, DpoConfig
+from model_foundry.config.preference import LOSSES_ALONE, SMOOTHED_LOSSES, DpoConfig
 from model_foundry.config.schema import TrainConfig
 from model_foundry.data.gate.reading import Reading
 from model_foundry.data.pairs import tokenise_pairs
@@ -43,6 +43,10 @@ class PreparedPairs(Prepared):
         return self.config
 
     @property
+    def has_reference(self) -> bool:
+        return self.dpo_config.dpo.loss not in LOSSES_ALONE
+
+    @property
     def objective(self) -> Objective:
         dpo = self.dpo_config.dpo
         settings = {"beta": dpo.beta}
@@ -52,6 +56,8 @@ class PreparedPairs(Prepared):
 
     @property
     def tokens_read_before(self) -> int:
+        if not self.has_reference:
+            return 0
         return self.train.num_tokens + (0 if self.validation is None else self.validation.num_tokens)
 
     def weight_of(self, data: Sequence[Datum]) -> float:
@@ -60,6 +66,8 @@ class PreparedPairs(Prepared):
 
     def begun(self, client: TrainingClient, facts: Mapping[str, Any]) -> Self:
         """The same with the reference's log-probabilities, read from the disk where they are there and whole."""
+        if not self.has_reference:
+            return self
         validation = None if self.validation is None else self._with_reference(self.validation, client, facts)
         return replace(self, train=self._with_reference(self.train, client, facts), validation=validation)
 
@@ -85,13 +93,20 @@ class PreparedPairs(Prepared):
         }
 
     def measures(self, data: Sequence[Datum], logprobs: Sequence[np.ndarray]) -> dict[str, float]:
-        """By TRL's names: rewards are beta times how much likelier an answer is than under the reference."""
+        """By TRL's names: rewards are beta times how much likelier an answer is than under the reference.
+
+        Without a reference an answer's reward is beta times its mean log-probability.
+        """
         if not data:
             return {}
         beta = self.dpo_config.dpo.beta
         policy = np.array([sums_of_answers(datum, each) for datum, each in zip(data, logprobs, strict=True)])
-        reference = np.array([sums_of_answers(datum, datum.loss_inputs["logprobs"]) for datum in data])
-        rewards = beta * (policy - reference)
+        if self.has_reference:
+            reference = np.array([sums_of_answers(datum, datum.loss_inputs["logprobs"]) for datum in data])
+            rewards = beta * (policy - reference)
+        else:
+            sizes = [sums_of_answers(datum, np.ones(datum.num_tokens)) for datum in data]
+            rewards = beta * policy / np.array(sizes)
         margins = rewards[:, 0] - rewards[:, 1]
         return {
             "rewards/chosen": float(rewards[:, 0].mean()),

@@ -1,4 +1,4 @@
-"""The losses of pairs and their gradients are those of TRL's DPOTrainer on the same batch, in float32."""
+"""The losses of pairs and their gradients are those of TRL's trainers on the same batch, in float32."""
 
 from __future__ import annotations
 
@@ -99,6 +99,30 @@ def theirs(
     return float(loss.detach()), {name: p.grad for name, p in models[0].named_parameters() if p.grad is not None}
 
 
+def their_orpo(
+    folder: Path, made: list[Pair], beta: float, out: Path
+) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    """Loss, gradients and metrics of TRL's ORPOTrainer."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    args = ORPOConfig(output_dir=str(out), beta=beta, use_cpu=True, report_to=[], bf16=False, disable_dropout=True)
+    trainer = ORPOTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    both = {name: values.chunk(2) for name, values in their_batch(made).items()}
+    batch: dict[str, torch.Tensor] = {}
+    for place, side in enumerate(("chosen", "rejected")):
+        ids, mask, answer = (both[name][place] for name in ("input_ids", "attention_mask", "completion_mask"))
+        batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": mask}
+        batch[f"{side}_labels"] = torch.where(answer == 1, ids, -100)
+    loss, metrics = trainer.get_batch_loss_metrics(model, batch)
+    loss.backward()
+    said = {name: float(value) for name, value in metrics.items()}
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, said
+
+
 def assert_gradients(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
     names = {name: name.removeprefix("decoder.") for name in got}
     names = {name: f"{short}.weight" if short == "embed_tokens" else short for name, short in names.items()}
@@ -135,3 +159,28 @@ def test_a_batch_where_no_answer_has_gained_costs_log_2(folders: tuple[Path, Pat
     data = our_data(own, folders[1], made)
     model_id = own.create_model(folders[1], lora=None)
     assert own.forward_backward(model_id, data, loss_fn="dpo_sigmoid").loss_sum == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_orpo_and_its_gradients_are_trls(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """TRL also imitates the prompt, and means over all tokens of a batch: with prompts of one token and better answers
+    of one length that is the same."""
+    made = random_pairs(((0, 6, 11), (0, 6, 2), (0, 6, 1)))
+    got, gradients = ours(folders, made, "orpo", {"beta": BETA})
+    want, peers, _ = their_orpo(folders[0], made, BETA, tmp_path)
+    assert got == pytest.approx(want, rel=1e-5)
+    assert_gradients(gradients, peers)
+
+
+def test_orpo_s_odds_are_trls_behind_any_prompt(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """What beta weighs, by itself: the difference of two betas."""
+    made = random_pairs(SHAPES)
+    (high, ours_high), (low, ours_low) = (ours(folders, made, "orpo", {"beta": beta}) for beta in (1.0, 0.25))
+    (want_high, theirs_high, _), (want_low, theirs_low, _) = (
+        their_orpo(folders[0], made, beta, tmp_path) for beta in (1.0, 0.25)
+    )
+    assert high - low == pytest.approx(want_high - want_low, rel=1e-5)
+    differences = (
+        {name: grad - low[name] for name, grad in high.items()}
+        for high, low in ((ours_high, ours_low), (theirs_high, theirs_low))
+    )
+    assert_gradients(*differences)

@@ -56,19 +56,26 @@ def test_the_preference_example_is_what_its_generator_writes(tmp_path: Path) -> 
     command = [sys.executable, str(folder / "make_data.py"), "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["heldout.jsonl", "train.jsonl", "validation.jsonl"]
+    assert names == ["heldout.jsonl", "imitated.jsonl", "train.jsonl", "validation.jsonl"]
     for name in names:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
-    "path", ["synthetic/chat", "synthetic/instruction", "synthetic/preference", "preference/train"]
+    "path, method",
+    [
+        ("synthetic/chat", "sft"),
+        ("synthetic/instruction", "sft"),
+        ("synthetic/preference", "dpo"),
+        ("preference/imitated", "sft"),
+        ("preference/train", "dpo"),
+    ],
 )
-def test_the_gate_lets_the_examples_through(path: str, tmp_path: Path) -> None:
+def test_the_gate_lets_the_examples_through(path: str, method: str, tmp_path: Path) -> None:
     """Prevents an example that the next command refuses."""
     model = write_tiny_model(tmp_path / "model")
     done = foundry_here(
         "data", "check", EXAMPLES / f"{path}.jsonl", f"model.name={model}", "model.template=chatml",
-        "method=dpo" if "preference" in path else "method=sft",
+        f"method={method}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -47,6 +47,23 @@ def test_the_better_answers_become_likelier(loss: str, enabled: bool, model: Pat
     assert held_out[-1]["logps/chosen"] - held_out[-1]["logps/rejected"] > 0.3
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["lora", "full"])
+def test_orpo_learns_without_a_reference(enabled: bool, model: Path, tmp_path: Path) -> None:
+    """Prevents a pass over all pairs that nobody reads, and rewards beside a reference that there is none of."""
+    config = tiny_pairs_config(
+        tmp_path, model=model, dpo={"loss": "orpo", "beta": 0.5}, lora__enabled=enabled, criteria__pairs_preferred=0.9,
+        criteria__loss_fall=0.2, data__validation_file=str(write_pairs(tmp_path / "held.jsonl")), **FAST,
+    )  # fmt: skip
+    report = run_training(config)
+    assert report.verdict == "passed", report.checks
+    assert not (tmp_path / "work").exists()
+    first, last = records(config.run_dir, "validation")[0], records(config.run_dir, "validation")[-1]
+    assert last["rewards/accuracies"] == 1.0
+    assert last["logps/chosen"] > first["logps/chosen"] + 5, "it imitates the better answers"
+    prepared = prepare_pairs(config, now=utc_now())
+    assert prepared.tokens_read_before == 0
+
+
 def test_records_are_what_a_model_says_of_the_answers(model: Path, tmp_path: Path) -> None:
     """Prevents rewards of another reference, of tokens of the prompt, or of a mean instead of a sum."""
     config = tiny_pairs_config(tmp_path, model=model, dpo={"beta": 0.3}, training__max_steps=4, training__batch_size=8)

@@ -130,6 +130,17 @@ def test_losses_on_samples_equal_their_formulas(name: str) -> None:
     assert torch.allclose(result.d_hidden, d_hidden, atol=1e-5)
 
 
+def test_orpo_of_an_answer_that_is_certain_is_finite() -> None:
+    """Prevents NaN in every weight once a better answer has been learnt by heart: its odds are infinite then."""
+    logps = torch.tensor([[0.0, -3.0], [-2.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = choose_loss("dpo_orpo")
+    terms = loss.terms(logps, {"num_tokens": torch.full((3, 2), 2.0, dtype=torch.float64)}, loss.settings)
+    (slopes,) = torch.autograd.grad(terms.sum(), logps)
+    assert bool(torch.isfinite(terms).all())
+    assert bool(torch.isfinite(slopes).all())
+    assert slopes[:, 0].tolist() == pytest.approx([-0.5] * 3, abs=0.1), "what is imitated stays imitated"
+
+
 def test_settings_of_a_loss_are_used_and_unknown_ones_refused() -> None:
     """A threshold that is taken and ignored trains another objective than was asked for."""
     hidden, head, inputs = sampled(41, 8, 97)
