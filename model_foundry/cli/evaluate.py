@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -52,7 +53,7 @@ def _lines(evaluation: Evaluation, *, show: int) -> list[str]:
     assessment = evaluation.assessment
     beside = "" if evaluation.against is None else f" · beside {evaluation.against}"
     lines = [f"{evaluation.model}{beside}"]
-    found = assessment.changes()
+    found = assessment.changes
     for name, result in assessment.after.items():
         lines += ["", *_suite_lines(name, result, found.get(name, {}), show=show)]
     verdict = assessment.verdict
@@ -62,7 +63,7 @@ def _lines(evaluation: Evaluation, *, show: int) -> list[str]:
     return [*lines, "", f"Page: {evaluation.page}"]
 
 
-def _suite_lines(name: str, result: SuiteResult, found: dict[str, Change], *, show: int) -> list[str]:
+def _suite_lines(name: str, result: SuiteResult, found: Mapping[str, Change], *, show: int) -> list[str]:
     from model_foundry.evals.measures import value_text
 
     left_out = f", {result.num_left_out} left out" if result.num_left_out else ""

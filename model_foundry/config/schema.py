@@ -162,7 +162,7 @@ class EvaluationSection(Section):
     suites: tuple[str, ...] = DEFAULT_SUITES
     """Suites asked before and after as well, by name or as paths of YAML files; [] asks none (docs/evaluation.md)."""
     max_rows: PositiveInt | None = None
-    """Rows of a suite at most: the first ones. How many are left out is said."""
+    """Rows of a suite at most: the first ones. How many are left out is said. Questions of `file` are all asked."""
     noise: bool = True
     """Ask the questions, and suites that are answered in words, a second time: what moves then is noise."""
 

@@ -74,24 +74,34 @@ def results_of(run: Path) -> dict[str, SuiteResult]:
 
 def side_by_side(runs: Sequence[Mapping[str, SuiteResult]]) -> tuple[Beside, ...]:
     """Every metric that a run has, in the order in which they were found."""
-    names = dict.fromkeys((suite, metric) for run in runs for suite in run for metric in run[suite].metrics)
-    return tuple(_beside(runs, suite, metric) for suite, metric in names)
+    found: list[Beside] = []
+    for suite in dict.fromkeys(suite for run in runs for suite in run):
+        results = [run.get(suite) for run in runs]
+        metrics = dict.fromkeys(metric for each in results if each is not None for metric in each.metrics)
+        against = _against_first(results)
+        found += [_beside(results, against, suite, metric) for metric in metrics]
+    return tuple(found)
 
 
-def _beside(runs: Sequence[Mapping[str, SuiteResult]], suite: str, metric: str) -> Beside:
-    found = [run.get(suite) for run in runs]
+def _against_first(results: Sequence[SuiteResult | None]) -> list[Mapping[str, Change]]:
+    """What each result changes on the first, where the two are of the same rows."""
+    first = results[0]
+    return [
+        changes(first, each) if place and first is not None and each is not None and each.digest == first.digest else {}
+        for place, each in enumerate(results)
+    ]
+
+
+def _beside(
+    found: Sequence[SuiteResult | None], against: Sequence[Mapping[str, Change]], suite: str, metric: str
+) -> Beside:
     own = [None if each is None or metric not in each.metrics else each.metrics[metric] for each in found]
     first = found[0] if own[0] is not None else None
     same = [first is not None and each is not None and each.digest == first.digest for each in found]
-    against = [
-        changes(first, each)[metric] if place and first is not None and each is not None and same[place] and own[place]
-        else None
-        for place, each in enumerate(found)
-    ]  # fmt: skip
     unit = next(each.measure.unit for each in own if each is not None)
     values = tuple(None if each is None or each.value != each.value else each.value for each in own)
     unlike = tuple(first is not None and each is not None and not same[place] for place, each in enumerate(own))
-    return Beside(f"{suite}.{metric}", unit, values, unlike, tuple(against))
+    return Beside(f"{suite}.{metric}", unit, values, unlike, tuple(each.get(metric) for each in against))
 
 
 def render_comparison(

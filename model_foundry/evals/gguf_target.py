@@ -23,6 +23,7 @@ from model_foundry.evals.targets import (
     Reply,
     by_length,
     ending_tokens,
+    num_bytes_of,
     require_room,
 )
 from model_foundry.rendering import Renderer
@@ -67,7 +68,7 @@ class GgufTarget:
         # Keys and values in float32, so that likelihoods differ from another form's by what the file's weights do.
         parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.name, self._renderer, self._context, self._num_slots = str(path), renderer, context, num_slots
+        self.name, self.renderer, self.context, self._num_slots = str(path), renderer, context, num_slots
         try:
             self._server: Any = library.Server(parameters)
         except RuntimeError as error:
@@ -75,13 +76,13 @@ class GgufTarget:
             raise ModelError(f"llama.cpp does not load it ({error})", where=str(path), hint=hint) from error
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "renderer": self._renderer.name, "context": self._context}
+        return {"name": self.name, "kind": self.kind, "renderer": self.renderer.name, "context": self.context}
 
     def generate(
         self, prompts: Sequence[Messages], decoding: Decoding, *, batch_size: int, on_progress: OnProgress | None = None
     ) -> tuple[Reply, ...]:
-        rows = [self._renderer.prompt(messages).tolist() for messages in prompts]
-        require_room(max((len(row) for row in rows), default=0), decoding.max_new_tokens, self._context)
+        rows = [self.renderer.prompt(messages).tolist() for messages in prompts]
+        require_room(max((len(row) for row in rows), default=0), decoding.max_new_tokens, self.context)
         replies: dict[int, Reply] = {}
         num_tokens = 0
         with ThreadPoolExecutor(self._num_slots, thread_name_prefix="foundry-llama") as threads:
@@ -98,15 +99,14 @@ class GgufTarget:
         self, continuations: Sequence[Continuation], *, on_progress: OnProgress | None = None
     ) -> tuple[Likelihood, ...]:
         """Token by token: each is made the choice, and its own probability is asked for."""
-        rows = [ending_tokens(self._renderer, each) for each in continuations]
-        require_room(max((len(tokens) for tokens, _ in rows), default=0), 1, self._context)
+        rows = [ending_tokens(self.renderer, each) for each in continuations]
+        require_room(max((len(tokens) for tokens, _ in rows), default=0), 1, self.context)
         found = []
         num_tokens = 0
         for continuation, (tokens, num_read) in zip(continuations, rows, strict=True):
             ids = tokens.tolist()
             logprob = sum(self._logprob(ids[:place], ids[place]) for place in range(num_read, len(ids)))
-            text = continuation.text[continuation.start :]
-            found.append(Likelihood(logprob, len(ids) - num_read, len(text.encode())))
+            found.append(Likelihood(logprob, len(ids) - num_read, num_bytes_of(continuation)))
             num_tokens += len(ids) - num_read
             if on_progress is not None:
                 on_progress(len(found), num_tokens, len(continuations))
@@ -134,8 +134,8 @@ class GgufTarget:
 
     def _logprob_of_half(self, before: list[int], token: int) -> float:
         """For a token that is no whole character: llama.cpp says nothing of it while it is chosen, so a letter is."""
-        size = self._renderer.tokenizer.vocab_size
-        letter = self._renderer.tokenizer.encode("a")[0]
+        size = self.renderer.tokenizer.vocab_size
+        letter = self.renderer.tokenizer.encode("a")[0]
         asked = {
             "prompt": before, "max_tokens": 1, "temperature": 0.0, "n_probs": size, "logprobs": size,
             "logit_bias": [[letter, _FORCED]],

@@ -35,12 +35,7 @@ def run_harness(suite: Suite, target: Target, *, batch_size: int) -> SuiteResult
         return SuiteResult(
             suite.name, suite.kind, suite.digest, target.describe(), {}, (), missing, about=suite.about
         )  # fmt: skip
-    evaluator, manager = _import("lm_eval.evaluator"), _import("lm_eval.tasks").TaskManager()
-    paths = [task for task in suite.tasks if task.endswith((".yaml", ".yml"))]
-    unknown = [task for task in suite.tasks if task not in manager.all_tasks and task not in paths]
-    if unknown:
-        hint = "lm-eval ls tasks lists them; a task of your own is a path to its YAML."
-        raise UsageError(f"the harness has no task {', '.join(unknown)}", where=f"suite {suite.name}", hint=hint)
+    manager, evaluator = require_tasks(suite), _import("lm_eval.evaluator")
     model = _model_class()(target, batch_size=batch_size)
     try:
         tasks = manager.load(list(suite.tasks))["tasks"]
@@ -58,8 +53,23 @@ def run_harness(suite: Suite, target: Target, *, batch_size: int) -> SuiteResult
     metrics, rows = _collected(found["samples"], seed=suite.decoding.seed)
     return SuiteResult(
         suite=suite.name, kind=suite.kind, digest=suite.digest, target=target.describe(), metrics=metrics, rows=rows,
-        seconds=time.perf_counter() - started, about=suite.about,
+        seconds=time.perf_counter() - started, about=suite.about, seed=suite.decoding.seed,
     )  # fmt: skip
+
+
+def require_tasks(suite: Suite) -> Any:
+    """The harness's task manager, which knows all tasks of the suite.
+
+    Raises:
+        UsageError: the harness is not installed, or has no such task.
+    """
+    manager = _import("lm_eval.tasks").TaskManager()
+    paths = [task for task in suite.tasks if task.endswith((".yaml", ".yml"))]
+    unknown = [task for task in suite.tasks if task not in manager.all_tasks and task not in paths]
+    if unknown:
+        hint = "lm-eval ls tasks lists them; a task of your own is a path to its YAML."
+        raise UsageError(f"the harness has no task {', '.join(unknown)}", where=f"suite {suite.name}", hint=hint)
+    return manager
 
 
 def _import(name: str) -> Any:

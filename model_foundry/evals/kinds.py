@@ -131,7 +131,6 @@ def ask_consistency(suite: Suite, target: Target, asking: Asking) -> Outcome:
             (float(one.text == texts[0]), 1.0) for one, texts in zip(alone, worded, strict=True)
         ]
     if "repeat_agreement" in suite.metrics:
-        # Repeats of a question at temperature 0 are the same by definition; a suite that wants to know sets one.
         repeats = [
             asking.replies(target, [row.prompts[0] for row in rows], replace(decoding, seed=decoding.seed + number))
             for number in range(decoding.repeats)

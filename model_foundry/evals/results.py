@@ -47,6 +47,7 @@ class SuiteResult:
         metrics: by name.
         missing: what was to be measured and could not be, each with the reason.
         noise: how far each metric moved when all was asked again, in other batches; {} where that was not done.
+        seed: of the resampling.
     """
 
     suite: str
@@ -60,6 +61,7 @@ class SuiteResult:
     num_left_out: int = 0
     seconds: float = 0.0
     about: str = ""
+    seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -75,6 +77,7 @@ class SuiteResult:
             "num_rows": len(self.rows),
             "num_left_out": self.num_left_out,
             "seconds": self.seconds,
+            "seed": self.seed,
             "rows": [
                 {**row.as_dict(), "scores": scores} for row, scores in zip(self.rows, self.row_scores(), strict=True)
             ],
@@ -116,6 +119,7 @@ def run_suite(suite: Suite, target: Target, *, asking: Asking, again: bool = Fal
         num_left_out=suite.num_left_out,
         seconds=time.perf_counter() - started,
         about=suite.about,
+        seed=suite.decoding.seed,
     )
 
 
@@ -126,10 +130,12 @@ def read_result(values: Any, *, where: str) -> SuiteResult:
         DataError: it is none.
     """
     try:
+        seed = int(values["seed"])
         metrics = {
             str(name): measured_stats(
                 measure_of(str(name), unit=str(each["unit"]), better=str(each["better"])),
                 np.array(each["stats"], dtype=np.float64),
+                seed=seed,
             )
             for name, each in values["metrics"].items()
         }
@@ -146,7 +152,7 @@ def read_result(values: Any, *, where: str) -> SuiteResult:
             suite=str(values["suite"]), kind=str(values["kind"]), digest=str(values["digest"]),
             target=dict(values["target"]), metrics=metrics, rows=rows, missing=dict(values["missing"]),
             noise=dict(values["noise"]), num_left_out=int(values["num_left_out"]),
-            seconds=float(values["seconds"]), about=str(values["about"]),
+            seconds=float(values["seconds"]), about=str(values["about"]), seed=seed,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         hint = "Evaluate again: foundry evaluate"

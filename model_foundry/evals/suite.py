@@ -166,7 +166,12 @@ def _suite(values: Mapping[str, Any], path: Path) -> Suite:
     rows_path = _rows_path(values, path) if kind != "harness" else None
     rows = () if rows_path is None else read_suite_rows(rows_path, kind, system=system, language=language)
     metrics = _metrics(values, kind, where)
+    decoding = _decoding(values.get("decoding") or {}, where)
     _require_fields(metrics, rows, language, where)
+    if "repeat_agreement" in metrics and decoding.temperature == 0:
+        what = "repeat_agreement asks again with other seeds, and at temperature 0 no seed changes an answer"
+        hint = "Set decoding: {temperature: 0.7}, or name the other metrics alone."
+        raise ConfigError(what, where=f"{where}: metrics", hint=hint)
     return Suite(
         name=path.stem,
         kind=cast(Kind, kind),
@@ -175,7 +180,7 @@ def _suite(values: Mapping[str, Any], path: Path) -> Suite:
         about=_text(values, "about", where) or "",
         thresholds=_thresholds(values, metrics, where),
         guard=_guard(values, metrics, where),
-        decoding=_decoding(values.get("decoding") or {}, where),
+        decoding=decoding,
         tasks=_tasks(values, kind, where),
         max_rows=max_rows,
         digest=_digest(values, rows_path),

@@ -105,20 +105,20 @@ class EngineTarget:
     def __init__(
         self, name: str, model: Model, renderer: Renderer, *, context: int | None, facts: dict[str, Any] | None = None
     ) -> None:
-        self.name, self._model, self._renderer, self._context = name, model, renderer, context
+        self.name, self._model, self.renderer, self.context = name, model, renderer, context
         self._facts = facts or {}
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "renderer": self._renderer.name, **self._facts}
+        return {"name": self.name, "kind": self.kind, "renderer": self.renderer.name, **self._facts}
 
     def generate(
         self, prompts: Sequence[Messages], decoding: Decoding, *, batch_size: int, on_progress: OnProgress | None = None
     ) -> tuple[Reply, ...]:
-        rows = [self._renderer.prompt(messages) for messages in prompts]
-        require_room(max((len(row) for row in rows), default=0), decoding.max_new_tokens, self._context)
+        rows = [self.renderer.prompt(messages) for messages in prompts]
+        require_room(max((len(row) for row in rows), default=0), decoding.max_new_tokens, self.context)
         params = SamplingParams(
             max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, top_p=decoding.top_p,
-            seed=decoding.seed, stop_token_ids=self._renderer.stop_token_ids,
+            seed=decoding.seed, stop_token_ids=self.renderer.stop_token_ids,
         )  # fmt: skip
         replies: dict[int, Reply] = {}
         num_tokens = 0
@@ -127,7 +127,7 @@ class EngineTarget:
             if len(sequences) != len(batch):
                 raise EngineError(f"the sampler answered {len(sequences)} of {len(batch)} prompts")
             for index, sequence in zip(batch, sequences, strict=True):
-                text = self._renderer.reply(sequence.tokens).strip()
+                text = self.renderer.reply(sequence.tokens).strip()
                 replies[index] = Reply(text, len(sequence.tokens), sequence.stop_reason == "length")
                 num_tokens += len(sequence.tokens)
             if on_progress is not None:
@@ -137,8 +137,8 @@ class EngineTarget:
     def likelihoods(
         self, continuations: Sequence[Continuation], *, on_progress: OnProgress | None = None
     ) -> tuple[Likelihood, ...]:
-        rows = [ending_tokens(self._renderer, each) for each in continuations]
-        require_room(max((len(tokens) for tokens, _ in rows), default=0), 0, self._context)
+        rows = [ending_tokens(self.renderer, each) for each in continuations]
+        require_room(max((len(tokens) for tokens, _ in rows), default=0), 0, self.context)
         found: dict[int, Likelihood] = {}
         num_tokens = 0
         for batch in _by_tokens([len(tokens) for tokens, _ in rows]):
@@ -146,12 +146,17 @@ class EngineTarget:
             output = self._model.forward(data)
             for index, datum, logprobs in zip(batch, data, output.logprobs, strict=True):
                 due = datum.loss_inputs["weights"] > 0
-                text = continuations[index].text[continuations[index].start :]
-                found[index] = Likelihood(float(logprobs[due].sum()), int(due.sum()), len(text.encode()))
+                num_bytes = num_bytes_of(continuations[index])
+                found[index] = Likelihood(float(logprobs[due].sum()), int(due.sum()), num_bytes)
                 num_tokens += datum.num_tokens
             if on_progress is not None:
                 on_progress(len(found), num_tokens, len(continuations))
         return tuple(found[index] for index in range(len(rows)))
+
+
+def num_bytes_of(continuation: Continuation) -> int:
+    """UTF-8 bytes that a likelihood is of."""
+    return len(continuation.text[continuation.start :].encode())
 
 
 def ending_tokens(renderer: Renderer, continuation: Continuation) -> tuple[np.ndarray, int]:

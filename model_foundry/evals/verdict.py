@@ -64,8 +64,8 @@ class Change:
         return f"{values} ({value_text(self.delta, unit, signed=True)}, 95 % interval {low} to {high})"
 
 
-def changes(before: SuiteResult, after: SuiteResult, *, seed: int = 0) -> dict[str, Change]:
-    """How each metric that both have differs.
+def changes(before: SuiteResult, after: SuiteResult) -> dict[str, Change]:
+    """How each metric that both have differs; resampled by the seed of what is after.
 
     Raises:
         DataError: the results are not of the same rows.
@@ -75,7 +75,7 @@ def changes(before: SuiteResult, after: SuiteResult, *, seed: int = 0) -> dict[s
         raise DataError(what, hint="Evaluate both with the same suite, then compare.")
     noise = {name: max(before.noise.get(name, 0.0), after.noise.get(name, 0.0)) for name in after.metrics}
     return {
-        name: _change(before.metrics[name], metric, noise=noise[name], seed=seed)
+        name: _change(before.metrics[name], metric, noise=noise[name], seed=after.seed)
         for name, metric in after.metrics.items()
         if name in before.metrics
     }

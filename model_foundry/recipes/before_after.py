@@ -14,16 +14,20 @@ from model_foundry.evals.results import RowResult, SuiteResult
 from model_foundry.evals.suite import Suite, questions_digest
 from model_foundry.evals.targets import RowTooLongError
 from model_foundry.evals.text_scores import ANSWER_SCORES, Wanted
+from model_foundry.models.folder import read_config
+from model_foundry.recipes.preparation import context_of
 from model_foundry.recipes.session import Session
 from model_foundry.recipes.suites import (
     FOLDER,
     Assessment,
     ask_suite,
     assess,
+    changed,
     keep_result,
     kept_result,
     load_suites,
     metric_bounds,
+    rehearse_suites,
     write_assessment,
 )
 from model_foundry.recipes.targets import engine_target
@@ -46,6 +50,23 @@ def suites_of(config: RunConfig) -> tuple[tuple[Suite, ...], Bounds]:
         return (), {}
     suites = load_suites(config.evaluation.suites, max_rows=config.evaluation.max_rows)
     return suites, metric_bounds(config.criteria.metrics, suites)
+
+
+def require_askable(work: Work, suites: Sequence[Suite]) -> None:
+    """Raises: FoundryError: a suite cannot be asked of this model, and somebody asked for it."""
+    config = work.config
+    if not isinstance(config, TrainConfig):
+        return
+    try:
+        rehearse_suites(suites, work.renderer, context=context_of(read_config(work.source.folder)))
+    except RowTooLongError:
+        if not _nobody_asked(config):
+            raise
+
+
+def _nobody_asked(config: TrainConfig) -> bool:
+    """Whether the suites are those that every run is asked."""
+    return config.evaluation.suites == DEFAULT_SUITES and not config.criteria.metrics
 
 
 def suite_results(
@@ -72,7 +93,7 @@ def suite_results(
                     suite, target, batch_size=config.evaluation.batch_size, again=again, when=f"{when} training"
                 )
             except RowTooLongError as error:
-                if config.evaluation.suites != DEFAULT_SUITES or config.criteria.metrics:
+                if not _nobody_asked(config):
                     raise
                 logger.warning("%s; nobody asked for this suite, so it is left out: %s", suite.name, error.what)
                 continue
@@ -104,7 +125,8 @@ def assess_run(
         results = tuple({QUESTIONS: _questions_result(session.work, config, texts)} for texts in answers)
     if not (after or results[0]):
         return assessment.checks, None
-    shown = Assessment(results[1] | dict(after), results[0] | dict(before), assessment.checks)
+    found = changed(results[0], results[1]) | dict(assessment.changes)
+    shown = Assessment(results[1] | dict(after), results[0] | dict(before), found, assessment.checks)
     facts = {"model": run.run_id, "against": session.work.source.name}
     return assessment.checks, write_assessment(run.path / FOLDER, facts, shown)
 

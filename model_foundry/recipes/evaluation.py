@@ -107,7 +107,7 @@ def _suites(evaluation: EvaluationSection, file: Path | None) -> tuple[Suite, ..
     suites = load_suites(names, max_rows=evaluation.max_rows)
     if file is not None:
         own = questions_suite(file, system=evaluation.system, max_new_tokens=evaluation.max_new_tokens)
-        suites = (own.limited(evaluation.max_rows), *suites)
+        suites = (own, *suites)
     if not suites:
         hint = f"Name suites (--suite NAME: {', '.join(builtin_suites())}, all), or evaluation.file=FILE.jsonl."
         raise ConfigError("nothing is asked", where="evaluation.suites", hint=hint)

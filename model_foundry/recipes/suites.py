@@ -14,14 +14,17 @@ from typing import Any
 from model_foundry.checkpoint.atomic import atomic_write
 from model_foundry.errors import ConfigError, DataError, FoundryError
 from model_foundry.evals.bounds import Bound, parse_bound
+from model_foundry.evals.gguf_target import GgufTarget
 from model_foundry.evals.harness import run_harness
 from model_foundry.evals.kinds import Asking
 from model_foundry.evals.measures import MEASURES
 from model_foundry.evals.page import render_evaluation
+from model_foundry.evals.rehearsal import rehearse
 from model_foundry.evals.results import SuiteResult, read_result, run_suite
 from model_foundry.evals.suite import Suite, load_suite
-from model_foundry.evals.targets import OnProgress, Target
+from model_foundry.evals.targets import EngineTarget, OnProgress, Target
 from model_foundry.evals.verdict import Change, Verdict, changes, guard_check, judge, threshold_checks
+from model_foundry.rendering import Renderer
 from model_foundry.run.progress import open_progress
 from model_foundry.types import Check
 
@@ -66,21 +69,19 @@ def metric_bounds(metrics: Mapping[str, str], suites: Sequence[Suite]) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """Suites on one model, beside what they were on another, with the checks that follow."""
+    """Suites on one model, beside what they were on another, what changed, and the checks that follow."""
 
     after: Mapping[str, SuiteResult]
     before: Mapping[str, SuiteResult]
+    changes: Mapping[str, Mapping[str, Change]]
     checks: tuple[Check, ...]
 
     @property
     def verdict(self) -> Verdict:
         return judge(self.checks)
 
-    def changes(self) -> dict[str, dict[str, Change]]:
-        return {name: changes(self.before[name], result) for name, result in self.after.items() if name in self.before}
-
     def as_dict(self) -> dict[str, Any]:
-        found = self.changes()
+        found = self.changes
         suites = {
             name: {
                 "after": result.as_dict(),
@@ -108,34 +109,55 @@ def assess(
     further: Sequence[Check] = (),
 ) -> Assessment:
     """Every bound of the suites and of the criteria on what is after, and that nothing guarded fell behind."""
-    checks = list(further)
+    checks, found = list(further), changed(before, after)
     for suite in suites:
         result = after[suite.name]
         checks += threshold_checks(suite.name, dict(suite.thresholds) | dict(bounds.get(suite.name, {})), result)
-        if suite.name in before:
-            check = guard_check(suite.name, suite.guard, changes(before[suite.name], result))
+        if suite.name in found:
+            check = guard_check(suite.name, suite.guard, found[suite.name])
             checks += [] if check is None else [check]
-    return Assessment(after, before, tuple(checks))
+    return Assessment(after, before, found, tuple(checks))
+
+
+def changed(before: Mapping[str, SuiteResult], after: Mapping[str, SuiteResult]) -> dict[str, Mapping[str, Change]]:
+    """What differs in each suite that both have."""
+    return {name: changes(before[name], result) for name, result in after.items() if name in before}
 
 
 def ask_suites(
     suites: Sequence[Suite], target: Target, *, batch_size: int, again: bool, when: str = ""
 ) -> dict[str, SuiteResult]:
-    """Each suite's result on a target, with progress."""
+    """Each suite's result on a target, with progress; none is asked where one cannot be."""
+    if isinstance(target, EngineTarget | GgufTarget):
+        rehearse_suites(suites, target.renderer, context=target.context)
     return {suite.name: ask_suite(suite, target, batch_size=batch_size, again=again, when=when) for suite in suites}
+
+
+def rehearse_suites(suites: Sequence[Suite], renderer: Renderer, *, context: int | None) -> None:
+    """Raises: FoundryError: one of them cannot be asked; see `rehearsal.rehearse`."""
+    for suite in suites:
+        with _placed(suite):
+            rehearse(suite, renderer, context=context)
+
+
+@contextmanager
+def _placed(suite: Suite) -> Iterator[None]:
+    """Errors that say where they are from: the suite."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(error.what, where=error.where or f"suite {suite.name}", hint=error.hint) from error
 
 
 def ask_suite(suite: Suite, target: Target, *, batch_size: int, again: bool, when: str = "") -> SuiteResult:
     left_out = f", {suite.num_left_out} left out" if suite.num_left_out else ""
     size = f"{len(suite.rows)} rows{left_out}" if suite.kind not in ("text", "harness") else suite.kind
     logger.info("suite %s%s: %s (%s)", suite.name, f" {when}" if when else "", suite.about or suite.kind, size)
-    try:
+    with _placed(suite):
         if suite.kind == "harness":
             return run_harness(suite, target, batch_size=batch_size)
         with _shown(suite.name) as on_progress:
             return run_suite(suite, target, asking=Asking(batch_size, on_progress=on_progress), again=again)
-    except DataError as error:
-        raise type(error)(error.what, where=error.where or f"suite {suite.name}", hint=error.hint) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.errors import FoundryError, InterruptedRunError, RunError
 from model_foundry.recipes import supervised
-from model_foundry.recipes.before_after import assess_run, suite_results, suites_of
+from model_foundry.recipes.before_after import assess_run, require_askable, suite_results, suites_of
 from model_foundry.recipes.interruption import leave_on_signals, stop_on_signals
 from model_foundry.recipes.methods import prepare_work
 from model_foundry.recipes.plan import plan_text
@@ -71,11 +71,13 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     Of a model whose weights are not here it says what config.json does: parameters, memory, which machines fit.
     """
     with run_logging(level=config.logging.level):
-        suites_of(config)
+        suites, _ = suites_of(config)
         plan = plan_of_config(config) if isinstance(config, TrainConfig) else plan_too_large(config)
         if plan is not None:
             return plan
-        return open_session(prepare_work(config, now=utc_now())).plan
+        work = prepare_work(config, now=utc_now())
+        require_askable(work, suites)
+        return open_session(work).plan
 
 
 def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime | None = None) -> Report:
@@ -109,8 +111,10 @@ def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime |
             require_free(config.run_dir)
             with run_logging(level=config.logging.level):
                 # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
-                suites_of(config)
-                session = open_session(prepare_work(config, now=now or utc_now()))
+                suites, _ = suites_of(config)
+                work = prepare_work(config, now=now or utc_now())
+                require_askable(work, suites)
+                session = open_session(work)
                 start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
                 return _in_run(run, config, digest, session=session)

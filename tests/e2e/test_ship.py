@@ -129,3 +129,47 @@ def test_a_suite_that_does_not_fit_the_model_s_context_is_named(taught: Path, tm
     (tmp_path / "long.yaml").write_text(yaml.safe_dump({"kind": "choices", "rows": "long.jsonl"}))
     done = foundry_here("evaluate", taught, "--suite", tmp_path / "long.yaml")
     assert_one_paragraph(done, code=2, words=("suite long", "context of 2,048", "leave the suite out"))
+
+
+def test_what_a_run_cannot_be_asked_is_found_before_there_is_a_run(taught: Path, tmp_path: Path) -> None:
+    """Prevents a run that trains for hours and fails at its second round of questions."""
+    write_jsonl(tmp_path / "long.jsonl", [{"prompt": "why? " * 600, "answer": "so"}])
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump({"rows": "long.jsonl", "metrics": ["f1"]}))
+    config = taught_numbers(tmp_path / "project", taught, evaluation__suites=[str(tmp_path / "long.yaml")])
+    for command in (("train", config), ("train", config, "--dry-run")):
+        assert_one_paragraph(foundry_here(*command), code=2, words=("suite long", "context of 2,048"))
+    assert not (tmp_path / "project" / "run").exists()
+
+
+def test_a_run_is_asked_later_what_it_was_asked_in_training(model: Path, tmp_path: Path) -> None:
+    """Prevents a verdict that turns with who asks: the run's own suites and all of its questions belong to it."""
+    questions = write_questions(tmp_path / "questions.jsonl")
+    config = write_project(
+        tmp_path, model=model, training__max_steps=2, evaluation={
+            "file": str(questions), "suites": ["general", str(write_suite(tmp_path))], "max_rows": 5,
+            "max_new_tokens": 8,
+        },
+    )  # fmt: skip
+    assert foundry_here("train", config).returncode == 0
+    trained = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_bytes())["suites"]
+    done = foundry_here("evaluate", tmp_path / "run", "--json")
+    asked = json.loads(done.stdout)["suites"]
+    assert asked.keys() == trained.keys() == {"questions", "general", "colours"}
+    for name, suite in asked.items():
+        assert suite["after"]["digest"] == trained[name]["after"]["digest"], name
+        assert suite["after"]["num_rows"] == (8 if name == "questions" else 5)
+        assert suite["changes"] == trained[name]["changes"] or name == "questions"
+
+
+def test_a_seed_moves_every_interval_and_nothing_else(taught: Path, tmp_path: Path) -> None:
+    """Prevents a seed that is taken and does not reach the intervals of what changed."""
+    suite, found = write_suite(tmp_path), []
+    for seed in ((), ("seed=7",), ("seed=7",)):
+        done = foundry_here("evaluate", taught, "--suite", suite, "--json", f"out={tmp_path / 'out'}", *seed)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["suites"]["colours"])
+    plain, seven, again = found
+    assert seven["changes"] == again["changes"]
+    assert seven["after"]["metrics"]["margin"]["value"] == plain["after"]["metrics"]["margin"]["value"]
+    assert seven["after"]["metrics"]["margin"]["interval"] != plain["after"]["metrics"]["margin"]["interval"]
+    assert seven["changes"]["margin"]["interval"] != plain["changes"]["margin"]["interval"]

@@ -1,0 +1,86 @@
+"""A suite that cannot be asked is found out without a model, and every one that can is left alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from model_foundry.errors import DataError, MissingExtraError, UsageError
+from model_foundry.evals import text_scores
+from model_foundry.evals.rehearsal import rehearse
+from model_foundry.evals.suite import Suite, builtin_suites, load_suite
+from model_foundry.evals.targets import RowTooLongError
+from model_foundry.rendering import Renderer
+from model_foundry.tokenizer import Tokenizer
+
+TinyFolder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_folder: TinyFolder) -> Renderer:
+    return Renderer(Tokenizer.load(tiny_folder("llama")), "chatml")
+
+
+def suite_of(folder: Path, rows: list[Any], **changes: Any) -> Suite:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"rows": "rows.jsonl"} | changes))
+    return load_suite(str(folder / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", builtin_suites())
+def test_every_suite_that_comes_along_can_be_asked(name: str, renderer: Renderer) -> None:
+    rehearse(load_suite(name), renderer, context=8192)
+
+
+@pytest.mark.parametrize("kind, row, metrics", [
+    ("answers", {"prompt": "why? " * 30, "answer": "so"}, ["f1"]),
+    ("choices", {"prompt": "why?", "choices": ["so " * 60, "no"], "answer": 0}, ["margin"]),
+    ("consistency", {"prompts": ["why?", "why? " * 30]}, ["batch_agreement"]),
+    ("pairs", {"prompt": "why {group}? " * 10, "groups": ["he", "she"], "favourable": "a", "unfavourable": "b"},
+     ["likelihood_bias"]),
+    ("safety", {"prompt": "why? " * 30, "unsafe": True}, ["refusal"]),
+])  # fmt: skip
+def test_a_row_that_does_not_fit_is_found(
+    kind: str, row: dict[str, Any], metrics: list[str], renderer: Renderer, tmp_path: Path
+) -> None:
+    """Prevents the news that a suite's last row is too long from coming after the training."""
+    suite = suite_of(tmp_path, [row], kind=kind, metrics=metrics, decoding={"max_new_tokens": 8, "temperature": 1})
+    rehearse(suite, renderer, context=2048)
+    with pytest.raises(RowTooLongError, match="context of 100"):
+        rehearse(suite, renderer, context=100)
+
+
+def test_a_text_without_a_token_to_begin_with_is_found(
+    renderer: Renderer, tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.txt").write_text("It was a dark and stormy night.")
+    (tmp_path / "prose.yaml").write_text(yaml.safe_dump({"kind": "text", "rows": "rows.txt"}))
+    suite = load_suite(str(tmp_path / "prose.yaml"))
+    rehearse(suite, renderer, context=200)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        values = json.loads((tiny_folder("llama") / name).read_text())
+        values.pop("eos_token", None)
+        (folder / name).write_text(json.dumps(values))
+    with pytest.raises(DataError, match="neither BOS nor end-of-text"):
+        rehearse(suite, Renderer(Tokenizer.load(folder), "chatml"), context=200)
+
+
+def test_what_is_not_installed_is_found(renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a training whose suite asks for a package that is not there, told hours later."""
+    suite = suite_of(tmp_path, [{"prompt": "why?", "answer": "so"}], metrics=["rouge_l"])
+    text_scores._rouge.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(MissingExtraError, match="rouge-score"):
+        rehearse(suite, renderer, context=200)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"kind": "harness", "tasks": ["arc_easy"]}))
+    with pytest.raises(UsageError, match="lm-evaluation-harness is not installed"):
+        rehearse(load_suite(str(tmp_path / "tasks.yaml")), renderer, context=200)
