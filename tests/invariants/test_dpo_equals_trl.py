@@ -112,7 +112,7 @@ def their_orpo(
         processing_class=AutoTokenizer.from_pretrained(folder),
     )  # fmt: skip
     both = {name: values.chunk(2) for name, values in their_batch(made).items()}
-    batch: dict[str, torch.Tensor] = {}
+    batch: dict[str, Any] = {}
     for place, side in enumerate(("chosen", "rejected")):
         ids, mask, answer = (both[name][place] for name in ("input_ids", "attention_mask", "completion_mask"))
         batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": mask}
