@@ -29,7 +29,9 @@ def train(client: ServiceClient, config: TrainConfig, *, log_steps: int = 10) ->
     work = prepare(config, now=utc_now())
     assert work.lora is not None
     service_shape(work.lora, where="lora")
-    model = client.create_lora_training_client(config.model.name, rank=work.lora.r, seed=config.seed).result()
+    model = client.create_lora_training_client(
+        config.model.name, rank=work.lora.r, seed=config.seed, train_unembed=False
+    ).result()
     losses = []
     for step in range(1, work.total_steps + 1):
         passes = [model.forward_backward(batch) for batch in work.micro_batches(step)]

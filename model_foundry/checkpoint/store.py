@@ -136,8 +136,8 @@ class CheckpointStore:
                 continue
         return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.name == FINAL))
 
-    def open(self, name: str) -> Checkpoint:
-        """The checkpoint of that name, every byte verified.
+    def open(self, name: str, *, verify: bool = True) -> Checkpoint:
+        """The checkpoint of that name, every byte verified; without `verify` only the sizes, of what was just written.
 
         Raises:
             CheckpointError: there is none; CheckpointCorruptError: it is damaged, naming the file.
@@ -145,7 +145,7 @@ class CheckpointStore:
         if name not in self._names():
             names = ", ".join(checkpoint.name for checkpoint in self.list()) or "none"
             raise CheckpointError(f"no checkpoint named {name!r}", where=str(self.root), hint=f"There is: {names}.")
-        return self._read(name, quick=False)
+        return self._read(name, quick=not verify)
 
     def newest_valid(self, on_fallback: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint whose every byte verifies; None when there is none.

@@ -110,16 +110,17 @@ class ServiceClient:
         seed: int | None = None,
         train_mlp: bool = True,
         train_attn: bool = True,
-        train_unembed: bool = False,
+        train_unembed: bool = True,
         user_metadata: Mapping[str, str] | None = None,
     ) -> Pending[ServiceTrainingClient]:
         """A fresh adapter (alpha 32) over the service's base.
 
         Args:
             seed: of the adapter's first weights; default left to chance.
-            train_mlp, train_attn, train_unembed: which parts get one.
+            train_mlp, train_attn, train_unembed: which parts get one; the last is the output head, whose adapter has
+                rank x vocabulary more numbers.
 
-        The result is a ServiceError where the service does not train the output head, and that was asked for.
+        The result is a ServiceError where the service cannot train the output head over this base.
         """
         session = self._open(base_model)
         lora = {"rank": rank, "seed": seed, "train_mlp": train_mlp, "train_attn": train_attn,
@@ -240,8 +241,9 @@ async def _create(session: Session, kind: str, body: Mapping[str, Any]) -> Servi
     model = ServiceTrainingClient(session, info)
     if body.get("lora_config", {}).get("train_unembed") and found.get("train_unembed") is False:
         await session.operate("unload_model", {"model_id": info.model_id, "seq_id": 1, "type": "unload_model"})
-        hint = "Leave train_unembed out: adapters go on attention and MLP layers."
-        raise ServiceError("this service does not train the output head", where="train_unembed", hint=hint)
+        hint = "Ask with train_unembed=False: adapters go on attention and MLP layers."
+        raise ServiceError("this service does not train the output head over this base", where="train_unembed",
+                           hint=hint)  # fmt: skip
     return model
 
 

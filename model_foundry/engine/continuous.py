@@ -354,7 +354,8 @@ class ContinuousBatch:
             some = due[first : first + size]
             hidden = torch.stack([sequence.end for sequence in some])  # pyright: ignore[reportArgumentType, reportCallIssue]
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
-            logits = self._decoder.logits(hidden)
+            owners = [sequence.adapter for sequence in some] + [None] * (size - len(some))
+            logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))
             likeliest: list[int] = logits.argmax(dim=1).tolist()
             rows = zip(some, logits, likeliest, strict=False)
             events += [self._event(sequence, row, token) for sequence, row, token in rows]

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from model_foundry.models.adapter import load_adapter_tensors, read_adapter_config, read_adapter_tensors
 from model_foundry.models.experts import ExpertLinear, ExpertStack
+from model_foundry.models.head import HeadLayer
 from model_foundry.models.lora import Adaptable, Linear
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.models.targets import adapt
@@ -98,6 +99,8 @@ def _stand_ins(layers: Mapping[str, Adaptable]) -> dict[str, Adaptable]:
         if isinstance(layer, ExpertLinear):
             stack = stacks.setdefault(id(layer.stack), _StackStandIn(layer.stack))
             found[name] = ExpertLinear(stack, layer.expert)
+        elif isinstance(layer, HeadLayer):
+            found[name] = HeadLayer(layer.shape, layer.device)
         elif isinstance(layer, Linear):
             found[name] = _StandIn(layer)
     return found

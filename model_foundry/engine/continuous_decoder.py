@@ -34,6 +34,7 @@ from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
 from model_foundry.engine.continuous_products import Product, check_places
 from model_foundry.engine.platform import join_pages
 from model_foundry.models.attention import rotate
+from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.decoder import Decoder, DecoderLayer
 from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.lora import Linear
@@ -255,9 +256,15 @@ class BatchedDecoder:
         return torch.cat(xs) if len(xs) > 1 else xs[0]
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
         """float32 [R, V] of hidden states [R, D] before the final norm."""
-        return self.head(self.decoder.norm(hidden)).float()  # pyright: ignore[reportArgumentType]
+        x: torch.Tensor = self.decoder.norm(hidden)  # pyright: ignore[reportAssignmentType]
+        out = self.head(x)
+        for adapter, rows in adapted:
+            if (part := adapter.parts.get(HEAD_LAYER)) is not None:
+                changed = part.apply(x, out)
+                out = changed if rows is None else torch.where(rows, changed, out)
+        return out.float()
 
     def _heads(
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapted: Adapted

@@ -1,7 +1,7 @@
 """Losses as elementwise arithmetic on the log-probability of each target, summed over tokens, never averaged.
 
 The head is computed in pieces of tokens, only where a loss is due, and its gradient in the same pass: the logits of the
-whole batch never exist at once (as in Wijmans et al. 2024 and Liger). It does not know models.
+whole batch never exist at once (as in Wijmans et al. 2024 and Liger). Of models it knows the head alone.
 
 Importance sampling: Kahn and Marshall 1953. PPO: Schulman et al. 2017. CISPO: MiniMax 2025 (M1). DRO: Richemond et al.
 2024. Their inputs, their sums and the defaults of their settings are those of the Tinker protocol.
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from model_foundry.engine.preference_losses import ALONE_TERMS, PREFERENCE_TERMS
 from model_foundry.errors import EngineError
+from model_foundry.models.head import HeadUpdate
 
 Inputs = Mapping[str, torch.Tensor]
 Settings = Mapping[str, float]
@@ -142,6 +143,7 @@ def head_pass(
     inputs: Inputs,
     *,
     backward: bool,
+    update: HeadUpdate | None = None,
     scale: float = 1.0,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> HeadResult:
@@ -151,6 +153,7 @@ def head_pass(
         hidden: [M, D] before the head; without a head, logits [M, V].
         head: [V, D]. When it is trained, its gradient is added to `head.grad` (float32).
         inputs: the loss's inputs, each [M], or each [M, K].
+        update: an adapter's part of the head; where it is trained, its gradients are added to its parameters'.
         scale: gradients, and not the loss, are multiplied by it.
         chunk_logits: how many logits exist at once.
     """
@@ -166,7 +169,7 @@ def head_pass(
     for first in range(0, num_tokens, step):
         # A call of its own: its logits are gone before the next piece makes its own.
         part = slice(first, min(first + step, num_tokens))
-        _head_piece(part, hidden, head, weight, loss, inputs, scale, result)
+        _head_piece(part, hidden, head, weight, update, loss, inputs, scale, result)
     return result
 
 
@@ -175,6 +178,7 @@ def _head_piece(
     hidden: torch.Tensor,
     head: torch.Tensor | None,
     weight: torch.Tensor | None,
+    update: HeadUpdate | None,
     loss: Loss,
     inputs: Inputs,
     scale: float,
@@ -182,6 +186,8 @@ def _head_piece(
 ) -> None:
     """One piece of tokens; its share of the result is written into `result`."""
     logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
+    if update is not None:
+        logits = update.add(logits, hidden[part])
     chunk = {name: value[part] for name, value in inputs.items()}
     scored = score(logits, loss, chunk, backward=result.d_hidden is not None, scale=scale)
     result.logprobs[part] = scored.logprobs
@@ -196,8 +202,20 @@ def _head_piece(
         return
     torch.mm(d_logits, weight, out=result.d_hidden[part])
     if head.requires_grad:
-        gradient = (d_logits.t() @ hidden[part]).float()
-        head.grad = gradient if head.grad is None else head.grad.add_(gradient)
+        add_gradient(head, d_logits.t() @ hidden[part])
+    if update is not None:
+        down, up = update.factors(hidden.dtype)
+        d_low = d_logits @ up
+        result.d_hidden[part].addmm_(d_low, down)
+        if update.is_trained:
+            add_gradient(update.up, d_logits.t() @ (hidden[part] @ down.t()), scale=update.scaling)
+            add_gradient(update.down, d_low.t() @ hidden[part])
+
+
+def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor, *, scale: float = 1.0) -> None:
+    """To what is there, in float32."""
+    wide = gradient.float() if scale == 1.0 else gradient.float().mul_(scale)
+    parameter.grad = wide if parameter.grad is None else parameter.grad.add_(wide)
 
 
 @dataclass(frozen=True, slots=True)

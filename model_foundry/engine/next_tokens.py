@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from model_foundry.engine.losses import CHUNK_LOGITS
 from model_foundry.engine.sampling import GREEDY_BELOW
@@ -68,10 +67,9 @@ def _at_each(
         hidden = model.hidden([row])
     finally:
         model.train(was_training)
-    weight = None if model.head is None else model.head.to(hidden.dtype)
     ids, logprobs = [], []
     for part in hidden.split(max(1, CHUNK_LOGITS // model.vocab_size)):
-        logits = (part if weight is None else functional.linear(part, weight)).float()
+        logits = model.logits(part).float()
         chosen = choose(logits)
         ids.append(chosen.cpu())
         logprobs.append(torch.log_softmax(logits, dim=1).gather(1, chosen).cpu())

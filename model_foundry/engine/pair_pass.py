@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from model_foundry.engine.losses import CHUNK_LOGITS, NUM_ANSWERS, HeadResult, Inputs, Loss, head_pass
+from model_foundry.models.head import HeadUpdate
 
 _EACH = Loss(lambda logprobs, inputs, settings: logprobs, inputs=("target_tokens",), due=None)
 """The log-probabilities themselves, whose gradient is that of each token alone."""
@@ -30,6 +31,7 @@ def pair_pass(
     answers: torch.Tensor,
     num_pairs: int,
     backward: bool,
+    update: HeadUpdate | None = None,
     scale: float = 1.0,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> HeadResult:
@@ -44,11 +46,12 @@ def pair_pass(
         inputs: each [M].
         answers: int64 [M] on the CPU, 2 × pair + 0 for the better answer's tokens, + 1 for the worse one's, 2 × R for
             tokens without a loss.
-        scale, chunk_logits: as for `head_pass`.
+        update, scale, chunk_logits: as for `head_pass`.
     """
-    trains_head = backward and head is not None and head.requires_grad
+    trains_update = update is not None and update.is_trained
+    trains_head = backward and (trains_update or (head is not None and head.requires_grad))
     each_alone = backward and not trains_head
-    result = head_pass(hidden, head, _EACH, inputs, backward=each_alone, chunk_logits=chunk_logits)
+    result = head_pass(hidden, head, _EACH, inputs, backward=each_alone, update=update, chunk_logits=chunk_logits)
 
     def sums(values: torch.Tensor) -> torch.Tensor:
         """[R, 2], in float64, which not every device has: rewards are small differences of large sums."""
@@ -69,7 +72,8 @@ def pair_pass(
     slope = functional.pad(slopes.view(-1), (0, 1))[answers].float().to(hidden.device)
     if trains_head:
         sloped = head_pass(
-            hidden, head, _SLOPED, {**inputs, "slopes": slope}, backward=True, scale=scale, chunk_logits=chunk_logits
+            hidden, head, _SLOPED, {**inputs, "slopes": slope}, backward=True, update=update, scale=scale,
+            chunk_logits=chunk_logits,
         )  # fmt: skip
         return replace(result, d_hidden=sloped.d_hidden)
     if result.d_hidden is not None:

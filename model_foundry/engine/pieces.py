@@ -27,6 +27,7 @@ from model_foundry.engine.platform import is_out_of_memory, release_memory
 from model_foundry.engine.side_by_side import run_side_by_side, worthwhile_shares
 from model_foundry.errors import EngineError, OutOfMemoryError
 from model_foundry.models.balance import RouterBalance
+from model_foundry.models.head import HeadUpdate
 from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.memory import MAX_OWN_GRADIENT_BYTES
 from model_foundry.models.randomness import DropoutCounter
@@ -255,7 +256,8 @@ class Passes:
         if shares is None:
             return self._pass(data, loss, scope=scope, backward=backward)
         trained = list(self.optimizer.parameters.values()) if backward and self.optimizer is not None else []
-        gradients = [OwnGradients(trained, self.model.head, num_shares=len(shares)) for _ in shares]
+        head, update = self.model.head, self.model.head_update
+        gradients = [OwnGradients(trained, head, update, num_shares=len(shares)) for _ in shares]
         results = run_side_by_side([
             partial(self._pass, [data[row] for row in share], loss, scope=scope, backward=backward, own=own)
             for share, own in zip(shares, gradients, strict=True)
@@ -306,22 +308,27 @@ class Passes:
         part = flat if chosen is None else flat[chosen]
         picked = inputs if chosen is None else {name: value[chosen] for name, value in inputs.items()}
         chunk, scale = CHUNK_LOGITS if own is None else own.chunk_logits, self.gradient_scale
+        update = self.model.head_update if own is None else own.update
         with self.model.opened_head() if own is None else nullcontext(own.head) as head:
             if loss.num_branches:
                 places = answers_of(data) if chosen is None else answers_of(data)[chosen.cpu().numpy()]
                 num_pairs = len(data) if self._piece_lengths else 0  # filling is no pair
                 result = pair_pass(
                     part, head, loss, picked, answers=torch.from_numpy(places), num_pairs=num_pairs,
-                    backward=backward, scale=scale, chunk_logits=chunk,
+                    backward=backward, update=update, scale=scale, chunk_logits=chunk,
                 )  # fmt: skip
             else:
-                result = head_pass(part, head, loss, picked, backward=backward, scale=scale, chunk_logits=chunk)
+                result = head_pass(
+                    part, head, loss, picked, backward=backward, update=update, scale=scale, chunk_logits=chunk
+                )
         if backward and result.d_hidden is not None:
             gradient = result.d_hidden
             if chosen is not None:
                 gradient = torch.zeros_like(flat)
                 gradient[chosen] = result.d_hidden
-            if own is None:
+            if not hidden.requires_grad:
+                pass  # the head alone is trained
+            elif own is None:
                 hidden.backward(gradient)
             else:
                 own.backward(hidden, gradient)
@@ -335,14 +342,22 @@ class OwnGradients:
     """Gradients of one pass among several at the same time, to be added to the parameters' afterwards, in order.
 
     Attributes:
-        head: the model's, with a gradient of its own.
+        head, update: the model's, with gradients of their own.
         chunk_logits: how many logits exist at once; all passes together have as many as one alone.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], head: nn.Parameter | None, *, num_shares: int) -> None:
-        self._parameters, self._head = parameters, head
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        head: nn.Parameter | None,
+        update: HeadUpdate | None,
+        *,
+        num_shares: int,
+    ) -> None:
+        self._parameters, self._head, self._update = parameters, head, update
         self._found: Sequence[torch.Tensor | None] = ()
         self.head = None if head is None else nn.Parameter(head.detach(), requires_grad=head.requires_grad)
+        self.update = None if update is None else update.apart()
         self.chunk_logits = CHUNK_LOGITS // num_shares
 
     def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -355,6 +370,10 @@ class OwnGradients:
         mine = None if self.head is None else self.head.grad
         if mine is not None and self._head is not None and self._head.grad is not None:
             self._head.grad.add_(mine)
+        if self.update is not None and self._update is not None:
+            for own, theirs in ((self.update.down, self._update.down), (self.update.up, self._update.up)):
+                if own.grad is not None and theirs.grad is not None:
+                    theirs.grad.add_(own.grad)
 
 
 def _wanted(inputs: Inputs, loss: Loss, scope: LogprobScope, *, is_filling: bool) -> torch.Tensor:

@@ -40,7 +40,7 @@ from model_foundry.engine.state import (
     write_full_weights,
 )
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import EngineError, FoundryError, OutOfMemoryError
+from model_foundry.errors import EngineError, FoundryError, ModelError, OutOfMemoryError
 from model_foundry.models.adapter import WEIGHTS_NAME, target_names, write_adapter
 from model_foundry.models.folder import stored_tensors, weight_files
 from model_foundry.models.language_model import DecodingState, LanguageModel
@@ -298,6 +298,10 @@ class ShardedEngine(TorchEngine):
             lora = agreed_lora(adapter, lora, linears)
         if lora is not None:
             adapt(linears, lora, seed=asked["seed"], counter=counter, every_target=adapter is None)
+        if model.head_update is not None:
+            what = "the output head is divided among the processes, and carries no adapter then"
+            hint = "Leave lm_head out of lora.target_modules, or train in one process."
+            raise ModelError(what, where="lora.target_modules", hint=hint)
         targets = target_names(linears)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable and (whole or ".lora_" in name))

@@ -26,18 +26,16 @@ import numpy as np
 import torch
 
 from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, score
+from model_foundry.engine.shared_head import SEGMENT_ROWS, HeadPart
 from model_foundry.engine.side_by_side import even_shares, run_side_by_side, worthwhile_shares
 from model_foundry.engine.steady_products import LEAST_ROWS, STEP_ROWS, Sizes, SteadyProduct, steady_pair
 from model_foundry.errors import EngineError
 from model_foundry.models.experts import ExpertMLP
+from model_foundry.models.head import HeadUpdate
 from model_foundry.models.language_model import LanguageModel, NativeModel, share_weights
 from model_foundry.models.lora import Linear
 from model_foundry.models.packed_rows import PackedRows
 from model_foundry.types import Datum
-
-SEGMENT_ROWS = 16
-"""A segment is filled up to a multiple of this, by tokens after its last row's end."""
-
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that read the same input, in one product with all their A's."""
@@ -58,11 +56,15 @@ class AdapterLayers:
     """An adapter's layers by their Hugging Face names, and their weights as the base's products need them.
 
     Call `changed` whenever the weights have.
+
+    Attributes:
+        head: what it adds to the logits.
     """
 
-    def __init__(self, layers: Mapping[str, Linear]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, Linear], head: HeadUpdate | None = None) -> None:
+        self._layers, self.head = layers, head
         self._ready: dict[tuple[str, ...], _Factors | None] = {}
+        self._head_factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._is_stale = False
 
     def changed(self) -> None:
@@ -72,7 +74,7 @@ class AdapterLayers:
         """Read the weights again where they have changed; before threads use them."""
         if self._is_stale:
             _fill(factors for factors in self._ready.values() if factors is not None)
-            self._is_stale = False
+            self._head_factors, self._is_stale = None, False
 
     def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> _Factors | None:
         """Of layers that read the same input; None where they carry no adapter."""
@@ -80,6 +82,14 @@ class AdapterLayers:
             layers = [self._layers[name] for name in names]
             self._ready[names] = _Factors.of(layers, dtype) if layers[0].lora_A is not None else None
         return self._ready[names]
+
+    def head_part(self, dtype: torch.dtype, *, backward: bool) -> HeadPart | None:
+        """Of one unit; None where the head carries no adapter."""
+        if self.head is None:
+            return None
+        if self._head_factors is None:
+            self._head_factors = self.head.factors(dtype)
+        return HeadPart.of(self.head, self._head_factors, backward=backward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +197,8 @@ class SharedBase:
         self._products: dict[str, tuple[SteadyProduct, SteadyProduct]] = {}
         known: dict[tuple[int, int, str], Sizes] = {}
         for name, layer in self.decoder.linears().items():
+            if layer.is_head:
+                continue
             assert isinstance(layer, Linear)
             self._names[layer], layer.together = name, self._project
             self._products[name] = steady_pair(layer.matrix.detach(), layer.bias, known)
@@ -253,10 +265,17 @@ class SharedBase:
         places = self._work.places
         inputs = [_inputs(unit.segment, self.device) for _, unit in places]
         gradient = torch.zeros_like(hidden) if backward else None
+        adapted = [unit.segment.adapter.head_part(hidden.dtype, backward=backward) for _, unit in places]
         values = [torch.zeros_like(each["target_tokens"], dtype=torch.float32) for each in inputs]
         logprobs = [torch.zeros_like(value) for value in values]
         for first, last in self._chunks(hidden.shape[0]):
             logits = there(hidden[first:last])
+            within = [slice(max(place.start, first), min(place.stop, last)) for place, _ in places]
+            parts = [
+                (part, rows) for part, rows in zip(adapted, within, strict=True) if part and rows.stop > rows.start
+            ]
+            for part, rows in parts:
+                part.add(logits[rows.start - first : rows.stop - first], hidden[rows])
             d_logits = torch.zeros_like(logits) if backward else None
             for number, (place, unit) in enumerate(places):
                 size = int(inputs[number]["target_tokens"].shape[0])
@@ -271,8 +290,14 @@ class SharedBase:
                     d_logits[part] = scored.d_logits
             if gradient is not None and d_logits is not None:
                 gradient[first:last] = back(d_logits)
+                for part, rows in parts:
+                    part.back(d_logits[rows.start - first : rows.stop - first], hidden[rows], gradient[rows])
         for (_, unit), value, logprob in zip(places, values, logprobs, strict=True):
             unit.loss, unit.logprobs = float(value.double().sum()), _by_row(logprob, unit.segment.data)
+        if backward:
+            for part, (_, unit) in zip(adapted, places, strict=True):
+                if part is not None:
+                    part.settle(partial(_add, kept=unit.kept))
         return gradient
 
     def _chunks(self, num_rows: int) -> list[tuple[int, int]]:

@@ -192,7 +192,7 @@ class TorchEngine:
             )  # fmt: skip
         return SharedPasses(
             model, counter, self.device, state, planned_piece_tokens=planned, between=between,
-            base=self._shared[1], adapter=AdapterLayers(layers),
+            base=self._shared[1], adapter=AdapterLayers(layers, model.head_update),
         )  # fmt: skip
 
     def _load(self, base: Path, *, whole: bool) -> LanguageModel:

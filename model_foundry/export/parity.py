@@ -19,11 +19,11 @@ import torch
 
 from model_foundry.engine.sampling import collect, stream_tokens
 from model_foundry.errors import ModelError
-from model_foundry.export.merge import HEAD, Merge, read_updates
+from model_foundry.export.merge import Merge
 from model_foundry.models.adapter import PREFIX, load_adapter_tensors, read_adapter_config, read_adapter_tensors
-from model_foundry.models.config import ModelConfig
+from model_foundry.models.config import HEAD_LAYER, ModelConfig
 from model_foundry.models.folder import read_config, read_tensors
-from model_foundry.models.language_model import LanguageModel, NativeModel, load_language_model
+from model_foundry.models.language_model import LanguageModel, load_language_model
 from model_foundry.models.randomness import DropoutCounter
 from model_foundry.models.targets import adapt
 from model_foundry.rendering import Renderer
@@ -99,8 +99,6 @@ class Probe:
 def load_with_adapter(base: Path, adapter: Path | None) -> LanguageModel:
     """The reference: a base in float32 with the adapter beside it, never merged.
 
-    The head alone, which no engine here adapts, gets its update added, in float32 and away from a tied embedding.
-
     Raises:
         ModelError: the adapter does not fit, or it changes the head of a model that the native decoder does not run.
     """
@@ -108,16 +106,11 @@ def load_with_adapter(base: Path, adapter: Path | None) -> LanguageModel:
     if adapter is None:
         return model.eval()
     tensors, linears = read_adapter_tensors(adapter), model.linears()
-    body = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{PREFIX}lm_head.")}
-    if body or not tensors:
-        adapt(linears, read_adapter_config(adapter), seed=0, counter=DropoutCounter(), every_target=False)
-        load_adapter_tensors(linears, body, where=str(adapter))
-    if len(body) < len(tensors):
-        if not isinstance(model, NativeModel):
-            hint = "Only the Llama family is certified with an adapted head."
-            raise ModelError("it adapts the head of a model that transformers runs", where=str(adapter), hint=hint)
-        merged = read_updates(adapter)[HEAD].apply(model.decoder.head_weight.detach())
-        model.decoder.lm_head = torch.nn.Parameter(merged, requires_grad=False)
+    if HEAD_LAYER not in linears and any(name.startswith(f"{PREFIX}{HEAD_LAYER}.") for name in tensors):
+        hint = "Only the Llama family is certified with an adapted head."
+        raise ModelError("it adapts the head of a model that transformers runs", where=str(adapter), hint=hint)
+    adapt(linears, read_adapter_config(adapter), seed=0, counter=DropoutCounter(), every_target=False)
+    load_adapter_tensors(linears, tensors, where=str(adapter))
     return model.eval()
 
 
@@ -150,7 +143,7 @@ def answer_logits(model: LanguageModel, rows: Sequence[torch.Tensor], starts: Se
     pieces = []
     for row, start in zip(rows, starts, strict=True):
         hidden = model.hidden([row])[start - 1 : -1]
-        pieces.append((hidden if model.head is None else hidden @ model.head.t().to(hidden.dtype)).float())
+        pieces.append(model.logits(hidden).float())
     return torch.cat(pieces)
 
 

@@ -14,6 +14,8 @@ from model_foundry.errors import ModelError
 from model_foundry.models.json_fields import JsonFields
 from model_foundry.models.mixture import MixtureConfig, read_mixture
 
+HEAD_LAYER = "lm_head"
+"""The output head's name as a layer that an adapter is put on."""
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 HIDDEN_ACTS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")

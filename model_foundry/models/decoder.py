@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from model_foundry.errors import ArchitectureMismatchError, ModelError
 from model_foundry.models.attention import Attention, attend_packed, choose_attention, rotate
 from model_foundry.models.balance import RouterBalance
-from model_foundry.models.config import ModelConfig
+from model_foundry.models.config import HEAD_LAYER, ModelConfig
 from model_foundry.models.experts import ExpertMLP
+from model_foundry.models.head import HeadLayer
 from model_foundry.models.lora import Adaptable, Linear, project
 from model_foundry.models.mlp import GatedMLP
 from model_foundry.models.packed_rows import PackedRows
@@ -190,6 +191,7 @@ class Decoder(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Parameter(make.tensor("lm_head.weight"), requires_grad=False)
+        self.head_layer = HeadLayer((config.vocab_size, config.hidden_size), torch.device(device))
         self._fill(tensors, where)
         frequencies, self.rope_gain = rope_frequencies(config)
         self.frequencies = frequencies.to(device)
@@ -263,7 +265,7 @@ class Decoder(nn.Module):
                 found[f"model.{name}"] = module
             elif isinstance(module, ExpertMLP):
                 found |= {f"model.{name}.{part}": layer for part, layer in module.expert_linears()}
-        return found
+        return {**found, HEAD_LAYER: self.head_layer}
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The base weights by Hugging Face name, experts one by one; packed ones are left out."""
@@ -335,7 +337,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[.., V] in the compute type."""
-        return functional.linear(hidden, self.head_weight.to(hidden.dtype))
+        logits = functional.linear(hidden, self.head_weight.to(hidden.dtype))
+        update = self.head_layer.update
+        return logits if update is None else update.add(logits, hidden)
 
 
 def keep_all(x: torch.Tensor, place: str) -> torch.Tensor:

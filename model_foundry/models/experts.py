@@ -191,7 +191,7 @@ class ExpertLinear:
 
     transposed = False
     dropout = 0.0
-    is_router = False
+    is_router = is_head = False
     lora_magnitude = None
 
     def __init__(self, stack: ExpertStack, expert: int) -> None:

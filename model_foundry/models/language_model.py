@@ -26,6 +26,7 @@ from model_foundry.models.decoder import Decoder, KeyValueCache, decode_step, fi
 from model_foundry.models.experts import ExpertStack
 from model_foundry.models.fallback import TransformersModel, load_transformers_model
 from model_foundry.models.folder import read_config, read_tensors
+from model_foundry.models.head import HeadUpdate
 from model_foundry.models.lora import Adaptable, Linear
 from model_foundry.models.packed_rows import PackedRows
 from model_foundry.models.packing import Quantization, choose_packing
@@ -103,6 +104,15 @@ class LanguageModel(nn.Module):
     def opened_head(self) -> AbstractContextManager[nn.Parameter | None]:
         """`head`, to compute a loss and its gradient from; where a process holds a part of it, whole for that long."""
         return nullcontext(self.head)
+
+    @property
+    def head_update(self) -> HeadUpdate | None:
+        """What an adapter adds to the logits that `head` gives, or None."""
+        return None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, V] of what `hidden` gives, in its type."""
+        return hidden
 
     def linears(self) -> Mapping[str, Adaptable]:
         """Every layer that can carry an adapter, by its Hugging Face name (without `.weight`)."""
@@ -195,6 +205,13 @@ class NativeModel(LanguageModel):
     @property
     def head(self) -> nn.Parameter | None:
         return self.decoder.head_weight
+
+    @property
+    def head_update(self) -> HeadUpdate | None:
+        return self.decoder.head_layer.update
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder.logits(hidden)
 
     def linears(self) -> Mapping[str, Adaptable]:
         return self.decoder.linears()

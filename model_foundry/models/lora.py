@@ -25,12 +25,14 @@ class Adaptable(Protocol):
 
     Attributes:
         is_router: it chooses experts; adapted only where it is named.
+        is_head: it is the output head; adapted only where it is named.
         group: what is adapted whole or not at all, such as all experts of a layer; None where it stands alone.
     """
 
     transposed: bool
     dropout: float
     is_router: bool
+    is_head: bool
 
     @property
     def group(self) -> object | None: ...
@@ -69,7 +71,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.transposed = transposed
-        self.is_router = False
+        self.is_router = self.is_head = False
         self.group = None
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None

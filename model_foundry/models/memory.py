@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from model_foundry.models.config import ModelConfig
+from model_foundry.models.config import HEAD_LAYER, ModelConfig
 from model_foundry.types import LoraConfig, OptimizerKind
 
 QUERY_BLOCK_TOKENS = 256
@@ -93,7 +93,7 @@ def estimate_memory(
         lora: None trains every weight (kept in float32 whatever the compute type).
         rows: tokens of each row of the largest batch computed at once.
         dtype_bytes: of the compute type: 4 for float32, 2 for bfloat16.
-        adapted: names out of `config.linear_kinds` that carry an adapter; default all but routers.
+        adapted: names out of `config.linear_kinds`, or the head's, that carry an adapter; default all but routers.
         num_due_tokens: tokens with a loss due; default all of them.
         process_bytes: resident set before the model is loaded, where the caller has measured it.
         packed: linear layers in four bits (nf4), under adapters only.
@@ -165,13 +165,13 @@ def default_targets(config: ModelConfig) -> set[str]:
 
 
 def num_adapter_parameters(config: ModelConfig, lora: LoraConfig, *, adapted: Collection[str] | None = None) -> int:
-    """Parameters of A and B on the linear layers of the named kinds, with DoRA's magnitudes."""
+    """Parameters of A and B on the linear layers of the named kinds, and the head's, with DoRA's magnitudes."""
     names = default_targets(config) if adapted is None else adapted
     total = 0
     for name, kind in config.linear_kinds.items():
         if name in names:
             total += kind.count * (lora.r * (kind.num_out + kind.num_in) + (kind.num_out if lora.use_dora else 0))
-    return total
+    return total + (lora.r * (config.vocab_size + config.hidden_size) if HEAD_LAYER in names else 0)
 
 
 def _in_layer(config: ModelConfig, *, sparse: bool) -> set[str]:

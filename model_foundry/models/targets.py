@@ -27,7 +27,8 @@ def select_targets(
 
     Args:
         layers: those that can be adapted, by full name.
-        target_modules: `all-linear` (every one but routers), a regular expression over the full name, or name endings.
+        target_modules: `all-linear` (every one but routers and the head), a regular expression over the full name, or
+            name endings.
         every_target: each name ending must match a layer. PEFT asks only that one of them does, so a stored adapter
             may name more.
 
@@ -35,7 +36,7 @@ def select_targets(
         ModelError: a name that matches nothing; the choices are listed.
     """
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        return [name for name, layer in layers.items() if not layer.is_router]
+        return [name for name, layer in layers.items() if not (layer.is_router or layer.is_head)]
     return matching_names(list(layers), target_modules, every_target=every_target)
 
 

@@ -125,7 +125,9 @@ def _model(config: RLConfig, client: ServiceClient, position: dict[str, Any] | N
     if position is not None:
         logger.info("going on from %s", position["path"])
         return client.create_training_client_from_state_with_optimizer(position["path"]).result()
-    return client.create_lora_training_client(config.model.name, rank=config.model.rank, seed=config.seed).result()
+    return client.create_lora_training_client(
+        config.model.name, rank=config.model.rank, seed=config.seed, train_unembed=False
+    ).result()
 
 
 def keep_final(run: RunDirectory, path: str, state_dir: Path) -> None:

@@ -13,7 +13,7 @@ import psutil
 
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import TrainConfig
-from model_foundry.models.config import ModelConfig
+from model_foundry.models.config import HEAD_LAYER, ModelConfig
 from model_foundry.models.folder import read_config, read_json
 from model_foundry.models.hardware import DEVICES, parameters_by_part, ways_to_train
 from model_foundry.recipes.fresh import shape_of, tokenizer_folder
@@ -193,6 +193,7 @@ def _kinds(shape: ModelConfig, target_modules: str | tuple[str, ...]) -> list[st
         for layer in range(shape.num_hidden_layers)
         for name in shape.layer_linears(layer)
     }
+    names[HEAD_LAYER] = HEAD_LAYER
     found = {names[name] for name in matching_names(list(names), target_modules)}
     singled = {kind: kind.replace("mlp.experts.", "mlp.experts.0.") for kind in shape.linear_kinds}
-    return [kind for kind, single in singled.items() if single in found]
+    return [kind for kind, single in singled.items() if single in found] + [HEAD_LAYER] * (HEAD_LAYER in found)

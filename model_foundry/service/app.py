@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from model_foundry.service.accounts import account_routes, refusing
-from model_foundry.service.bodies import Refusal, read_body, read_json, reply, text, whole_number
+from model_foundry.service.bodies import Refusal, read_body, read_json, reply, text
 from model_foundry.service.books import Sampler, finished
 from model_foundry.service.copying import copy_weights
 from model_foundry.service.downloads import download_routes
@@ -18,12 +18,12 @@ from model_foundry.service.front import Front, new_session
 from model_foundry.service.futures import future_routes
 from model_foundry.service.listing import listing_routes, path_info
 from model_foundry.service.page_routes import page_routes
-from model_foundry.service.requests import CreateSession, FinishSession
+from model_foundry.service.requests import CreateSamplingSession, CreateSession, FinishSession
 from model_foundry.service.searching import search
 
 Route = Callable[[Front, Request], Awaitable[Response]]
 UNEMBED_NOTE = (
-    "train_unembed is not done by this service: adapters go on the attention and MLP layers, "
+    "train_unembed is not done over this base, which transformers runs: adapters go on the attention and MLP layers, "
     "and the output head stays as the base has it"
 )
 CUSTOM_LOSS_NOTE = (
@@ -99,7 +99,8 @@ async def create_session(front: Front, request: Request) -> Response:
     session = new_session(tenant, asked.model_dump(), front.books.clock())
     await front.put(session)
     front.seen[session.session_id] = session.created
-    return reply({"type": "create_session", "session_id": session.session_id, "warning_message": UNEMBED_NOTE})
+    warning = None if front.executor.host.adapts_head else UNEMBED_NOTE
+    return reply({"type": "create_session", "session_id": session.session_id, "warning_message": warning})
 
 
 async def heartbeat(front: Front, request: Request) -> Response:
@@ -150,20 +151,19 @@ async def weights_info(front: Front, request: Request) -> Response:
 
 
 async def create_sampling_session(front: Front, request: Request) -> Response:
-    tenant, values = front.tenant(request), await _body(front, request)
-    session = front.open_session(text(values, "session_id"), tenant)
-    number = whole_number(values, "sampling_session_seq_id")
-    sampler_id = f"{session.session_id}:sample:{number}"
+    tenant = front.tenant(request)
+    asked = await read_body(request, CreateSamplingSession, limit=front.limits.body_bytes)
+    session, path = front.open_session(asked.session_id, tenant), asked.model_path
+    sampler_id = f"{session.session_id}:sample:{asked.sampling_session_seq_id}"
     answer = reply({"type": "create_sampling_session", "sampling_session_id": sampler_id})
-    if number is None:
-        raise Refusal(422, "sampling_session_seq_id is missing")
-    if sampler_id in front.books.samplers:
+    if (known := front.books.samplers.get(sampler_id)) is not None:
+        if known.path != path:
+            raise Refusal(409, f"{sampler_id} samples {known.path or 'the base'}", {"x-should-retry": "false"})
         return answer
-    path, base = values.get("model_path"), values.get("base_model")
-    if path is not None and front.books.checkpoint_at(str(path), tenant.sees) is None:
+    if path is not None and front.books.checkpoint_at(path, tenant.sees) is None:
         raise Refusal(404, f"there is no checkpoint {path}")
-    if path is None and base not in front.executor.base_models:
-        raise Refusal(400, f"this service has {front.executor.base_models[0]}, not {base}")
+    if (path is None or asked.base_model is not None) and asked.base_model not in front.executor.base_models:
+        raise Refusal(400, f"this service has {front.executor.base_models[0]}, not {asked.base_model}")
     await front.put(Sampler(sampler_id, session.session_id, session.owner, front.books.clock(), path))
     return answer
 

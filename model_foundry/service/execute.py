@@ -93,8 +93,9 @@ class Executor:
             raise DataError("lora_config is missing; the service trains adapters", where="create_model")
         lora = request.lora_config
         seed = operation.seed if lora.seed is None else lora.seed
-        # The head stays as it is, and a session is told so; what is said of a model is what is true of it.
-        facts = {**lora.model_dump(), "train_unembed": False, "seed": seed % 2**63}
+        # Where the head cannot be trained, sessions are told so, and what is said of a model is what is true of it.
+        unembed = lora.train_unembed and self.host.adapts_head
+        facts = {**lora.model_dump(), "train_unembed": unembed, "seed": seed % 2**63}
         facts["user_metadata"] = request.user_metadata
         model = self.named(operation, facts)
         self.host.create(model)
@@ -104,6 +105,8 @@ class Executor:
         request: LoadWeights = read_request("load_weights", orjson.loads(operation.body))
         checkpoint = self.checkpoint(request.path, operation.owner)
         reply = {"path": request.path, "model_id": operation.lane, "type": "load_weights"}
+        if request.base_model is not None:
+            self.check_base(request.base_model)
         if request.model_id is not None:
             resident = self.host.resident(self.model(operation))
             self.host.load(resident, checkpoint, optimizer=request.optimizer)
@@ -111,8 +114,6 @@ class Executor:
             resident.seq = int(operation.seq or 0)
             self.host.snapshot(operation.lane)
             return _json(reply)
-        if request.base_model is not None:
-            self.check_base(request.base_model)
         facts = {**checkpoint.facts["lora"], "user_metadata": request.user_metadata}
         model = self.named(operation, facts)
         self.host.create(model, checkpoint=checkpoint, optimizer=request.optimizer)
@@ -254,7 +255,7 @@ class Executor:
         now = self.books.clock()
         return Checkpoint(
             run_id=model.model_id, kind=kind, name=name, owner=model.owner, created=now,
-            size_bytes=store.open(name).total_bytes,
+            size_bytes=store.open(name, verify=False).total_bytes,
             expires=None if request.ttl_seconds is None else now + request.ttl_seconds,
             facts={"lora": lora, "user_metadata": request.user_metadata, "is_ephemeral": is_ephemeral},
         )  # fmt: skip

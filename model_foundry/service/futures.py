@@ -11,14 +11,11 @@ from fastapi.responses import Response
 from sqlalchemy import Connection, func, insert, select, update
 
 from model_foundry.service import journal as tables
-from model_foundry.service.bodies import Refusal, read_json, reply, text, whole_number
+from model_foundry.service.bodies import Refusal, read_body, read_json, reply, text
 from model_foundry.service.front import HOLD_SECONDS, Front
+from model_foundry.service.requests import CLONE_BLOCK, RetrieveFutures
 
 Route = Callable[[Front, Request], Awaitable[Response]]
-CLONE_BLOCK = 1_000_000_000
-"""A cloned sampler's numbers begin at its own multiple of this."""
-_MOST_CLONES = 2**53 // CLONE_BLOCK
-"""Numbers of operations are below 2**53."""
 
 
 def future_routes() -> dict[tuple[str, str], Route]:
@@ -35,16 +32,12 @@ async def retrieve_many(front: Front, request: Request) -> Response:
 
     A cursor is the time of the last one in microseconds, which a restart does not change.
     """
-    tenant, values = front.tenant(request), await read_json(request, limit=front.limits.body_bytes)
-    target = values.get("target")
-    if not isinstance(target, dict) or target.get("type", "sampling_session") != "sampling_session":
-        raise Refusal(422, "target must be a sampling_session")
-    sampler = front.sampler(text(target, "sampling_session_id"), tenant)
-    clone = whole_number(target, "cloned_sampler_id") or 0
-    if clone > _MOST_CLONES:
-        raise Refusal(422, f"cloned_sampler_id is {clone}; there are numbers for {_MOST_CLONES:,}")
-    cursor = whole_number(values, "prev_cursor") or 0
-    deadline = asyncio.get_running_loop().time() + _hold(values)
+    tenant = front.tenant(request)
+    asked = await read_body(request, RetrieveFutures, limit=front.limits.body_bytes)
+    sampler = front.sampler(asked.target.sampling_session_id, tenant)
+    clone, cursor = asked.target.cloned_sampler_id, asked.prev_cursor
+    hold = HOLD_SECONDS if asked.timeout is None else min(asked.timeout, HOLD_SECONDS)
+    deadline = asyncio.get_running_loop().time() + hold
     while True:
         # Before it is looked up: what is finished meanwhile is told by its event.
         events = [front.arrival(sampler.sampler_id)]
@@ -57,15 +50,6 @@ async def retrieve_many(front: Front, request: Request) -> Response:
         if found or left <= 0:
             return reply({"completions": found, "cursor": max([cursor, *(item.pop("cursor") for item in found)])})
         await _any_of(events, left)
-
-
-def _hold(values: dict[str, Any]) -> float:
-    asked = values.get("timeout")
-    if asked is None:
-        return HOLD_SECONDS
-    if not isinstance(asked, int | float) or isinstance(asked, bool) or not asked >= 0:
-        raise Refusal(422, f"timeout is {asked!r}; it must be seconds")
-    return min(float(asked), HOLD_SECONDS)
 
 
 async def _any_of(events: list[asyncio.Event], seconds: float) -> None:

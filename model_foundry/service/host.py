@@ -19,6 +19,7 @@ from model_foundry.checkpoint.store import Checkpoint as StoredCheckpoint
 from model_foundry.checkpoint.store import CheckpointStore
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import CheckpointCorruptError, CheckpointError, DataError, EngineError, ModelError
+from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.finder import ModelSource
 from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.service import passes
@@ -106,13 +107,14 @@ class Host:
         Raises:
             DataError: nothing would be trained, or the parts have names that only `all-linear` reaches.
         """
-        attention, mlp = bool(model.facts["train_attn"]), bool(model.facts["train_mlp"])
-        if not attention and not mlp:
-            raise DataError("train_attn and train_mlp are false, so no layer would be trained", where="lora_config")
-        if attention and mlp:
+        attention, mlp, head = (bool(model.facts[f"train_{part}"]) for part in ("attn", "mlp", "unembed"))
+        if not (attention or mlp or head):
+            what = "train_attn, train_mlp and train_unembed are false, so no layer would be trained"
+            raise DataError(what, where="lora_config")
+        if attention and mlp and not head:
             targets: str | tuple[str, ...] = "all-linear"
-        elif self.facts["implementation"] == "native":
-            targets = ATTENTION if attention else MLP
+        elif self.adapts_head:
+            targets = ATTENTION * attention + MLP * mlp + (HEAD_LAYER,) * head
         else:
             what = "which layers are attention and which are not is not known for this architecture"
             raise DataError(what, where="lora_config", hint="Leave train_attn and train_mlp true.")
@@ -168,6 +170,11 @@ class Host:
         facts = self.engine.describe(engine_id)
         # Weights and what the optimizer remembers, and the gradients.
         return Resident(engine_id, seq, num_bytes=facts["checkpoint_bytes"] + 4 * facts["trained_parameters"])
+
+    @property
+    def adapts_head(self) -> bool:
+        """Whether adapters can be put on the output head."""
+        return self.facts["implementation"] == "native"
 
     @property
     def base_name(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from model_foundry.checkpoint.lock import FileLock, LockHeldError
 from model_foundry.errors import DataError, RunError, UsageError
 from model_foundry.models.adapter import read_adapter_config
+from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.finder import resolve_model
 from model_foundry.models.folder import fingerprint
 from model_foundry.service.books import Books, Checkpoint, Model, Session
@@ -105,17 +106,20 @@ def service_shape(lora: LoraConfig, *, where: str) -> dict[str, int | bool]:
         )
         if is_so
     ]
-    parts = {"all-linear": (True, True)} if isinstance(lora.target_modules, str) else {}
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else frozenset(lora.target_modules)
-    shapes = {frozenset(ATTENTION): (True, False), frozenset(MLP): (False, True),
-              frozenset((*ATTENTION, *MLP)): (True, True), **parts}  # fmt: skip
+    named = (*ATTENTION, *MLP) if lora.target_modules == "all-linear" else lora.target_modules
+    targets = frozenset((named,) if isinstance(named, str) else named)
+    unembed = HEAD_LAYER in targets
+    shapes = {
+        frozenset((*ATTENTION * attention, *MLP * mlp, *(HEAD_LAYER,) * unembed)): (attention, mlp)
+        for attention in (False, True) for mlp in (False, True) if attention or mlp or unembed
+    }  # fmt: skip
     if targets not in shapes:
         differs.append(f"target_modules are {lora.target_modules}")
     if differs:
         raise DataError(f"the service's adapters are of another shape ({'; '.join(differs)})", where=where,
                         hint="Train it with the service's: lora_alpha 32, all-linear, nothing else on.")  # fmt: skip
     attention, mlp = shapes[targets]
-    return {"rank": lora.r, "seed": 0, "train_unembed": False, "train_mlp": mlp, "train_attn": attention}
+    return {"rank": lora.r, "seed": 0, "train_unembed": unembed, "train_mlp": mlp, "train_attn": attention}
 
 
 def _owner(journal: Journal, name: str) -> str:

@@ -11,11 +11,11 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from model_foundry.checkpoint import atomic
-from model_foundry.service.bodies import Refusal, read_json, reply
+from model_foundry.service.bodies import Refusal, read_body, reply
 from model_foundry.service.books import SEGMENTS, Checkpoint, Model
 from model_foundry.service.front import Front, moved
 from model_foundry.service.keys import Tenant
-from model_foundry.service.requests import MAX_TTL_SECONDS, MIN_TTL_SECONDS
+from model_foundry.service.requests import MoveSession, SetTtl
 
 Route = Callable[[Front, Request], Awaitable[Response]]
 _MOST = 1000
@@ -60,12 +60,9 @@ async def session(front: Front, request: Request) -> Response:
 
 async def move_session(front: Front, request: Request) -> Response:
     found = front.session(request.path_params["session_id"], front.tenant(request))
-    values = await read_json(request, limit=front.limits.body_bytes)
-    project = values.get("project_id")
-    if project is not None and not isinstance(project, str):
-        raise Refusal(422, f"project_id is {project!r}; it must be a text, or null")
+    asked = await read_body(request, MoveSession, limit=front.limits.body_bytes)
     # As it is now: it may have been finished while the body was on its way.
-    await front.put(moved(front.books.sessions[found.session_id], project))
+    await front.put(moved(front.books.sessions[found.session_id], asked.project_id))
     return Response(status_code=204)
 
 
@@ -208,12 +205,9 @@ async def unpublish(front: Front, request: Request) -> Response:
 
 
 async def set_ttl(front: Front, request: Request) -> Response:
+    _own(front, request)
+    seconds = (await read_body(request, SetTtl, limit=front.limits.body_bytes)).ttl_seconds
+    # As it is now: it may have been published, or deleted, while the body was on its way.
     found = _own(front, request)
-    values = await read_json(request, limit=front.limits.body_bytes)
-    seconds = values.get("ttl_seconds")
-    if seconds is not None and (type(seconds) is not int or not MIN_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS):
-        raise Refusal(
-            422, f"ttl_seconds is {seconds!r}; it must be from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS}, or null"
-        )
     await front.put(replace(found, expires=None if seconds is None else front.books.clock() + seconds))
     return Response(status_code=204)

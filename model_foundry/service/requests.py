@@ -13,6 +13,10 @@ MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 86400
 CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 TtlSeconds = Annotated[int, Field(ge=MIN_TTL_SECONDS, le=MAX_TTL_SECONDS)]
 Metadata = dict[str, str] | None
+CLONE_BLOCK = 1_000_000_000
+"""A cloned sampler's numbers begin at its own multiple of this."""
+MAX_CLONES = 2**53 // CLONE_BLOCK
+ClientNumber = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class Body(BaseModel):
@@ -63,6 +67,45 @@ class LoadWeights(Body):
     optimizer_config: OptimizerBody | None = None
     weights_access_token: None = None
     type: Literal["load_weights"] = "load_weights"
+
+    @model_validator(mode="after")
+    def _has_one_address(self) -> Self:
+        if self.model_id is None:
+            return self
+        for name in ("session_id", "model_seq_id", "user_metadata", "optimizer_config"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for a new model, and model_id names one that is there")
+        return self
+
+
+class CreateSamplingSession(Body):
+    session_id: str
+    sampling_session_seq_id: ClientNumber
+    base_model: str | None = None
+    model_path: str | None = None
+    type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class MoveSession(Body):
+    project_id: str | None
+
+
+class SetTtl(Body):
+    ttl_seconds: TtlSeconds | None
+
+
+class FuturesTarget(Body):
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: Annotated[int, Field(ge=0, le=MAX_CLONES)] = 0
+
+
+class RetrieveFutures(Body):
+    target: FuturesTarget
+    prev_cursor: ClientNumber = 0
+    timeout: Annotated[float, Field(ge=0)] | None = None
+    retrieved_request_ids: list[str] = []
+    """Whose results need not be kept for this client; they are kept for as long as all others."""
 
 
 class AdamBody(Body):
@@ -153,7 +196,7 @@ class CopyWeights(Body):
     """Into a session and under a number of its own, or into a session that is made for the copy."""
 
     session_id: str | None = None
-    model_seq_id: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    model_seq_id: ClientNumber | None = None
     destination_project_id: str | None = None
     source_path: str
     ttl_seconds: TtlSeconds | None = None

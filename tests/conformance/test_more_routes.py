@@ -252,7 +252,9 @@ def test_what_foundry_trained_is_gone_on_with(tiny_folder: Callable[[str], Path]
 def test_shapes_that_clients_cannot_say_are_refused() -> None:
     assert service_shape(LoraConfig(r=8), where="x")["rank"] == 8
     some = service_shape(LoraConfig(target_modules=("q_proj", "k_proj", "v_proj", "o_proj")), where="x")
-    assert (some["train_attn"], some["train_mlp"]) == (True, False)
+    assert (some["train_attn"], some["train_mlp"], some["train_unembed"]) == (True, False, False)
+    head = service_shape(LoraConfig(target_modules=("down_proj", "gate_proj", "lm_head", "up_proj")), where="x")
+    assert (head["train_attn"], head["train_mlp"], head["train_unembed"]) == (False, True, True)
     for wrong in (LoraConfig(lora_alpha=16), LoraConfig(use_dora=True), LoraConfig(target_modules=("q_proj",))):
         with pytest.raises(DataError, match="another shape"):
             service_shape(wrong, where="x")

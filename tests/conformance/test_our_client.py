@@ -204,11 +204,16 @@ def test_the_same_folder_in_one_process_is_one_service(tiny_folder: Callable[[st
             ServiceClient(base_model=base, state_dir=tmp_path, options={"num_threads": 2})
 
 
-def test_asking_for_the_head_is_refused_and_leaves_nothing(here: ServiceClient, service: Service) -> None:
-    """The SDK's default asks for it, so the service can only warn; who asks us has meant it."""
-    with pytest.raises(ServiceError, match="does not train the output head"):
-        here.create_lora_training_client(str(service.base), rank=2, train_unembed=True).result()
-    assert here.create_lora_training_client(str(service.base), rank=2).result().get_info().lora_rank == 2
+def test_asking_for_the_head_where_it_cannot_be_trained_is_refused_and_leaves_nothing(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The SDK's default asks for it, so the service can only warn over a base that transformers runs; we raise."""
+    base = str(tiny_folder("gpt2"))
+    with ServiceClient(base_model=base, state_dir=tmp_path, options={"num_threads": 1}) as client:
+        with pytest.raises(ServiceError, match="does not train the output head"):
+            client.create_lora_training_client(base, rank=2).result()
+        model = client.create_lora_training_client(base, rank=2, train_unembed=False).result()
+        assert model.get_info().lora_rank == 2
 
 
 def test_what_is_wrong_is_said(service: Service, tmp_path: Path) -> None:

@@ -232,3 +232,23 @@ def test_a_future_that_is_done_while_it_is_looked_up_is_told_of(
             assert len(answer.json()["completions"]) == 1
 
     asyncio.run(ask())
+
+
+def test_options_that_would_be_ignored_are_refused(api: httpx.Client, service: Service, model: str, saved: str) -> None:
+    session = new_session(api)
+    sampler = {"session_id": session, "sampling_session_seq_id": 0, "base_model": str(service.base)}
+    for wrong in ({"base_model": "another", "model_path": saved}, {"temperature": 0.5}):
+        assert api.post("create_sampling_session", json={**sampler, **wrong}).status_code in (400, 422), wrong
+    assert api.post("create_sampling_session", json=sampler).status_code == 200
+    assert api.post("create_sampling_session", json=sampler).status_code == 200
+    # The same number for another model answered with the first one's.
+    other = {"session_id": session, "sampling_session_seq_id": 0, "model_path": saved}
+    assert api.post("create_sampling_session", json=other).status_code == 409
+    at = f"training_runs/{model}/checkpoints/weights/kept"
+    assert api.put(f"{at}/ttl", json={"ttl_seconds": 3600, "from": "now"}).status_code == 422
+    assert api.put(f"{at}/ttl", json={}).status_code == 422
+    assert api.put(f"sessions/{session}/project", json={"project": "x"}).status_code == 422
+    load = {"model_id": model, "path": saved, "optimizer": True}
+    for wrong in ({"user_metadata": {"a": "b"}}, {"session_id": session}, {"base_model": "another"}):
+        assert finish(api, api.post("load_weights", json={**load, **wrong}))["category"] == "user", wrong
+    assert "path" in finish(api, api.post("load_weights", json={**load, "base_model": str(service.base)}))

@@ -15,7 +15,7 @@ from tinker import types
 from model_foundry.checkpoint.tensors import read_tensors
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.types import AdamParams, Datum, LoraConfig
-from tests.service_rig import KEY, Service, batch, datum, files_of, inputs
+from tests.service_rig import KEY, Service, batch, datum, files_of, finish, inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")]
 STEP = types.AdamParams(learning_rate=1e-2)
@@ -56,16 +56,20 @@ def ours(data: list[types.Datum]) -> list[Datum]:
     ]  # fmt: skip
 
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("targets, unembed", [("all-linear", False), ((*LINEAR, "lm_head"), True)])
 def test_what_is_trained_over_the_wire_is_what_the_engine_trains(
-    client: tinker.ServiceClient, service: Service
+    targets: Any, unembed: bool, client: tinker.ServiceClient, service: Service
 ) -> None:
     """Bit for bit: losses, log-probabilities and the adapter in the end."""
-    model = model_of(client, service)
+    model = model_of(client, service, train_unembed=unembed)
     losses = train(model, steps=3)
     path = model.save_state("end").result().path
     engine = TorchEngine(num_threads=1, device="cpu", dtype="float32")
     engine.share_base(engine.create_model(service.base, lora=None, trainable=False))
-    alone = engine.create_model(service.base, lora=LoraConfig(r=4, lora_alpha=32.0), seed=7)
+    alone = engine.create_model(service.base, lora=LoraConfig(r=4, lora_alpha=32.0, target_modules=targets), seed=7)
     adam = AdamParams(learning_rate=1e-2, beta1=0.9, beta2=0.95, eps=1e-12)
     want = []
     for step in range(3):
@@ -73,6 +77,7 @@ def test_what_is_trained_over_the_wire_is_what_the_engine_trains(
         engine.optim_step(alone, adam)
     assert losses == want
     stored = read_tensors(folder_of(service, path) / "adapter" / "adapter_model.safetensors")
+    assert stored.keys() == engine.trained_tensors(alone).keys()
     for name, tensor in engine.trained_tensors(alone).items():
         assert torch.equal(stored[name], tensor)
 
@@ -287,15 +292,40 @@ def test_a_creation_that_fails_leaves_nothing_behind(client: tinker.ServiceClien
 
 
 def test_parts_of_the_model_are_trained_as_asked(client: tinker.ServiceClient, service: Service) -> None:
-    """train_mlp and train_attn taken and ignored train something else than was meant."""
-    for options, part in (({"train_mlp": False}, "self_attn"), ({"train_attn": False}, "mlp")):
-        model = model_of(client, service, **options)
+    """train_mlp, train_attn and train_unembed taken and ignored train something else than was meant."""
+    for part in ("self_attn", "mlp", "lm_head"):
+        flags = {"train_attn": part == "self_attn", "train_mlp": part == "mlp", "train_unembed": part == "lm_head"}
+        model = model_of(client, service, **flags)
         path = model.save_state(part).result().path
         stored = read_tensors(folder_of(service, path) / "adapter" / "adapter_model.safetensors")
         assert stored
         assert all(f".{part}." in name for name in stored)
-    with pytest.raises(tinker.RequestFailedError, match="no layer would be trained"):
-        model_of(client, service, train_mlp=False, train_attn=False)
+    with service.api() as api:
+        lora = {"rank": 2, "train_mlp": False, "train_attn": False, "train_unembed": False}
+        body = {"session_id": client.holder.get_session_id(), "model_seq_id": 99, "base_model": str(service.base)}
+        done = finish(api, api.post("create_model", json={**body, "lora_config": lora}))
+        assert done["category"] == "user"
+        assert "no layer would be trained" in done["error"]
+
+
+def test_a_trained_head_is_sampled_from_and_kept(client: tinker.ServiceClient, service: Service) -> None:
+    """Trained and not used in sampling, an adapter on the head would be seen in the losses alone."""
+    model = model_of(client, service, train_mlp=False, train_attn=False)
+    losses = train(model, steps=6)
+    sampler = model.save_weights_and_get_sampling_client("head").result()
+    prompt = types.ModelInput.from_ints([5, 6, 7])
+    params = types.SamplingParams(max_tokens=12, temperature=0.0, stop=[])
+    (answer,) = sampler.sample(prompt, num_samples=1, sampling_params=params).result().sequences
+    whole = types.ModelInput.from_ints([5, 6, 7, *answer.tokens])
+    scored = sampler.compute_logprobs(whole).result()[3:]
+    assert np.allclose(np.array(answer.logprobs), np.array(scored, float), atol=1e-4)
+    of_base = client.create_sampling_client(base_model=str(service.base)).result().compute_logprobs(whole).result()[3:]
+    assert not np.allclose(np.array(scored, float), np.array(of_base, float), atol=1e-2)
+    path = model.save_state("with-head").result().path
+    resumed = client.create_training_client_from_state_with_optimizer(path).result()
+    again = resumed.forward(batch(0), "cross_entropy").result().metrics["loss:sum"]
+    assert again == model.forward(batch(0), "cross_entropy").result().metrics["loss:sum"]
+    assert again < losses[0]
 
 
 def test_tenants_do_not_see_each_other(client: tinker.ServiceClient, service: Service) -> None:

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 LORAS = {
     "lua": LoraConfig(r=3, lora_alpha=6),
     "dora": LoraConfig(r=4, use_dora=True, target_modules=("q_proj", "o_proj", "up_proj")),
-    "one": LoraConfig(r=1, use_rslora=True, target_modules=("v_proj", "down_proj")),
+    "one": LoraConfig(r=1, use_rslora=True, target_modules=("v_proj", "down_proj", "lm_head")),
 }
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
 

@@ -55,8 +55,7 @@ def disturb(tensors: Mapping[str, torch.Tensor], *, seed: int = 3, amount: float
 @torch.no_grad()
 def our_logits(own: TorchEngine, model_id: str, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     model = own._get(model_id).language_model.eval()
-    hidden = model.hidden(rows)
-    logits = hidden if model.head is None else functional.linear(hidden, model.head)
+    logits = model.logits(model.hidden(rows))
     return list(logits.split([len(row) for row in rows]))
 
 
@@ -129,14 +128,20 @@ def summed_loss(peer: Any, data: Sequence[Datum]) -> torch.Tensor:
     return total
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+TRAINED = [
+    *((variant, kind, "all-linear") for variant in VARIANTS for kind in KINDS),
+    ("lora", "llama", ("lm_head",)),
+    ("rslora", "llama-tied", ("v_proj", "down_proj", "lm_head")),
+]
+
+
+@pytest.mark.parametrize("variant, kind, targets", TRAINED)
 def test_gradients_and_five_steps_are_pefts_with_torchs_adamw(
-    variant: str, kind: str, tiny_folder: TinyFolder, tmp_path: Path
+    variant: str, kind: str, targets: str | tuple[str, ...], tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     """Scaling, the DoRA norm, clipping or decay a little off still trains, to another adapter."""
     own, folder = engine(), tiny_folder(kind)
-    model_id = own.create_model(folder, lora=lora_config(variant))
+    model_id = own.create_model(folder, lora=lora_config(variant, target_modules=targets))
     disturb(own.trained_tensors(model_id))
     own.save_weights(model_id, tmp_path)
     peer: Any = PeftModel.from_pretrained(base(folder), tmp_path / "adapter", is_trainable=True).eval()
@@ -190,6 +195,8 @@ TARGETS: list[tuple[str, str | tuple[str, ...]]] = [
     ("gpt2", ("mlp.c_proj",)),
     ("gemma", r".*self_attn\.(q|k)_proj"),
     ("mixtral", ("q_proj", "v_proj")),
+    ("llama", ("lm_head",)),
+    ("llama-tied", ("q_proj", "lm_head")),
 ]
 
 
@@ -212,7 +219,7 @@ def test_targets_choose_the_layers_that_peft_chooses(
     assert_same_logits(own, again, loaded)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "qproj"), ("lm_head",), r"layers", "(", ()])
+@pytest.mark.parametrize("targets", [("q_proj", "qproj"), ("lm_heads",), r"layers", "(", ()])
 def test_a_target_that_names_no_layer_is_an_error_with_the_choices(
     targets: str | tuple[str, ...], tiny_folder: TinyFolder
 ) -> None:

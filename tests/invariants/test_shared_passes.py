@@ -28,9 +28,9 @@ KINDS = {
 }
 ADAPTERS = (
     LoraConfig(r=3, lora_alpha=32),
-    LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
-    LoraConfig(r=8, lora_alpha=32),
-    LoraConfig(r=1, lora_alpha=32, target_modules=("gate_proj", "up_proj", "down_proj")),
+    LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")),
+    LoraConfig(r=8, lora_alpha=32, target_modules=("gate_proj", "up_proj", "down_proj")),
+    LoraConfig(r=1, lora_alpha=32, target_modules=("lm_head",)),
 )
 LOSSES: tuple[tuple[str, dict[str, float]], ...] = (
     ("cross_entropy", {}), ("ppo", {}), ("dro", {"beta": 0.1}), ("cross_entropy", {}),
