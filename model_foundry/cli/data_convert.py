@@ -28,9 +28,9 @@ def command(
 ) -> None:  # fmt: skip
     """Write the rows of IN to OUT in another format.
 
-    IN is a file of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; also .gz and .zst), a folder of these, or
-    hf://datasets/ORG/NAME. OUT's suffix chooses the kind of file. FORMAT is messages, sharegpt, alpaca, input_output,
-    prompt_completion, text, preference or kto.
+    IN is a file of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; also .gz, .zst, .bz2 and .xz), a folder of
+    these, or hf://datasets/ORG/NAME. OUT's suffix chooses the kind of file. FORMAT is messages, sharegpt, alpaca,
+    input_output, prompt_completion, text, preference or kto.
 
     Each row is read back before it counts as written. A row that would lose something is refused unless --lossy says
     otherwise; fields that no format reads go along.

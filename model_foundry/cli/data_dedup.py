@@ -31,8 +31,8 @@ def command(
 ) -> None:  # fmt: skip
     """Write the rows of IN to OUT without exact and near duplicates; the first of each group stays.
 
-    IN is a file of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; also .gz and .zst), a folder of these, or
-    hf://datasets/ORG/NAME. OUT's suffix chooses the kind of file.
+    IN is a file of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; also .gz, .zst, .bz2 and .xz), a folder of
+    these, or hf://datasets/ORG/NAME. OUT's suffix chooses the kind of file.
 
     Exact: the same text but for case and white space. Near: the share of word triples in common (Jaccard similarity)
     reaches the threshold, and the questions are alike too. System messages and lines that many rows share do not

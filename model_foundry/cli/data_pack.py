@@ -22,9 +22,10 @@ SECONDS_BETWEEN_LINES = 5.0
 WANTED_FILL = 0.99
 _HELP = """Tokenise FILE once into packed, memory-mapped shards.
 
-FILE is rows or text: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; also .gz and .zst), a folder of these, or
-hf://datasets/ORG/NAME. model=NAME says whose tokenizer and chat template. kind=rows packs conversations into bins of
-max_length tokens; kind=text makes one stream of documents, for pretraining. The corpus may be larger than memory.
+FILE is rows or text: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; also .gz, .zst, .bz2 and .xz), a folder
+of these, or hf://datasets/ORG/NAME. model=NAME says whose tokenizer and chat template. kind=rows packs conversations
+into bins of max_length tokens; kind=text makes one stream of documents, for pretraining. The corpus may be larger than
+memory.
 
 If it is cut short, give the same command again: it goes on, and ends with the same bytes.
 """

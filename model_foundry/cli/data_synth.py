@@ -26,7 +26,7 @@ def command(
 
     KIND is chat, instruction, preference, kto or text, of which there is no end; or geography, arithmetic or pattern,
     whose answers are known: with --heldout FILE they come with questions for evaluation.file that training never sees.
-    The suffix of --out chooses the kind of file (.jsonl, .json, .csv, .tsv, .parquet; also .gz and .zst).
+    The suffix of --out chooses the kind of file (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst, .bz2 and .xz).
     """
     from model_foundry.data.synth.writing import write_synthetic
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 5.0
 NUM_LONGEST_SHOWN = 5
-_NO_SIZE_SUFFIXES = (".gz", ".zst", ".parquet")  # whose size says little about the text in them
+_NO_SIZE_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".parquet")  # whose size says little about the text in them
 
 _PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "Question"),),

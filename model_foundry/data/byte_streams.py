@@ -1,13 +1,16 @@
 """Bytes of a file as chunks and lines, decompressed by what they are rather than by what they are called.
 
 Memory stays bounded whatever the file holds: a chunk at a time, and no line longer than MAX_ROW_BYTES. Knows gzip,
-Zstandard, byte order marks and line ends; knows nothing of JSON, tables or rows.
+Zstandard, bzip2, xz, byte order marks and line ends; knows nothing of JSON, tables or rows.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,16 +21,13 @@ from model_foundry.errors import DataError, MissingExtraError
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 256 << 20
 """The longest line, JSON value or text file that is read; more is a problem, never a full memory."""
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 # A Zstandard block of 4 bytes may stand for 128 KB, so this many bytes at once come to 16 MB at the very worst.
 _ZSTD_INPUT_BYTES = 512
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_GZIP_MAGIC = b"\x1f\x8b"
+_XZ_MEMORY_BYTES = 256 << 20  # `xz -9` needs 65 MB, and a file may ask for 4 GB
 _BINARY_MAGICS = {
     b"PK\x03\x04": "a zip archive",
-    b"BZh": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
     b"7z\xbc\xaf": "a 7z archive",
     b"\x7fELF": "a program",
     b"\x89PNG": "a picture",
@@ -64,14 +64,14 @@ def open_binary(path: Path) -> io.BufferedReader:
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, decompressed where they begin like gzip or Zstandard.
+    """A file's bytes, decompressed where they begin like gzip, Zstandard, bzip2 or xz.
 
     Raises:
         DataError: as `open_binary`. UnreadableError: the compressed data are damaged or cut off.
         MissingExtraError: Zstandard without the package that reads it.
     """
     with open_binary(path) as file:
-        unpack = _unpacking(file.peek(8))
+        unpack = _unpacking(file.peek(_MAGIC_BYTES))
         try:
             yield from unpack(file)
         except OSError as error:
@@ -79,9 +79,9 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file begins like gzip or Zstandard."""
+    """Whether the file begins like gzip, Zstandard, bzip2 or xz."""
     with open_binary(path) as file:
-        return _unpacking(file.peek(8)) is not _plain
+        return _unpacking(file.peek(_MAGIC_BYTES)) is not _plain
 
 
 def text_chunks(path: Path) -> Iterator[bytes]:
@@ -101,7 +101,7 @@ def text_chunks(path: Path) -> Iterator[bytes]:
     for magic, kind in _BINARY_MAGICS.items():
         if first.startswith(magic):
             raise UnreadableError(f"the file is compressed or binary: {kind}")
-    if first.startswith((_GZIP_MAGIC, _ZSTD_MAGIC)):
+    if _unpacking(first) is not _plain:
         raise UnreadableError("the file is compressed or binary: it is compressed twice")
     if first := first.removeprefix(_BYTE_ORDER_MARK):
         yield first
@@ -171,12 +171,6 @@ def utf8_problem(data: bytes) -> str | None:
     return None
 
 
-def _unpacking(head: bytes) -> Callable[[IO[bytes]], Iterator[bytes]]:
-    if head.startswith(_GZIP_MAGIC):
-        return _gunzip
-    return _unzstd if head.startswith(_ZSTD_MAGIC) else _plain
-
-
 def _plain(file: IO[bytes]) -> Iterator[bytes]:
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
@@ -209,3 +203,47 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
         raise UnreadableError(f"the Zstandard data are damaged: {error}") from error
     if not frame.eof:
         raise UnreadableError("the Zstandard data are cut off")
+
+
+def _unbzip2(file: IO[bytes]) -> Iterator[bytes]:
+    return _streams(file, bz2.BZ2Decompressor, "bzip2")
+
+
+def _unxz(file: IO[bytes]) -> Iterator[bytes]:
+    return _streams(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES), "xz")
+
+
+def _streams(
+    file: IO[bytes], start: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], kind: str
+) -> Iterator[bytes]:
+    """One stream or several end to end, with zeros in between, as both tools write and read them."""
+    stream = start()
+    while data := file.read(CHUNK_BYTES):
+        while data:
+            if stream.eof:
+                if not (data := data.lstrip(b"\0")):
+                    break
+                stream = start()
+            try:
+                chunk = stream.decompress(data, CHUNK_BYTES)
+                while chunk:
+                    yield chunk
+                    chunk = b"" if stream.eof or stream.needs_input else stream.decompress(b"", CHUNK_BYTES)
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise UnreadableError(f"the {kind} data are damaged: {error}") from error
+            data = stream.unused_data
+    if not stream.eof:
+        raise UnreadableError(f"the {kind} data are cut off")
+
+
+_UNPACKERS: dict[re.Pattern[bytes], Callable[[IO[bytes]], Iterator[bytes]]] = {
+    re.compile(rb"\x1f\x8b"): _gunzip,
+    re.compile(rb"\x28\xb5\x2f\xfd"): _unzstd,
+    re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"): _unbzip2,
+    re.compile(rb"\xfd7zXZ\0"): _unxz,
+}
+_MAGIC_BYTES = 16
+
+
+def _unpacking(head: bytes) -> Callable[[IO[bytes]], Iterator[bytes]]:
+    return next((unpack for magic, unpack in _UNPACKERS.items() if magic.match(head)), _plain)

@@ -6,9 +6,11 @@ what would read back as something else is named. Knows nothing of row formats be
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
+import lzma
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,7 +44,7 @@ def open_container(path: Path) -> Iterator[Put]:
     """
     suffix = data_suffix(path)
     if suffix not in ROW_SUFFIXES:
-        hint = f"Write {', '.join(ROW_SUFFIXES)}, also with .gz or .zst"
+        hint = f"Write {', '.join(ROW_SUFFIXES)}, also with .gz, .zst, .bz2 or .xz"
         raise DataError(f"the suffix '{suffix}' names no kind of file", where=str(path), hint=hint)
     if not path.parent.is_dir():
         raise DataError("there is no such folder", where=str(path.parent), hint="Make it first")
@@ -105,6 +107,10 @@ def _compressed(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
             except ImportError as error:
                 raise MissingExtraError("zstandard", "data") from error
             packed = zstandard.ZstdCompressor().stream_writer(file, closefd=False)
+        elif name.endswith(".bz2"):
+            packed = bz2.BZ2File(file, "wb")
+        elif name.endswith(".xz"):
+            packed = lzma.LZMAFile(file, "wb")  # noqa: SIM115 - closed by the stack
         else:
             yield file
             return

@@ -1,8 +1,8 @@
 """Any file of rows as a stream of decoded records: JSON Lines, JSON, CSV, TSV, Parquet, text, and folders of these.
 
-Each may also be compressed (.gz, .zst; told by the first bytes). Memory is bounded by one row (Parquet: by one batch
-of a row group), whatever the file's size. What cannot be decoded is a record with a problem, named by file and line;
-nothing is passed over in silence. Knows nothing of what the rows mean.
+Each may also be compressed (.gz, .zst, .bz2, .xz; told by the first bytes). Memory is bounded by one row (Parquet: by
+one batch of a row group), whatever the file's size. What cannot be decoded is a record with a problem, named by file
+and line; nothing is passed over in silence. Knows nothing of what the rows mean.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def iter_records(path: Path | str, *, text_suffixes: Collection[str] = TEXT_SUFF
         skipped = "; ".join(f"{count:,} {reason}" for reason, count in inputs.skipped.items())
         raise DataError(
             f"the folder cannot be read: it holds no file of rows{f' ({skipped})' if skipped else ''}",
-            where=str(path), hint=f"Rows are {', '.join(ROW_SUFFIXES)}, also .gz and .zst",
+            where=str(path), hint=f"Rows are {', '.join(ROW_SUFFIXES)}, also .gz, .zst, .bz2 and .xz",
         )  # fmt: skip
     for file in inputs.files:
         name = file.relative_to(path).as_posix() if file != path else file.name

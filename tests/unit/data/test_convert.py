@@ -45,7 +45,7 @@ HOLDS: dict[str, set[str]] = {
     "preference": {"pair"},
     "kto": {"good", "bad"},
 }
-SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.zst"]
+SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.zst", ".csv.bz2", ".jsonl.xz"]
 
 
 def write(folder: Path, *rows: Any, name: str = "in.jsonl") -> Path:
@@ -237,7 +237,7 @@ def test_a_target_inside_the_folder_that_is_read_is_refused(tmp_path: Path) -> N
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     """Prevents the time of day in a gzip header from changing a file's hash."""
     source = write(tmp_path, {"text": "a"})
-    for suffix in (".jsonl.gz", ".jsonl.zst", ".parquet"):
+    for suffix in (".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet"):
         one, two = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
         convert_rows(source, one)
         convert_rows(source, two)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tempfile
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,23 @@ CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 }
 
 
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+def xz_for_much_memory() -> bytes:
+    """A file of two bytes whose header says that unpacking takes a window of 4 GB."""
+    packed = bytearray(lzma.compress(b"{}"))
+    packed[16] = 40
+    packed[20:24] = zlib.crc32(packed[12:20]).to_bytes(4, "little")
+    return bytes(packed)
+
+
 def put(folder: Path, name: str, data: bytes) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +95,11 @@ def problems(path: Path) -> list[str]:
     return [f"{record.source}: {record.problem}" for record in iter_records(path) if record.problem is not None]
 
 
-@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("suffix", CONTAINERS)
 def test_the_same_rows_come_out_of_every_container(suffix: str, packing: str, tmp_path: Path) -> None:
     data = CONTAINERS[suffix](ROWS)
-    data = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.compress}[packing](data)
+    data = PACKINGS[packing](data)
     path = put(tmp_path, f"rows{suffix}{packing}", data)
     assert [record.value for record in iter_records(path)] == ROWS
     assert len({record.source for record in iter_records(path)}) == len(ROWS)
@@ -90,8 +110,16 @@ def test_compression_and_parquet_are_told_by_their_bytes(tmp_path: Path) -> None
     assert [r.value for r in iter_records(put(tmp_path, "a.jsonl", gzip.compress(as_jsonl(ROWS))))] == ROWS
     assert [r.value for r in iter_records(put(tmp_path, "b.jsonl", zstandard.compress(as_jsonl(ROWS))))] == ROWS
     assert [r.value for r in iter_records(put(tmp_path, "c.jsonl", as_parquet(ROWS)))] == ROWS
-    several = zstandard.compress(as_jsonl(ROWS[:1])) + zstandard.compress(as_jsonl(ROWS[1:]))
-    assert [r.value for r in iter_records(put(tmp_path, "d.zst", several))] == ROWS
+    assert [r.value for r in iter_records(put(tmp_path, "d.jsonl", bz2.compress(as_jsonl(ROWS))))] == ROWS
+    assert [r.value for r in iter_records(put(tmp_path, "e.jsonl", lzma.compress(as_jsonl(ROWS))))] == ROWS
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst", ".bz2", ".xz"])
+def test_files_joined_by_cat_are_read_to_their_end(packing: str, tmp_path: Path) -> None:
+    """Prevents the rows behind the first of several compressed streams from being lost."""
+    pack, between = PACKINGS[packing], bytes(8) if packing == ".xz" else b""  # xz may fill up with zeros
+    several = pack(as_jsonl(ROWS[:1])) + between + pack(b"") + between + pack(as_jsonl(ROWS[1:])) + between
+    assert [r.value for r in iter_records(put(tmp_path, f"a.jsonl{packing}", several))] == ROWS
 
 
 def test_sources_name_the_line_a_person_would_look_at(tmp_path: Path) -> None:
@@ -150,6 +178,12 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], "not whole gzip data"),
     "cut zstd": ("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n')[:-3], "the Zstandard data are cut off"),
     "flipped zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\xff\xff\xff\xff", "the Zstandard data are damaged"),
+    "cut bzip2": ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n')[:-3], "the bzip2 data are cut off"),
+    "flipped bzip2": ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n')[:-4] + b"abcd", "the bzip2 data are damaged"),
+    "more than bzip2": ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n') + b"abcd", "the bzip2 data are damaged"),
+    "cut xz": ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n')[:-3], "the xz data are cut off"),
+    "flipped xz": ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n')[:-12] + b"x" * 12, "the xz data are damaged"),
+    "an xz of 4 GB": ("a.jsonl.xz", xz_for_much_memory(), "the xz data are damaged: Memory usage limit exceeded"),
     "cut parquet": ("a.parquet", as_parquet(ROWS)[:-20], "a.parquet: not whole Parquet data"),
     "text called parquet": ("a.parquet", b"{}", "a.parquet: not whole Parquet data"),
     "cut list": ("a.json", b'[{"a": 1}, {"a"', "it ends inside the list"),
@@ -216,7 +250,7 @@ def test_memory_is_bounded_by_a_row_and_not_by_the_file(name: str, tmp_path: Pat
     assert peak < (20e6 if "zst" in name else 8e6) < len(lines)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+@pytest.mark.parametrize("pack", list(PACKINGS.values())[1:], ids=list(PACKINGS)[1:])
 def test_a_decompression_bomb_does_not_fill_the_memory(
     pack: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
