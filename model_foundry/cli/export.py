@@ -99,6 +99,7 @@ def find_subject(name: str) -> Subject:
     from model_foundry.export.certificate import Origin
     from model_foundry.export.measure import Subject
     from model_foundry.export.merge import adapter_sha256
+    from model_foundry.export.plain_prompts import PlainPrompts
     from model_foundry.models.finder import resolve_model
     from model_foundry.models.folder import fingerprint
     from model_foundry.recipes.conversation import as_trained
@@ -108,7 +109,8 @@ def find_subject(name: str) -> Subject:
     source = resolve_model(name)
     section, now = as_trained(ModelSection(name=name))
     renderer = Renderer(Tokenizer.load(source.folder), section.template, now=now)
-    renderer.require_template()
+    if not renderer.template_text:
+        renderer = PlainPrompts(renderer.tokenizer, now=now)
     prompts, prompts_from, system = held_out_prompts(name)
     origin = Origin(
         name=name,

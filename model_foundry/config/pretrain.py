@@ -42,7 +42,7 @@ class PretrainModelSection(ArchitectureSection):
 
 class TokenizerSection(Section):
     name: str | None = None
-    """A folder of `foundry tokenizer train`, or a model whose tokenizer to take; default that of model.name."""
+    """A folder of `foundry tokenizer train`, a SentencePiece .model file, or a model whose tokenizer to take."""
 
 
 class CorpusSection(Section):

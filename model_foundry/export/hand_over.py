@@ -61,6 +61,8 @@ def export(
         UsageError, ModelError: it cannot be made. FoundryError: the disk is full; nothing is left behind.
     """
     template = _refuse_wishes(subject, out, kind=kind, dtype=dtype, quants=quants)
+    if not subject.renderer.template_text:
+        say("it has no chat template: prompts are plain texts, and the export has none either")
     merge = plan_merge(subject.base, subject.adapter)
     if kind in ("gguf", "gguf-adapter", "ollama"):
         gguf_config(merge)
@@ -119,6 +121,9 @@ def _refuse_wishes(
         raise UsageError(f"an adapter is not written as {', '.join(quants)}", where="--quant", hint=hint)
     if kind == "ollama" and len(quants) != 1:
         raise UsageError("a Modelfile names one file", where="--quant", hint="Export each format to its own folder.")
+    if kind == "ollama" and not subject.renderer.template_text:
+        hint = "Use --to gguf, or export it --to merged, put a chat_template.jinja into that folder and export that."
+        raise UsageError("it has no chat template, which Ollama asks for", where=subject.origin.name, hint=hint)
     return derive(subject.renderer) if kind == "ollama" else None
 
 

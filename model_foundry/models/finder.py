@@ -252,7 +252,8 @@ class _Finder:
         return own, self.find(own)
 
     def _not_found(self, name: str, *, looks_like_path: bool, no_hub: bool = False) -> ModelNotFoundError:
-        known = [*KNOWN_MODELS, *(entry.name for entry in list_entries(home=self.home))]
+        cached = [entry.name for entry in list_entries(home=self.home) if self._answers_to(entry)]
+        known = [*KNOWN_MODELS, *cached]
         close = difflib.get_close_matches(name.lower(), [item.lower() for item in known], n=1, cutoff=0.5)
         by_last = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], known, n=1, cutoff=0.5)
         what = "there is no model of this name"
@@ -264,6 +265,10 @@ class _Finder:
         guess = (close or by_last or [""])[0]
         hint = f"Did you mean {guess}?" if guess else f"Known names: {', '.join(sorted(set(known)))}."
         return ModelNotFoundError(what, where=name or "(empty name)", hint=hint)
+
+    def _answers_to(self, entry: CacheEntry) -> bool:
+        """Whether the entry is found by its name; what was made of a file is found by that file."""
+        return entry.folder == entry_folder(entry.name, home=self.home)
 
 
 def _model_folder(name: str, path: Path) -> ModelSource:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from model_foundry.config.pretrain import ExperimentConfig
@@ -17,6 +18,7 @@ from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.initialise import write_fresh_model
 from model_foundry.recipes.architecture import architecture_of
 from model_foundry.tokenizer import Tokenizer
+from model_foundry.tokenizer.folder import SENTENCEPIECE_FILES
 
 logger = logging.getLogger(__name__)
 FRESH = "a model from nothing"
@@ -42,7 +44,11 @@ def fresh_source(config: ExperimentConfig) -> ModelSource:
     key = f"fresh-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
 
     def make(target: Path) -> Mapping[str, Any]:
-        write_fresh_model(target, shape, seed=config.seed, tokenizer_from=folder)
+        with TemporaryDirectory(prefix="foundry-tokenizer-") as temporary:
+            files = folder
+            if not (folder / "tokenizer.json").is_file():  # a SentencePiece model, which a folder holds with its twin
+                tokenizer.save(files := Path(temporary, "tokenizer"))
+            write_fresh_model(target, shape, seed=config.seed, tokenizer_from=files)
         return {"fresh": True, "seed": config.seed, "tokenizer": str(folder)}
 
     entry = fill(key, FRESH, make, say=logger.info, home=work_folder(config))
@@ -68,10 +74,12 @@ def shape_of(config: ExperimentConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_folder(config: ExperimentConfig) -> Path:
-    """The folder of the vocabulary, which may be there before there is a model."""
+    """The folder of the vocabulary, which may be there before there is a model; or its SentencePiece file."""
     name = config.tokenizer.name or ""
     path = Path(name).expanduser()
-    if (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file():
+    if any((path / file).is_file() for file in ("tokenizer.json", *SENTENCEPIECE_FILES)):
+        return path
+    if path.suffix == ".model" and path.is_file():
         return path
     try:
         return resolve_model(name, say=logger.info).folder

@@ -102,7 +102,9 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         what = f"the SentencePiece model cannot be read: {error.strerror}"
         raise ModelError(what, where=str(path), hint=_HINT) from error
     except (ValueError, struct.error, UnicodeDecodeError) as error:
-        raise ModelError(f"this is no SentencePiece model: {error}", where=str(path), hint=_HINT) from error
+        raise ModelError(
+            f"this is no SentencePiece model that can be used: {error}", where=str(path), hint=_HINT
+        ) from error
 
 
 def parse_sentencepiece(data: bytes) -> SentencePieceModel:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from safetensors.numpy import load_file
 
 from model_foundry.errors import ConfigError, DataError, FoundryError, ModelError
@@ -14,6 +15,7 @@ from model_foundry.recipes.corpus import prepare_corpus
 from model_foundry.recipes.training_run import plan_run, run_training
 from model_foundry.run.directory import utc_now
 from model_foundry.run.metrics import comparable_lines, read_metrics
+from model_foundry.tokenizer import Tokenizer
 from tests.conftest import byte_level_tokenizer, save_folder
 from tests.shard_sets import pack
 from tests.tiny_runs import write_jsonl
@@ -23,6 +25,14 @@ from tests.tiny_text import documents, tiny_experiment
 def weights(run: Path) -> dict[str, np.ndarray]:
     folder = run / "checkpoints" / "final" / "model"
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def train_sentencepiece(path: Path, texts: list[str]) -> None:
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=310, byte_fallback=True,
+            minloglevel=2,
+        )  # fmt: skip
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -156,6 +166,20 @@ def test_training_goes_on_from_a_model(chatml_folder: Path, tmp_path: Path) -> N
         for config in (first, second)
     ]
     assert ends[1][0] == pytest.approx(ends[0][-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_sentencepiece_model_is_a_vocabulary_to_start_with(named: str, tmp_path: Path) -> None:
+    """Prevents a .model file, which everything else here reads, from stopping at a tokenizer.json that it lacks."""
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    train_sentencepiece(folder / "tokenizer.model", [row["text"] for row in documents(120)])
+    tokenizer = folder if named == "folder" else folder / "tokenizer.model"
+    config = tiny_experiment(tmp_path, tokenizer=tokenizer, training__max_steps=2)
+    assert run_training(config).verdict == "passed"
+    end = Tokenizer.load(config.run_dir / "checkpoints" / "final" / "model")
+    assert end.fingerprint == Tokenizer.load(tokenizer).fingerprint
+    assert end.sentencepiece is not None
 
 
 def test_a_plan_says_the_text_and_the_steps(chatml_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from model_foundry.checkpoint.lock import FileLock
 from model_foundry.checkpoint.manifest import verify_manifest
+from model_foundry.cli.export import find_subject
 from model_foundry.errors import ArchitectureMismatchError, CheckFailedError, FoundryError, ModelError, UsageError
 from model_foundry.export.certificate import CARD, CERTIFICATE
 from model_foundry.export.gguf import gguf_obstacle
@@ -24,7 +25,7 @@ from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import LoraConfig
 from tests.tiny_adapters import head_adapter
-from tests.tiny_exports import make_subject
+from tests.tiny_exports import PROMPTS, make_subject
 from tests.tiny_models import config_of
 from tests.tiny_runs import assert_one_paragraph, foundry_here
 
@@ -57,6 +58,20 @@ def test_the_template_and_the_stop_tokens_of_the_run_travel_along(subject: Subje
     export(replace(subject, renderer=renderer), tmp_path / "out", kind="merged")
     assert Tokenizer.load(tmp_path / "out").chat_template == renderer.template_text
     assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == list(renderer.stop_token_ids)
+
+
+def test_a_model_without_a_chat_template_is_measured_on_texts(tmp_path: Path) -> None:
+    """Prevents what was only pretrained from being refused: it has no turns, and need not have any."""
+    made = make_subject(tmp_path)
+    (made.base / "chat_template.jinja").unlink(missing_ok=True)
+    (made.base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    found = replace(find_subject(str(made.base)), prompts=PROMPTS[:1])
+    certificates = [export(found, tmp_path / kind, kind=kind) for kind in ("merged", "gguf")]
+    assert all(check["passed"] for certificate in certificates for check in certificate["checks"])
+    assert {"gguf: token ids", "llama.cpp: logits"} <= {check["name"] for check in certificates[1]["checks"]}
+    assert Tokenizer.load(tmp_path / "merged").chat_template is None
+    with pytest.raises(UsageError, match="no chat template, which Ollama asks for"):
+        export(found, tmp_path / "ollama", kind="ollama", quants=("f16",))
 
 
 def test_an_adapter_is_handed_over_with_its_tokenizer(subject: Subject, tmp_path: Path) -> None:

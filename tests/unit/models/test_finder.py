@@ -85,6 +85,14 @@ def test_a_cached_name_is_one_of_the_guesses(tiny_model: MakeModel, own_home: Pa
         resolve_model("acme/rockt", say=ignore)
 
 
+def test_what_was_made_of_a_file_is_no_name_to_ask_for(tiny_model: MakeModel, own_home: Path) -> None:
+    """Prevents the tokenizer that was read out of a GGUF from being offered as a model."""
+    cache_as("acme/rocket", tiny_model(), own_home)
+    fill("gguf-tokenizer-0", "the tokenizer of x.gguf", lambda folder: {"source": "gguf"}, say=ignore, home=own_home)
+    with pytest.raises(ModelNotFoundError, match=rf"Known names: acme/rocket, {KNOWN}\."):
+        resolve_model("zzzz", say=ignore)
+
+
 def test_offline_refuses_to_fetch_and_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_OFFLINE", "1")
     with pytest.raises(ModelNotFoundError, match=f"FOUNDRY_OFFLINE.*foundry models pull {KNOWN}"):
