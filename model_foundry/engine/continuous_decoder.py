@@ -31,7 +31,7 @@ from model_foundry.engine.continuous_attention import (
     plan_block,
 )
 from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
-from model_foundry.engine.continuous_products import Product, check_places
+from model_foundry.engine.continuous_products import Product, cancelling_rows, check_places
 from model_foundry.engine.platform import join_pages
 from model_foundry.models.attention import rotate
 from model_foundry.models.config import HEAD_LAYER
@@ -82,7 +82,11 @@ class _Projection:
         has_bias = any(layer.bias is not None for layer in layers)
         self._bias = torch.cat([bias.to(layers[0].device, dtype) for bias in biases]) if has_bias else None
         if not any(isinstance(layer, PackedLinear) for layer in layers):
-            self.product = Product(torch.cat([layer.matrix.detach().to(dtype) for layer in layers]), self._bias)
+            self.product = Product(self.matrix(dtype), self._bias)
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """[sum of out, in], from the layers: the product has given its own away."""
+        return torch.cat([layer.matrix.detach().to(dtype) for layer in self._layers])
 
     def __call__(self, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         """x [R, in] → [R, sum of out]."""
@@ -213,12 +217,11 @@ class BatchedDecoder:
     def _check_places(self) -> None:
         """Raises EngineError where one of the model's products is not the same in every row; each shape once."""
         projections = [part for layer in self.layers for part in layer.projections]
-        products = {(sum(part.sizes), part.num_in): part.product for part in projections if part.product is not None}
-        products[self.head.shape] = self.head
-        drawn = torch.Generator().manual_seed(0)
-        for (_, num_in), product in products.items():
-            x = torch.randn(ANSWER_ROWS, num_in, generator=drawn)
-            check_places(product, x.to(self.device, self.dtype))
+        products = {(sum(part.sizes), part.num_in): part for part in projections if part.product is not None}
+        for part in products.values():
+            assert part.product is not None
+            check_places(part.product, cancelling_rows(part.matrix(self.dtype), ANSWER_ROWS))
+        check_places(self.head, cancelling_rows(self.decoder.head_weight.detach().to(self.dtype), ANSWER_ROWS))
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """The first tokens of a segment into another."""

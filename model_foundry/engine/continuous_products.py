@@ -35,6 +35,22 @@ class Product:
         return torch.ops.mkldnn._linear_pointwise(x, self._ordered, self._bias, "none", [], "")
 
 
+def cancelling_rows(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[num_rows, in], each of which has one output of M [out, in], from the first to the last, whose terms cancel.
+
+    That sum is zero but for what rounding leaves of its parts, and any other order of summation leaves something else.
+    Of random rows' outputs a few in ten thousand would tell.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    num_out, num_in = matrix.shape
+    weights = matrix[torch.linspace(0, num_out - 1, num_rows).long()].cpu()
+    one, other = torch.randperm(num_in // 2 * 2, generator=drawn).chunk(2)
+    scales = torch.exp2(torch.randint(-6, 7, (num_in // 2,), generator=drawn)).to(matrix.dtype)
+    x = torch.zeros(num_rows, num_in, dtype=matrix.dtype)
+    x[:, one], x[:, other] = weights[:, other] * scales, -weights[:, one] * scales
+    return x.to(matrix.device)
+
+
 def check_places(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
     """Whether each row of x [R, in] gets the same bits in another place of the same number of rows.
 

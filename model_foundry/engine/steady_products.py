@@ -1,8 +1,8 @@
 """Products whose rows are the same bits in whatever company: the number of rows is cut into sizes that were tried.
 
-A BLAS chooses its kernel, and so its order of summation, by the number of rows. Most numbers give one row the same
-bits all the same, and which do is found by trying; where a number does not, the rows are multiplied in parts. It knows
-matrices. It does not know layers.
+A BLAS chooses its kernel, and so its order of summation, by the number of rows. Many numbers give one row the same
+bits all the same, and which do is found by trying, with rows whose sums are nothing but rounding; where a number does
+not, the rows are multiplied in parts. It knows matrices. It does not know layers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from model_foundry.engine.continuous_products import Product
+from model_foundry.engine.continuous_products import Product, cancelling_rows
 from model_foundry.engine.platform import multiplies_bfloat16
 from model_foundry.errors import EngineError
 
@@ -20,27 +20,35 @@ STEP_ROWS = 32
 LEAST_ROWS = 64
 """The fewest rows of a product, and those that the others are compared with."""
 
+_PARTS = (512, 256, 192, 128, 96, LEAST_ROWS)
+"""Where a number of rows does not hold, the first part is the largest of these that does; every trial takes time."""
+
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SteadyProduct:
-    """x [N, in] → [N, out], N a multiple of 32 from 64 on; a row's bits depend on that row alone.
+    """x [N, in] → x Mᵀ + bias [N, out], N a multiple of 32 from 64 on; a row's bits depend on that row alone.
 
     Args:
+        multiply: the product.
+        matrix: M [out, in].
         sizes: what is known of products of this shape; shared by all of them.
 
     Raises:
         EngineError: on the first call, where even one number of rows gives a row other bits in another place.
     """
 
-    def __init__(self, multiply: Multiply, *, num_in: int, dtype: torch.dtype, sizes: Sizes) -> None:
-        self._multiply, self._num_in, self._dtype, self.sizes = multiply, num_in, dtype, sizes
+    def __init__(self, multiply: Multiply, *, matrix: torch.Tensor, sizes: Sizes) -> None:
+        self._multiply, self._matrix, self.sizes = multiply, matrix, sizes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = self.sizes.parts(x.shape[0], self._is_steady)
+        num_rows = x.shape[0]
+        parts = self.sizes.parts(num_rows, self._is_steady)
         if len(parts) == 1:
             return self._multiply(x)
-        return torch.cat([self._multiply(part) for part in x.split(parts)])
+        if (spare := sum(parts) - num_rows) > 0:
+            x = torch.cat([x, x.new_zeros(spare, x.shape[1])])
+        return torch.cat([self._multiply(part) for part in x.split(parts)])[:num_rows]
 
     def try_rows(self, num_rows: int) -> None:
         """Find out how so many rows are cut. Raises: EngineError: as a call would."""
@@ -49,8 +57,7 @@ class SteadyProduct:
     @torch.no_grad()
     def _is_steady(self, num_rows: int) -> bool:
         """Whether so many rows give each row the bits that it has among `LEAST_ROWS`, wherever it stands."""
-        drawn = torch.Generator().manual_seed(0)
-        pool = torch.randn(LEAST_ROWS, self._num_in, generator=drawn).to(self._dtype)
+        pool = cancelling_rows(self._matrix, LEAST_ROWS)
         want = self._multiply(pool)
         # 7 and 64 have no common factor: every row comes, at other places in every block.
         places = (torch.arange(num_rows) * 7 + 3) % LEAST_ROWS
@@ -65,7 +72,7 @@ class Sizes:
         self._cut: dict[int, list[int]] = {}
 
     def parts(self, num_rows: int, is_steady: Callable[[int], bool]) -> list[int]:
-        """Numbers of rows that add up to `num_rows`, each of them tried; as few as can be found.
+        """Numbers of rows, each of them tried, that add up to `num_rows` or to a little more; few of them.
 
         Raises:
             EngineError: not even the least number can be relied on.
@@ -77,10 +84,10 @@ class Sizes:
     def _search(self, num_rows: int, is_steady: Callable[[int], bool]) -> list[int]:
         if num_rows < LEAST_ROWS or num_rows % STEP_ROWS:
             raise EngineError(f"{num_rows} rows; a steady product has a multiple of {STEP_ROWS} from {LEAST_ROWS} on")
-        for first in range(num_rows, LEAST_ROWS - 1, -STEP_ROWS):
-            rest = num_rows - first
-            if (rest == 0 or rest >= LEAST_ROWS) and self._holds(first, is_steady):
-                return [first, *(self._search(rest, is_steady) if rest else ())]
+        for first in (num_rows, *(part for part in _PARTS if part < num_rows)):
+            if self._holds(first, is_steady):
+                rest = num_rows - first
+                return [first, *(self._search(max(rest, LEAST_ROWS), is_steady) if rest else ())]
         what = f"products of {num_rows} rows depend on who else is in them on this machine"
         raise EngineError(what, hint="Ask for co_batching=off.")
 
@@ -109,6 +116,6 @@ def steady_pair(
         return known.setdefault((num_out, num_in, way), Sizes())
 
     return (
-        SteadyProduct(there, num_in=num_in, dtype=weight.dtype, sizes=sizes("there")),
-        SteadyProduct(back, num_in=num_out, dtype=weight.dtype, sizes=sizes("back")),
+        SteadyProduct(there, matrix=weight, sizes=sizes("there")),
+        SteadyProduct(back, matrix=weight.t(), sizes=sizes("back")),
     )

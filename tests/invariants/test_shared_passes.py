@@ -232,7 +232,7 @@ def test_a_batch_that_is_refused_is_refused_alone(tiny_folder: TinyFolder) -> No
 def test_rows_are_cut_where_a_number_of_them_cannot_be_relied_on() -> None:
     assert Sizes().parts(512, lambda size: True) == [512]
     assert Sizes().parts(512, lambda size: size <= 192) == [192, 192, 128]
-    assert Sizes().parts(224, lambda size: size in (64, 96)) == [96, 64, 64]
+    assert Sizes().parts(224, lambda size: size in (64, 96)) == [96, 96, 64]
     with pytest.raises(EngineError, match="depend on who else"):
         Sizes().parts(96, lambda size: False)
 
