@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from model_foundry.config.commands import COMMAND_SCHEMAS
+from model_foundry.config.commands import COMMAND_SCHEMAS, METHOD_SCHEMAS
 from model_foundry.config.fields import FieldSpec, schema_fields, schema_sections, section_of
 from model_foundry.config.suggest import close, field_like
 from model_foundry.config.tree import Branch, Node, find, to_plain
@@ -101,7 +101,8 @@ def unknown_key_hint(dotted: str, schema: type[BaseModel]) -> str | None:
         return "inherits stands at the top of a file"
     for command, other in COMMAND_SCHEMAS.items():
         if other is not schema and (dotted in schema_fields(other) or dotted in schema_sections(other)):
-            return f"It belongs to foundry {command}"
+            is_method = command == "train" and schema in METHOD_SCHEMAS.values()
+            return f"It belongs to foundry {'train method=sft' if is_method else command}"
     like = field_like(dotted, schema)
     return f"Did you mean {like}?" if like else None
 

@@ -96,7 +96,8 @@ def iter_records(path: Path | str, *, text_suffixes: Collection[str] = TEXT_SUFF
         skipped = "; ".join(f"{count:,} {reason}" for reason, count in inputs.skipped.items())
         raise DataError(
             f"the folder cannot be read: it holds no file of rows{f' ({skipped})' if skipped else ''}",
-            where=str(path), hint=f"Rows are {', '.join(ROW_SUFFIXES)}, also .gz, .zst, .bz2 and .xz",
+            where=str(path),
+            hint=f"Rows are {', '.join(ROW_SUFFIXES)}, texts {', '.join(text_suffixes)}; also .gz, .zst, .bz2 and .xz",
         )  # fmt: skip
     for file in inputs.files:
         name = file.relative_to(path).as_posix() if file != path else file.name

@@ -4,7 +4,8 @@ Field names and token types are those of llama.cpp (`llama-vocab.cpp`, `gguf-py/
 does not know how a GGUF file is written, or models.
 
 llama.cpp gave the same ids for 4,000 difficult texts, for a trained vocabulary and for SentencePiece models of both
-kinds, but for characters that Unicode has had since version 16: its tables and those of `tokenizers` differ in age.
+kinds, but for characters that Unicode has had since version 16: its tables and those of `tokenizers` differ in age. It
+rewrites no text for BPE models, so those with rules of their own are refused.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def gguf_fields(tokenizer: Tokenizer, *, num_rows: int | None = None) -> dict[st
         if role in tokenizer.named:
             fields[f"tokenizer.ggml.{name}_token_id"] = tokenizer.backend.token_to_id(tokenizer.named[role])
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos
+    fields["tokenizer.ggml.add_eos_token"] = False  # prompts are gone on with, and llama.cpp ends `t5` ones by itself
     if tokenizer.chat_template is not None:
         fields["tokenizer.chat_template"] = tokenizer.chat_template
     return fields
@@ -66,6 +68,10 @@ def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
 def _sentencepiece(tokenizer: Tokenizer, model: SentencePieceModel) -> dict[str, Any]:
     if model.kind == "unigram" and model.byte_fallback:
         raise ModelError("llama.cpp knows no byte fallback for unigram models: it would give unknown tokens instead")
+    if model.kind == "bpe" and (model.charsmap or model.remove_extra_whitespaces):
+        what = "llama.cpp rewrites no text for BPE models: this one's rules would be passed over, and ids be others"
+        hint = "Train it as Llama's was: normalization_rule_name=identity, remove_extra_whitespaces=false."
+        raise ModelError(what, hint=hint)
     texts = _texts(tokenizer)
     added = texts[len(model.pieces) :]
     fields: dict[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from model_foundry.config.load import load_config
+from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import ChatConfig, EvaluateConfig, TrainConfig
 from model_foundry.errors import ConfigError
 
@@ -63,6 +64,8 @@ def test_a_key_like_nothing_gets_no_suggestion() -> None:
 def test_a_key_of_another_command_says_whose_it_is() -> None:
     with pytest.raises(ConfigError, match="It belongs to foundry train"):
         load_config(EvaluateConfig, path=None, overrides=["training.learning_rate=1"], environ={})
+    with pytest.raises(ConfigError, match="It belongs to foundry train method=sft"):  # who asks has typed `train`
+        load_config(ExperimentConfig, path=None, overrides=["model.quantization=nf4"], environ={})
     with pytest.raises(ConfigError, match="It belongs to foundry chat"):
         load_config(TrainConfig, path=None, overrides=["temperature=1"], environ={})
     with pytest.raises(ConfigError, match="inherits stands at the top of a file"):

@@ -45,9 +45,10 @@ def test_added_tokens_that_are_not_special_are_not_control(chatml_folder: Path) 
 
 @pytest.mark.parametrize(("kind", "name"), [("bpe", "llama"), ("unigram", "t5")])
 def test_a_sentencepiece_model(kind: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "a.model").write_bytes(trained(kind))
+    (tmp_path / "a.model").write_bytes(trained(kind, **(PLAIN if kind == "bpe" else {})))
     tokenizer = Tokenizer.load(tmp_path / "a.model")
     fields = gguf_fields(tokenizer)
+    assert fields["tokenizer.ggml.add_eos_token"] is False  # of a `t5` vocabulary llama.cpp would end every prompt
     assert fields["tokenizer.ggml.model"] == name
     assert len(fields["tokenizer.ggml.scores"]) == len(fields["tokenizer.ggml.tokens"]) == tokenizer.vocab_size
     assert fields["tokenizer.ggml.token_type"][:4] == [UNKNOWN, CONTROL, CONTROL, USER_DEFINED]
@@ -66,9 +67,20 @@ def test_what_llama_cpp_would_encode_otherwise_is_refused(tmp_path: Path) -> Non
         gguf_fields(Tokenizer.load(tmp_path / "a.model"))
 
 
+@pytest.mark.parametrize("rule", [{"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}])
+def test_rules_that_llama_cpp_passes_over_are_refused(rule: dict[str, Any], tmp_path: Path) -> None:
+    """Two spaces, or a ligature, had other ids in the GGUF; the checks' prompts hold neither."""
+    (tmp_path / "a.model").write_bytes(trained("bpe", **(PLAIN | rule)))
+    with pytest.raises(ModelError, match="rewrites no text for BPE models"):
+        gguf_fields(Tokenizer.load(tmp_path / "a.model"))
+
+
 def test_too_few_rows_are_refused(chatml_folder: Path) -> None:
     with pytest.raises(ModelError, match="10 rows"):
         gguf_fields(Tokenizer.load(chatml_folder), num_rows=10)
+
+
+PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
 def trained(kind: str, **options: Any) -> bytes:
