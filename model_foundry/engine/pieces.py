@@ -326,12 +326,10 @@ class Passes:
             if chosen is not None:
                 gradient = torch.zeros_like(flat)
                 gradient[chosen] = result.d_hidden
-            if not hidden.requires_grad:
-                pass  # the head alone is trained
-            elif own is None:
-                hidden.backward(gradient)
-            else:
+            if own is not None:
                 own.backward(hidden, gradient)
+            elif hidden.requires_grad:
+                hidden.backward(gradient)
         logprobs = np.full(inputs["target_tokens"].shape, np.nan, dtype=np.float32)
         logprobs[wanted.cpu().numpy()] = result.logprobs.cpu().numpy()
         ends = np.cumsum([datum.num_tokens for datum in data])[:-1]
@@ -361,7 +359,8 @@ class OwnGradients:
         self.chunk_logits = CHUNK_LOGITS // num_shares
 
     def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._found = torch.autograd.grad(hidden, self._parameters, gradient, allow_unused=True)
+        if hidden.requires_grad:  # not where the head alone is trained
+            self._found = torch.autograd.grad(hidden, self._parameters, gradient, allow_unused=True)
 
     def add(self) -> None:
         for parameter, gradient in zip(self._parameters, self._found, strict=False):

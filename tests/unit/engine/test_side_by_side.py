@@ -19,6 +19,7 @@ from model_foundry.types import AdamParams, LoraConfig
 from tests.tiny_models import random_comparisons, random_data
 
 TinyFolder = Callable[[str], Path]
+WITH_HEAD, HEAD = LoraConfig(r=4, target_modules=("v_proj", "lm_head")), LoraConfig(r=4, target_modules=("lm_head",))
 LENGTHS = (140, 150, 145, 150)
 PAIRS = ((60, 50, 40), (90, 30, 30), (1, 70, 70), (80, 40, 20))
 """(shared, better, worse); the third is read as two rows."""
@@ -73,7 +74,7 @@ def test_the_first_error_in_order_is_raised_when_all_have_ended(two_threads: Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [LoraConfig(r=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [LoraConfig(r=4), None, WITH_HEAD, HEAD], ids=["lora", "full", "with head", "head"])
 @pytest.mark.parametrize(
     ("kind", "loss_fn"),
     [("llama", "cross_entropy"), ("llama-tied", "cross_entropy"), ("llama", "dpo_sigmoid"), ("llama-tied", "dpo_ipo")],
