@@ -65,7 +65,7 @@ class PairLoss:
     def __call__(self, rows: Sequence[Any], logprobs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         inputs = {"logprobs": self._reference, "num_tokens": self._num_tokens.view(-1, 2)}
         loss = (self._weights * self.loss.terms(self.sums(logprobs), inputs, self.loss.settings)).sum()
-        return loss, {"dpo": float(loss)}
+        return loss, {"dpo": float(loss.detach())}
 
 
 def train(client: ServiceClient, config: DpoConfig, *, log_steps: int = 10) -> tuple[list[float], str]:

@@ -126,7 +126,7 @@ class Books:
         self.models: dict[str, Model] = {}
         self.samplers: dict[str, Sampler] = {}
         self.checkpoints: dict[tuple[str, str, str], Checkpoint] = {}
-        journal.run(self._read, durable=False).result()
+        journal.read(self._read)
 
     def _read(self, connection: Connection) -> None:
         for row in connection.execute(select(tables.sessions)):
@@ -148,7 +148,7 @@ class Books:
             rows = connection.execute(select(table).where(table.c.finished.is_(None)).order_by(table.c.created))
             return [_operation(row) for row in rows]
 
-        return self.journal.run(read, durable=False).result()
+        return self.journal.read(read)
 
     def done_after(self, model_id: str, seq: int) -> list[Operation]:
         """A model's operations after `seq` that were done and not refused, in order: its state is made of them."""
@@ -158,7 +158,7 @@ class Books:
             wanted = (table.c.lane == model_id, table.c.seq > seq, table.c.finished.is_not(None), ~table.c.failed)
             return [_operation(row) for row in connection.execute(select(table).where(*wanted).order_by(table.c.seq))]
 
-        return self.journal.run(read, durable=False).result()
+        return self.journal.read(read)
 
     def read_operation(self, request_id: str) -> Work[Operation | None]:
         def read(connection: Connection) -> Operation | None:
@@ -235,7 +235,7 @@ class Books:
             )
             return [(row.lane, row.kind, row.loss, row.num_tokens) for row in rows]
 
-        return self.journal.run(read, durable=False).result()
+        return self.journal.read(read)
 
     def drop_bodies(self, model_id: str, seq: int) -> Work[None]:
         """Forget the bodies of operations up to `seq`: no snapshot that is kept needs them."""

@@ -7,6 +7,7 @@ import logging
 
 from sqlalchemy import Connection, delete
 
+from model_foundry.errors import FoundryError
 from model_foundry.service import journal as tables
 from model_foundry.service.bodies import Refusal
 from model_foundry.service.front import Front
@@ -38,6 +39,8 @@ class Janitor:
                 await self.look()
             except Refusal as refusal:
                 logger.warning("tidying up: %s", refusal.what)
+            except FoundryError as error:
+                logger.warning("tidying up: %s", error)
 
     async def look(self) -> None:
         front, now = self.front, self.front.books.clock()

@@ -131,6 +131,18 @@ class Journal:
         self._queue.put((work, durable, future))
         return future
 
+    def read(self, work: Work[T]) -> T:
+        """What `work` finds.
+
+        Raises:
+            RunError: the database is damaged.
+        """
+        try:
+            return self.run(work, durable=False).result()
+        except DatabaseError as error:
+            hint = "Put back a copy of the state folder; its checkpoints are whole without the journal."
+            raise RunError(f"cannot be read ({str(error.orig).strip()})", where=self.where, hint=hint) from error
+
     def close(self) -> None:
         """Write what was handed over, and stop."""
         self._queue.put(None)

@@ -64,7 +64,7 @@ class Keys:
             rows = connection.execute(select(tables.keys).order_by(tables.keys.c.created))
             return {row.digest: Key(row.key_id, row.name, row.role, row.created, row.revoked) for row in rows}
 
-        self._by_digest = self._journal.run(read, durable=False).result()
+        self._by_digest = self._journal.read(read)
 
     def list(self) -> list[Key]:
         return list(self._by_digest.values())

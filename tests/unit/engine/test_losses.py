@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from model_foundry.engine.losses import LOSSES, choose_loss, head_pass
 from model_foundry.errors import EngineError
+from model_foundry.models.head import HeadUpdate
 
 CROSS_ENTROPY = LOSSES["cross_entropy"]
 
@@ -49,6 +50,33 @@ def test_a_frozen_head_gets_no_gradient_and_a_forward_pass_none_at_all() -> None
     head.requires_grad_(False)
     head_pass(hidden, head, CROSS_ENTROPY, inputs, backward=True)
     assert head.grad is None
+
+
+@pytest.mark.parametrize("chunk_logits", [97, 10**6])
+def test_an_adapter_on_the_head_is_a_part_of_it(chunk_logits: int) -> None:
+    """Its scale, its gradients and that of the hidden states: each would be missed in another way."""
+    hidden, head, inputs = batch(7, 8, 97)
+    head.requires_grad_(False)
+    draw = torch.Generator().manual_seed(1)
+    down, up = (nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((3, 8), (97, 3)))
+    leaf = hidden.clone().requires_grad_()
+    want = plain(leaf, head + 2.0 * up @ down, inputs)
+    d_hidden, d_down, d_up = torch.autograd.grad(want, (leaf, down, up))
+    update = HeadUpdate(down, up, 2.0)
+    down.grad = torch.ones_like(down)
+    result = head_pass(hidden, head, CROSS_ENTROPY, inputs, backward=True, update=update, chunk_logits=chunk_logits)
+    assert result.loss == pytest.approx(float(want.detach()), rel=1e-5)
+    assert result.d_hidden is not None
+    assert torch.allclose(result.d_hidden, d_hidden, atol=1e-4)
+    assert down.grad is not None
+    assert up.grad is not None
+    assert torch.allclose(down.grad - 1, d_down, atol=1e-3)
+    assert torch.allclose(up.grad, d_up, atol=1e-3)
+    frozen = HeadUpdate(nn.Parameter(down.detach(), False), nn.Parameter(up.detach(), False), 2.0)
+    again = head_pass(hidden, head, CROSS_ENTROPY, inputs, backward=True, update=frozen)
+    assert again.d_hidden is not None
+    assert torch.allclose(again.d_hidden, d_hidden, atol=1e-4)
+    assert (frozen.down.grad, frozen.up.grad) == (None, None)
 
 
 def test_logits_without_a_head_are_left_as_they_were() -> None:

@@ -84,6 +84,25 @@ def test_a_journal_that_is_cut_off_or_foreign(tmp_path: Path) -> None:
         Journal(tmp_path / "text")
 
 
+def test_a_damaged_page_is_a_typed_error(tmp_path: Path) -> None:
+    """The database's own error, with a trace of calls, says nothing about what to do."""
+    journal = Journal(tmp_path)
+    books = Books(journal)
+    for number in range(50):
+        journal.run(books.accept(operation(number), None)).result()
+    journal.close()
+    data = bytearray((tmp_path / FILE_NAME).read_bytes())
+    # All but the first page, which holds the schema, and that of `meta`, which is read when it is opened.
+    page = sqlite3.connect(tmp_path / FILE_NAME).execute("select rootpage from sqlite_master where name = 'meta'")
+    kept = int(page.fetchone()[0])
+    for number in range(1, len(data) // 4096):
+        if number != kept - 1:
+            data[4096 * number : 4096 * (number + 1)] = b"\x07" * 4096
+    (tmp_path / FILE_NAME).write_bytes(data)
+    with pytest.raises(RunError, match="malformed"):
+        Books(Journal(tmp_path)).unfinished()
+
+
 def test_keys_are_kept_as_hashes_and_can_be_taken_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     keys = Keys(journal, is_open=True)
