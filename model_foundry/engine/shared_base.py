@@ -16,7 +16,7 @@ Shapes: N rows of a pass, padding included, n of a segment, D width, r rank, V v
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from model_foundry.engine.adapter_stacks import AdapterStack, Factors, Gradients, Part, StackedProducts, fill
+from model_foundry.engine.alike_rows import AlikeRows
 from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, score
 from model_foundry.engine.shared_head import SEGMENT_ROWS, HeadPart
 from model_foundry.engine.side_by_side import even_shares, run_side_by_side, worthwhile_shares
@@ -63,7 +65,7 @@ class AdapterLayers:
 
     def __init__(self, layers: Mapping[str, Linear], head: HeadUpdate | None = None) -> None:
         self._layers, self.head = layers, head
-        self._ready: dict[tuple[str, ...], _Factors | None] = {}
+        self._ready: dict[tuple[str, ...], Factors | None] = {}
         self._head_factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._is_stale = False
 
@@ -73,14 +75,14 @@ class AdapterLayers:
     def refresh(self) -> None:
         """Read the weights again where they have changed; before threads use them."""
         if self._is_stale:
-            _fill(factors for factors in self._ready.values() if factors is not None)
+            fill(factors for factors in self._ready.values() if factors is not None)
             self._head_factors, self._is_stale = None, False
 
-    def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> _Factors | None:
+    def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> Factors | None:
         """Of layers that read the same input; None where they carry no adapter."""
         if names not in self._ready:
             layers = [self._layers[name] for name in names]
-            self._ready[names] = _Factors.of(layers, dtype) if layers[0].lora_A is not None else None
+            self._ready[names] = Factors.of(layers, dtype) if layers[0].lora_A is not None else None
         return self._ready[names]
 
     def head_part(self, dtype: torch.dtype, *, backward: bool) -> HeadPart | None:
@@ -90,39 +92,6 @@ class AdapterLayers:
         if self._head_factors is None:
             self._head_factors = self.head.factors(dtype)
         return HeadPart.of(self.head, self._head_factors, backward=backward)
-
-
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """down: [sum of r, in]; ups: [out, r] with the scale in them; both in the compute type."""
-
-    layers: list[Linear]
-    down: torch.Tensor
-    ups: list[torch.Tensor]
-
-    @classmethod
-    def of(cls, layers: list[Linear], dtype: torch.dtype) -> _Factors:
-        ranks = [layer.lora_A.shape[0] for layer in layers if layer.lora_A is not None]
-        down = torch.empty(sum(ranks), layers[0].shape[1], dtype=dtype, device=layers[0].device)
-        ups = [down.new_empty(layer.shape[0], rank) for layer, rank in zip(layers, ranks, strict=True)]
-        made = cls(layers, down, ups)
-        _fill([made])
-        return made
-
-
-@torch.no_grad()
-def _fill(every: Iterable[_Factors]) -> None:
-    """Read the weights of all layers in a few calls: they are hundreds, and small."""
-    downs, ups, a_parts, b_parts, scales = [], [], [], [], []
-    for factors in every:
-        downs += factors.down.split([up.shape[1] for up in factors.ups])
-        ups += factors.ups
-        a_parts += [layer.lora_A for layer in factors.layers]
-        b_parts += [layer.lora_B for layer in factors.layers]
-        scales += [layer.scaling for layer in factors.layers]
-    if downs:
-        torch._foreach_copy_(downs, a_parts)
-        torch._foreach_copy_(ups, torch._foreach_mul(b_parts, scales))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +109,6 @@ class SegmentResult:
 
     loss: float
     logprobs: list[np.ndarray]
-
-
-Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -203,6 +169,8 @@ class SharedBase:
             self._names[layer], layer.together = name, self._project
             self._products[name] = steady_pair(layer.matrix.detach(), layer.bias, known)
         self._head = steady_pair(self.decoder.head_weight.detach().to(self.decoder.compute_dtype), None, known)
+        self._stacked = StackedProducts()
+        self._alike = AlikeRows(self.decoder.config, dtype=self.decoder.compute_dtype, device=device)
         # What a pass begins with: its gradient is asked for, so that the layers' backward passes are run.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._on_threads([self._try, *([_nothing] * (self.num_threads - 1))])
@@ -241,6 +209,8 @@ class SharedBase:
         """One thread's rows."""
         if not units:
             return
+        # Neighbours that are alike are computed in one call.
+        units = sorted(units, key=lambda unit: [datum.num_tokens for datum in unit.segment.data])
         packed = [_packed(unit.segment.data, self.device) for unit in units]
         sizes = [int(tokens.shape[0]) for tokens, _ in packed]
         if (spare := max(LEAST_ROWS - sum(sizes), -sum(sizes) % STEP_ROWS)) > 0:
@@ -250,7 +220,8 @@ class SharedBase:
         try:
             with torch.set_grad_enabled(backward):
                 hidden = self.decoder(
-                    torch.cat([tokens for tokens, _ in packed]), PackedRows.joined([rows for _, rows in packed])
+                    torch.cat([tokens for tokens, _ in packed]),
+                    PackedRows.joined([rows for _, rows in packed], alike=self._alike),
                 )
             gradient = self._heads(hidden.detach(), backward=backward)
             if gradient is not None:
@@ -314,41 +285,35 @@ class SharedBase:
         names = tuple(self._names[layer] for layer in layers)
         products = [self._products[name] for name in names]
         parts = [
-            (rows, factors, unit.kept)
+            Part(rows, factors, unit.kept)
             for rows, unit in self._work.places
             if (factors := unit.segment.adapter.factors(names, x.dtype)) is not None
         ]
+        stacks = AdapterStack.of(parts, self._stacked)
         if torch.is_grad_enabled():
-            return _Project.apply(x, self._anchor, products, parts)  # pyright: ignore[reportReturnType]
-        return _forward(x, products, parts)[0]
+            return _Project.apply(x, self._anchor, products, stacks)  # pyright: ignore[reportReturnType]
+        return _forward(x, products, stacks)[0]
 
 
 _Products = Sequence[tuple[SteadyProduct, SteadyProduct]]
-_Parts = Sequence[tuple[slice, _Factors, Gradients | None]]
 
 
 def _forward(
-    x: torch.Tensor, products: _Products, parts: _Parts
+    x: torch.Tensor, products: _Products, stacks: Sequence[AdapterStack]
 ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-    """One [N, out] a layer, and x Aᵀ of every segment."""
+    """One [N, out] a layer, and x Aᵀ of every stack."""
     outs = tuple(there(x) for there, _ in products)
-    hidden = []
-    for rows, factors, _ in parts:
-        low = x[rows] @ factors.down.t()
-        for out, up, part in zip(outs, factors.ups, _ranks(factors, low), strict=True):
-            out[rows].addmm_(part, up.t())
-        hidden.append(low)
-    return outs, hidden
+    return outs, [stack.forward(x, outs) for stack in stacks]
 
 
 class _Project(torch.autograd.Function):
     """Layers that read the same input, under all segments' adapters, whose gradients it adds by itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, anchor: Any, products: Any, parts: Any) -> Any:
-        outs, hidden = _forward(x, products, parts)
+    def forward(ctx: Any, x: Any, anchor: Any, products: Any, stacks: Any) -> Any:
+        outs, hidden = _forward(x, products, stacks)
         ctx.save_for_backward(x, *hidden)
-        ctx.products, ctx.parts = products, parts
+        ctx.products, ctx.stacks = products, stacks
         return outs
 
     @staticmethod
@@ -358,23 +323,9 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for grad, (_, back) in zip(grads, ctx.products, strict=True):
                 dx = back(grad) if dx is None else dx.add_(back(grad))
-        for (rows, factors, kept), low in zip(ctx.parts, hidden, strict=True):
-            d_low = torch.empty_like(low)
-            lows, d_lows = _ranks(factors, low), _ranks(factors, d_low)
-            for grad, up, layer, mine, d_mine in zip(grads, factors.ups, factors.layers, lows, d_lows, strict=True):
-                torch.mm(grad[rows], up, out=d_mine)
-                _add(layer.lora_B, grad[rows].t() @ mine, layer.scaling, kept)
-            d_downs = (d_low.t() @ x[rows]).split([up.shape[1] for up in factors.ups])
-            for layer, d_down in zip(factors.layers, d_downs, strict=True):
-                _add(layer.lora_A, d_down, 1.0, kept)
-            if dx is not None:
-                dx[rows].addmm_(d_low, factors.down)
+        for stack, low in zip(ctx.stacks, hidden, strict=True):
+            stack.backward(x, low, grads, dx)
         return dx, None, None, None
-
-
-def _ranks(factors: _Factors, low: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each layer's columns of [n, sum of r]."""
-    return low.split([up.shape[1] for up in factors.ups], dim=1)
 
 
 def _add(parameter: torch.Tensor | None, gradient: torch.Tensor, scale: float, kept: Gradients | None) -> None:

@@ -9,7 +9,7 @@ Shapes: N packed tokens, S rows of a group, T their length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -96,12 +96,22 @@ class PackedRows:
         return cls(tuple(lengths), tuple(groups), positions, forks)
 
     @classmethod
-    def joined(cls, parts: Sequence[PackedRows]) -> PackedRows:
-        """Parts one after the other, each with its own groups, so that none's depend on the others."""
+    def joined(
+        cls, parts: Sequence[PackedRows], *, alike: Callable[[int, int], bool] = lambda num_tokens, num_rows: False
+    ) -> PackedRows:
+        """Parts one after the other, each with its own groups, so that none's depend on the others.
+
+        Args:
+            alike: whether so many rows of one length are computed the same together; neighbouring groups then are one.
+        """
         groups: list[RowGroup] = []
         first_row = first_token = 0
         for part in parts:
-            groups += [group.moved(rows=first_row, tokens=first_token) for group in part.groups]
+            for group in (each.moved(rows=first_row, tokens=first_token) for each in part.groups):
+                if groups and (both := _both(groups[-1], group)) and _are_alike((groups[-1], group, both), alike):
+                    groups[-1] = both
+                else:
+                    groups.append(group)
             first_row, first_token = first_row + len(part.lengths), first_token + sum(part.lengths)
         lengths = tuple(length for part in parts for length in part.lengths)
         forks = tuple(fork for part in parts for fork in part.branches)
@@ -140,6 +150,21 @@ class PackedRows:
                 hidden |= keys <= query - window
             self._masks[key] = hidden if bool(hidden.any()) else None
         return self._masks[key]
+
+
+def _both(one: RowGroup, other: RowGroup) -> RowGroup | None:
+    """Groups of rows of one length, the second right after the first, as one; None for others."""
+    size = one.num_rows * one.num_tokens
+    plain = all(group.index is None and group.branch is None for group in (one, other))
+    if not plain or one.num_tokens != other.num_tokens or other.start != one.start + size:
+        return None
+    if one.num_tokens > QUERY_BLOCK_TOKENS or size + other.num_rows * other.num_tokens > STACK_TOKENS:
+        return None  # as `_stackable`
+    return replace(one, rows=one.rows + other.rows)
+
+
+def _are_alike(groups: Iterable[RowGroup], alike: Callable[[int, int], bool]) -> bool:
+    return all(alike(group.num_tokens, group.num_rows) for group in groups)
 
 
 def _stackable(shortest: int, longest: int, num_rows: int) -> bool:
