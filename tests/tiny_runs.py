@@ -98,6 +98,11 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"} | changes
 
 
+def unmeasured(env: Mapping[str, str]) -> dict[str, str]:
+    """Without the measurement of coverage, whose own file cannot be written where files may not grow."""
+    return {name: value for name, value in env.items() if not name.startswith("COVERAGE_PROCESS")}
+
+
 def start(*arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """`foundry ARGUMENTS` as a process of its own."""
     command = [sys.executable, "-m", "model_foundry", *map(str, arguments)]

@@ -23,6 +23,7 @@ from tests.tiny_runs import (
     foundry_here,
     losses,
     records,
+    unmeasured,
     write_colours,
     write_jsonl,
     write_project,
@@ -237,7 +238,7 @@ def test_a_file_that_may_not_grow_stops_the_run_and_keeps_what_was_saved(config:
     """Prevents a half-written checkpoint, and an error that names another file than the one that did not fit."""
     command = [sys.executable, "-m", "model_foundry", "train", str(config)]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+        command, env=unmeasured(environment()), capture_output=True, text=True, timeout=60, check=False,
         preexec_fn=limit_files(80_000),
     )  # fmt: skip
     paragraph = assert_one_paragraph(done, code=3, words=("checkpoints/final", "files this large"))

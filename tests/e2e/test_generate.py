@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.message_batches_server import KEY, MODEL, Fault, Server, TestClock
-from tests.tiny_runs import assert_one_paragraph, environment, foundry, foundry_here, start
+from tests.tiny_runs import assert_one_paragraph, environment, foundry, foundry_here, start, unmeasured
 
 pytestmark = pytest.mark.slow
 
@@ -320,6 +320,7 @@ def test_a_full_disk_stops_before_what_it_could_not_write_down(num_bytes: int, p
     """Prevents a paid request that no ledger knows."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))  # noqa: E731
     command = [sys.executable, "-m", "model_foundry", "generate", str(project.path)]
-    done = subprocess.run(command, env=project.env, capture_output=True, text=True, preexec_fn=limit, check=False)
+    env = unmeasured(project.env)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert_one_paragraph(done, code=3, words=("could not be written", "nothing is paid for twice"))
     project.assert_balanced()

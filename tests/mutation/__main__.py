@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 ACCEPTED = Path(__file__).with_name("accepted.yaml")
 TARGETS: dict[str, tuple[str, ...]] = {
     "engine.losses": ("tests/unit/engine/test_losses.py",),
+    "engine.preference_losses": ("tests/unit/engine/test_preference_losses.py", "tests/unit/engine/test_losses.py"),
+    "engine.pair_pass": ("tests/unit/engine/test_pair_pass.py",),
     "engine.mlx_losses": (
         "tests/invariants/test_mlx_equals_torch.py::test_losses_are_torchs",
         "tests/invariants/test_mlx_equals_torch.py::test_several_targets_in_pieces_of_any_size",
@@ -41,7 +43,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "generate.ledger": ("tests/unit/generate/test_ledger.py",),
 }
 """Module of model_foundry -> the tests that must notice its faults."""
-LOOKED_AT = ("engine.losses", "engine.mlx_losses", "checkpoint.schedule")
+LOOKED_AT = (
+    "engine.losses", "engine.preference_losses", "engine.pair_pass", "engine.mlx_losses", "checkpoint.schedule",
+)  # fmt: skip
 """Those whose survivors have all been looked at; `make prove` holds them to that."""
 MIN_SECONDS, TIMES = 20.0, 6.0
 """A mutant may take so many times as long as the sound module, and no less than this; then it hangs, and is noticed."""
