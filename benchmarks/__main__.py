@@ -26,6 +26,7 @@ BENCHMARKS = {
     "b12": ("b12_checkpoint_stall", "how long a save stops the training loop, beside HF Trainer"),
     "b13": ("b13_export", "the gate and the export of a merged, then a GGUF model: seconds, bytes, memory"),
     "b14": ("b14_dpo", "preference training (DPO) on pairs with long prompts, beside TRL's DPOTrainer"),
+    "memory": ("memory_table", "peak memory as the plan predicts it, beside runs in fresh processes"),
     "serve": ("serve_load", "foundry serve under 1, 4, 16 and 64 clients of locust: latency, throughput, first text"),
 }
 
@@ -33,7 +34,7 @@ BENCHMARKS = {
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
         for name, (_, about) in BENCHMARKS.items():
-            print(f"  {name:5} {about}")
+            print(f"  {name:6} {about}")
         return 0 if not arguments else 2
     module, _ = BENCHMARKS[arguments[0]]
     try:

@@ -19,7 +19,7 @@ import click
 
 from model_foundry import __version__
 from model_foundry.cli.extras import EXTRAS
-from model_foundry.config.yaml_text import resolve_plain
+from model_foundry.run.machine import memory_facts, read_lines
 
 GIB = 2**30
 LOW_MEMORY_BYTES = 3 * GIB
@@ -149,43 +149,10 @@ def usable_cores() -> int:
 
 
 def cpu_name() -> str:
-    for line in _read_lines("/proc/cpuinfo"):
+    for line in read_lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def memory_facts() -> dict[str, int | None]:
-    """Total and available bytes, the limit of the container included."""
-    fields = {}
-    for line in _read_lines("/proc/meminfo"):
-        name, _, text = line.partition(":")
-        fields[name] = int(text.split()[0]) * 1024
-    total, available = fields.get("MemTotal"), fields.get("MemAvailable")
-    if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _number("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    used = _number("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
-    if limit is not None and (total is None or limit < total):
-        total = limit
-        free = limit - (used or 0)
-        available = free if available is None else min(available, free)
-    return {"total_bytes": total, "available_bytes": available}
-
-
-def _number(*names: str) -> int | None:
-    for name in names:
-        for line in _read_lines(name):
-            value = resolve_plain(line.strip())
-            return value if isinstance(value, int) else None
-    return None
-
-
-def _read_lines(name: str) -> list[str]:
-    try:
-        return Path(name).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def disk_facts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -116,7 +116,8 @@ class TrainingSection(Section):
     max_skipped_steps: NonNegativeInt = 5
     """Stop after more steps in a row with NaN or infinite gradients; not counted are those a loss scale may mend."""
     micro_batch_tokens: PositiveInt | None = None
-    """Split a pass into pieces of at most this many tokens (same gradients up to rounding); default no splitting."""
+    """Split a pass into pieces of at most this many tokens (same gradients up to rounding); default: the whole
+    batch, or what the plan finds to fit the memory that is free when the run begins."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic."""
     num_threads: PositiveInt | None = None

@@ -349,6 +349,10 @@ class TorchEngine:
         self.save_weights(model_id, folder)
         self.write_state(model_id, folder, self.state_tensors(model_id), self.state_facts(model_id))
 
+    def limit_pieces(self, model_id: str, num_tokens: int) -> None:
+        """Split this model's passes into pieces of at most so many tokens, as if memory had run out for more."""
+        self._get(model_id).passes.max_piece_tokens = num_tokens
+
     def state_facts(self, model_id: str) -> dict[str, Any]:
         """What beside tensors the state holds; JSON values."""
         model = self._get(model_id)

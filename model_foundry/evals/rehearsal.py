@@ -1,12 +1,13 @@
 """A rehearsal: a suite asked of nobody, to learn before any model has worked for minutes that it cannot be asked.
 
 Prompts and endings become tokens and are held against the context as they will be; answers are empty. What does not
-fit, has no tokens or is not installed shows at once.
+fit, has no tokens or is not installed shows at once, and so does how much is asked in one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from model_foundry.evals.harness import require_tasks
@@ -18,6 +19,7 @@ from model_foundry.evals.targets import (
     Messages,
     OnProgress,
     Reply,
+    by_tokens,
     ending_tokens,
     num_bytes_of,
     require_room,
@@ -25,15 +27,32 @@ from model_foundry.evals.targets import (
 from model_foundry.rendering import Renderer
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What asking holds at once, in tokens of each row.
+
+    Attributes:
+        read: the largest pass over endings.
+        sampled: the largest batch of answers, prompts included.
+    """
+
+    read: tuple[int, ...] = ()
+    sampled: tuple[int, ...] = ()
+
+    def or_more(self, other: Asked) -> Asked:
+        """The larger of each."""
+        return Asked(max(self.read, other.read, key=sum), max(self.sampled, other.sampled, key=sum))
+
+
 class Rehearsal:
-    """A target that says nothing and finds every token as unlikely as any other."""
+    """A target that says nothing and finds every token as unlikely as any other; `asked` counts."""
 
     kind = "rehearsal"
     name = "rehearsal"
     no_likelihoods: str | None = None
 
     def __init__(self, renderer: Renderer, *, context: int | None) -> None:
-        self._renderer, self._context = renderer, context
+        self._renderer, self._context, self.asked = renderer, context, Asked()
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "kind": self.kind}
@@ -41,29 +60,36 @@ class Rehearsal:
     def generate(
         self, prompts: Sequence[Messages], decoding: Decoding, *, batch_size: int, on_progress: OnProgress | None = None
     ) -> tuple[Reply, ...]:
-        longest = max((len(self._renderer.prompt(messages)) for messages in prompts), default=0)
-        require_room(longest, decoding.max_new_tokens, self._context)
+        lengths = sorted((len(self._renderer.prompt(messages)) for messages in prompts), reverse=True)
+        require_room(lengths[0] if lengths else 0, decoding.max_new_tokens, self._context)
+        sampled = tuple(length + decoding.max_new_tokens for length in lengths[:batch_size])
+        self.asked = self.asked.or_more(Asked(sampled=sampled))
         return (Reply("", 0, is_cut=False),) * len(prompts)
 
     def likelihoods(
         self, continuations: Sequence[Continuation], *, on_progress: OnProgress | None = None
     ) -> tuple[Likelihood, ...]:
         rows = [ending_tokens(self._renderer, each) for each in continuations]
-        require_room(max((len(tokens) for tokens, _ in rows), default=0), 0, self._context)
+        lengths = [len(tokens) for tokens, _ in rows]
+        require_room(max(lengths, default=0), 0, self._context)
+        batches = (tuple(lengths[index] for index in batch) for batch in by_tokens(lengths))
+        self.asked = self.asked.or_more(Asked(read=max(batches, default=(), key=sum)))
         return tuple(
             Likelihood(float(num_read - len(tokens)), len(tokens) - num_read, num_bytes_of(each))
             for each, (tokens, num_read) in zip(continuations, rows, strict=True)
         )
 
 
-def rehearse(suite: Suite, renderer: Renderer, *, context: int | None) -> None:
-    """Ask a suite of nobody.
+def rehearse(suite: Suite, renderer: Renderer, *, context: int | None, batch_size: int = 16) -> Asked:
+    """Ask a suite of nobody, and return what would be held at once.
 
     Raises:
         RowTooLongError: a row does not fit the context. DataError: an ending has no tokens. MissingExtraError or
         UsageError: what a metric or the harness needs is not installed.
     """
+    target = Rehearsal(renderer, context=context)
     if suite.kind == "harness":
         require_tasks(suite)
     else:
-        ASK[suite.kind](suite, Rehearsal(renderer, context=context), Asking())
+        ASK[suite.kind](suite, target, Asking(batch_size))
+    return target.asked

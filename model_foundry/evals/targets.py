@@ -141,7 +141,7 @@ class EngineTarget:
         require_room(max((len(tokens) for tokens, _ in rows), default=0), 0, self.context)
         found: dict[int, Likelihood] = {}
         num_tokens = 0
-        for batch in _by_tokens([len(tokens) for tokens, _ in rows]):
+        for batch in by_tokens([len(tokens) for tokens, _ in rows]):
             data = [_datum(*rows[index]) for index in batch]
             output = self._model.forward(data)
             for index, datum, logprobs in zip(batch, data, output.logprobs, strict=True):
@@ -222,7 +222,8 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def _by_tokens(lengths: Sequence[int]) -> Iterator[list[int]]:
+def by_tokens(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Batches of rows of similar length, each of MAX_BATCH_TOKENS or one row."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         if batch and sum(lengths[each] for each in batch) + lengths[index] > MAX_BATCH_TOKENS:

@@ -50,7 +50,7 @@ class MemoryEstimate:
         gradients: of everything trained, float32.
         optimizer: AdamW's two moments, float32; with Muon one for the hidden matrices.
         activations: what the forward pass keeps for the backward pass, and the holes between its tensors; or what a
-            pass without gradients holds.
+            pass without gradients, or a second model, holds.
         logits: the head's pieces, and the gradient it hands back.
         other: the interpreter, torch and its libraries; memory that loading needed and nothing else fills.
     """
@@ -86,6 +86,7 @@ def estimate_memory(
     num_threads: int = 1,
     held_out_rows: Sequence[int] = (),
     sampled_rows: Sequence[int] = (),
+    loaded_again: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of one forward, backward and optimizer step, and of what is measured between steps.
 
@@ -100,6 +101,7 @@ def estimate_memory(
         num_threads: on a CPU, each has gradients of its own while it computes its rows, where they are not too large.
         held_out_rows: tokens of each row of the largest piece that is measured without gradients.
         sampled_rows: tokens of each sequence that is sampled at the same time, prompt and answer.
+        loaded_again: at the end the saved weights are read into a second model beside the first.
         machine: `accelerator` is the memory of the device: fused attention, no holes of glibc's heap.
     """
     names = default_targets(config) if adapted is None else set(adapted)
@@ -124,7 +126,8 @@ def estimate_memory(
         config, held_out_rows, lora=lora, adapted=names, machine=machine, dtype_bytes=dtype_bytes
     )
     sampled = _sampled_bytes(config, sampled_rows, dtype_bytes=dtype_bytes)
-    activations, logits = max((activations, logits), held_out, sampled, key=sum)
+    again = base_bytes(config, dtype_bytes=dtype_bytes, packed=packed) if loaded_again else 0
+    activations, logits = max((activations, logits), held_out, sampled, (again, 0), key=sum)
     num_moments = 2 * num_trained - (num_hidden_weights(config) if optimizer == "muon" else 0)
     moments = num_moments * FLOAT32_BYTES
     gradients = num_trained * FLOAT32_BYTES
@@ -198,7 +201,8 @@ def _kept_elements(
     inner, times = config.intermediate_size, 1
     if experts is not None:
         inner, times = experts.moe_intermediate_size, 1 if one_expert else experts.num_experts_per_tok
-    num_hidden = sum(times if name.startswith(EXPERTS) else 1 for name in _in_layer(config, sparse=sparse) & {*adapted})
+    kinds = {name: config.linear_kinds[name] for name in _in_layer(config, sparse=sparse) & {*adapted}}
+    uses = {name: times if name.startswith(EXPERTS) else 1 for name in kinds}
     per_token = {
         "residual before attention, read by the norm": width,
         "normed input of q, k, v": width,
@@ -210,7 +214,13 @@ def _kept_elements(
         "gate and up": 2 * times * inner,
         "their product, read by down": times * inner,
         "activation of gate, outside the fused SiLU": times * inner if config.hidden_act != "silu" else 0,
-        "x A of each adapter": 0 if lora is None else num_hidden * lora.r,
+        "x A of each adapter": 0 if lora is None else sum(uses.values()) * lora.r,
+        "DoRA's outputs before their gain": 0
+        if lora is None or not lora.use_dora
+        else sum(uses[name] * kind.num_out for name, kind in kinds.items()),
+        "inputs of adapters after dropout": 0
+        if lora is None or not lora.lora_dropout
+        else sum(uses[name] * kind.num_in for name, kind in kinds.items()),
         "tokens sorted by expert, and the experts' outputs": 0 if experts is None else 2 * times * width,
         "float32 probabilities of the router": 0 if experts is None else 2 * experts.num_experts,
     }

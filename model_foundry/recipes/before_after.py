@@ -10,6 +10,7 @@ from model_foundry.config.commands import RunConfig
 from model_foundry.config.schema import DEFAULT_SUITES, TrainConfig
 from model_foundry.evals.bounds import Bound
 from model_foundry.evals.measures import measured
+from model_foundry.evals.rehearsal import Asked
 from model_foundry.evals.results import RowResult, SuiteResult
 from model_foundry.evals.suite import Suite, questions_digest
 from model_foundry.evals.targets import RowTooLongError
@@ -52,16 +53,25 @@ def suites_of(config: RunConfig) -> tuple[tuple[Suite, ...], Bounds]:
     return suites, metric_bounds(config.criteria.metrics, suites)
 
 
-def require_askable(work: Work, suites: Sequence[Suite]) -> None:
-    """Raises: FoundryError: a suite cannot be asked of this model, and somebody asked for it."""
+def rehearsed(work: Work, suites: Sequence[Suite]) -> Asked:
+    """What is held at once when the suites and the held-out questions are asked.
+
+    Raises:
+        FoundryError: a suite cannot be asked of this model, and somebody asked for it.
+    """
     config = work.config
     if not isinstance(config, TrainConfig):
-        return
+        return Asked()
+    size, new = config.evaluation.batch_size, config.evaluation.max_new_tokens
+    prompts = sorted((len(work.renderer.prompt(question.messages)) for question in work.questions), reverse=True)
+    asked = Asked(sampled=tuple(length + new for length in prompts[:size]))
     try:
-        rehearse_suites(suites, work.renderer, context=context_of(read_config(work.source.folder)))
+        context = context_of(read_config(work.source.folder))
+        return asked.or_more(rehearse_suites(suites, work.renderer, context=context, batch_size=size))
     except RowTooLongError:
         if not _nobody_asked(config):
             raise
+        return asked
 
 
 def _nobody_asked(config: TrainConfig) -> bool:

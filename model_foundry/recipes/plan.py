@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from model_foundry.engine.base import LocalEngine
 from model_foundry.engine.branches import laid_lengths
 from model_foundry.engine.pieces import split_by_tokens
+from model_foundry.evals.rehearsal import Asked
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
@@ -57,8 +58,14 @@ def try_longest_batch(engine: LocalEngine, model_id: str, work: Work) -> Trial:
     return Trial(num_tokens, seconds, pieces, engine.peak_memory_bytes())
 
 
-def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_bytes: int) -> MemoryEstimate | None:
-    """The peak by part, from shapes alone; None for what transformers or MLX runs, and several processes."""
+def predict_memory(
+    work: Work, engine: LocalEngine, model_id: str, *, process_bytes: int, asked: Asked, piece_tokens: int | None
+) -> MemoryEstimate | None:
+    """The peak by part, from shapes alone; None for what transformers or MLX runs, and several processes.
+
+    Args:
+        piece_tokens: pieces of at most so many tokens; None: whole batches.
+    """
     raw = read_config(work.source.folder)
     config = work.config
     if not is_native(raw) or engine.implementation == "transformers" or engine.world_size > 1 or engine.kind != "torch":
@@ -66,7 +73,7 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
     shape = ModelConfig.from_hf(raw)
     batch = work.longest_batch()
     lengths = [datum.num_tokens for datum in batch]
-    pieces = split_by_tokens(lengths, config.training.micro_batch_tokens)
+    pieces = split_by_tokens(lengths, piece_tokens)
     piece = max(pieces, key=lambda rows: sum(lengths[row] for row in rows))
     reads = engine.attention != "flash"  # whose kernel reads each branch as a row
     new = work.sampling.max_tokens
@@ -89,19 +96,33 @@ def predict_memory(work: Work, engine: LocalEngine, model_id: str, *, process_by
         packed=engine.quantization != "none",
         optimizer=config.training.optimizer,
         num_threads=engine.num_threads or 1,
-        held_out_rows=_held_out_rows(work),
-        sampled_rows=[len(tokens) + new for _, tokens in work.prompts],
+        held_out_rows=max(_held_out_rows(work, piece_tokens), [*asked.read], key=sum),
+        sampled_rows=max([len(tokens) + new for _, tokens in work.prompts], [*asked.sampled], key=sum),
+        loaded_again=True,
     )
 
 
-def _held_out_rows(work: Work) -> list[int]:
-    """Tokens of each row of the largest piece that the held-out loss is measured on."""
+def _held_out_rows(work: Work, piece_tokens: int | None) -> list[int]:
+    """Tokens of each row of the largest piece that is read without gradients: held-out rows, a reference's pairs."""
     largest: list[int] = []
-    for batch in work.validation_batches():
+    for batch in (*work.validation_batches(), *work.batches_read_before):
         lengths = [datum.num_tokens for datum in batch]
-        for rows in split_by_tokens(lengths, work.config.training.micro_batch_tokens):
+        for rows in split_by_tokens(lengths, piece_tokens):
             largest = max(largest, [lengths[row] for row in rows], key=sum)
     return largest
+
+
+def pieces_that_fit(lengths: Sequence[int], predicted: Callable[[int | None], int], *, room_bytes: int) -> int | None:
+    """Tokens of the largest piece with which the predicted peak fits; None: whole batches do.
+
+    Args:
+        lengths: tokens of each row of the longest batch. Below the longest row nothing is to be had.
+        predicted: bytes at the peak with pieces of at most so many tokens.
+    """
+    tokens, size = None, sum(lengths)
+    while predicted(tokens) > room_bytes and size > max(lengths):
+        tokens = size = max(max(lengths), size // 2)
+    return tokens
 
 
 def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: MemoryEstimate | None) -> dict[str, Any]:
@@ -111,7 +132,8 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
     limit = config.training.save_total_limit
     kept = len(saves) if limit is None else min(len(saves), limit)
     checkpoint_bytes = facts["checkpoint_bytes"]
-    tokens = work.epochs * work.tokens_per_epoch / PASS_SHARE_OF_STEP + work.tokens_read_before * FORWARD_SHARE_OF_PASS
+    read_before = sum(datum.num_tokens for batch in work.batches_read_before for datum in batch)
+    tokens = work.epochs * work.tokens_per_epoch / PASS_SHARE_OF_STEP + read_before * FORWARD_SHARE_OF_PASS
     seconds = tokens / trial.num_tokens * trial.seconds
     return {
         "model": work.source.name,

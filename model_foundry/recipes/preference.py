@@ -22,7 +22,7 @@ from model_foundry.data.pairs import tokenise_pairs
 from model_foundry.data.tokenise import TokenisedSet
 from model_foundry.models.hashes import file_sha256
 from model_foundry.recipes.preparation import Prepared, Tokenised, prepare_as, say_what_became
-from model_foundry.recipes.reference import reference_folder, reference_key, reference_logprobs
+from model_foundry.recipes.reference import reference_batches, reference_folder, reference_key, reference_logprobs
 from model_foundry.recipes.work import Objective
 from model_foundry.rendering import Renderer
 from model_foundry.types import Datum
@@ -55,10 +55,11 @@ class PreparedPairs(Prepared):
         return Objective(f"dpo_{dpo.loss}", settings)
 
     @property
-    def tokens_read_before(self) -> int:
+    def batches_read_before(self) -> Sequence[Sequence[Datum]]:
         if not self.has_reference:
-            return 0
-        return self.train.num_tokens + (0 if self.validation is None else self.validation.num_tokens)
+            return ()
+        both = (self.train, self.validation)
+        return [batch for data in both if data is not None for batch in reference_batches(data.datums)]
 
     def weight_of(self, data: Sequence[Datum]) -> float:
         """A step's loss is the mean over its pairs."""

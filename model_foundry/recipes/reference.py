@@ -103,7 +103,7 @@ def _computed(client: TrainingClient, data: Sequence[Datum]) -> np.ndarray:
     with open_progress() as progress:
         progress.start(len(data), "reference")
         done = 0
-        for batch in _batches(data):
+        for batch in reference_batches(data):
             for datum, logprobs in zip(batch, client.forward(batch).result().logprobs, strict=True):
                 found.append(logprobs[datum.loss_inputs["weights"] != 0])
             done += len(batch)
@@ -111,7 +111,8 @@ def _computed(client: TrainingClient, data: Sequence[Datum]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _batches(data: Sequence[Datum]) -> list[list[Datum]]:
+def reference_batches(data: Sequence[Datum]) -> list[list[Datum]]:
+    """What is passed through the model together."""
     batches: list[list[Datum]] = [[]]
     size = 0
     for datum in data:

@@ -14,13 +14,18 @@ from model_foundry.engine.choose import choose_engine, open_engine
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.engine.ranks import current
 from model_foundry.engine.sharded_engine import ShardedEngine
+from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.evals.rehearsal import Asked
 from model_foundry.models.memory import MemoryEstimate
 from model_foundry.recipes.compiling import choose_compiling
 from model_foundry.recipes.gatekeeping import enforce
-from model_foundry.recipes.plan import Trial, plan_facts, predict_memory, try_longest_batch
+from model_foundry.recipes.plan import Trial, pieces_that_fit, plan_facts, predict_memory, try_longest_batch
 from model_foundry.recipes.work import Work
+from model_foundry.run.machine import memory_facts
 
 logger = logging.getLogger(__name__)
+USED_SHARE = 0.9
+"""Of the memory that is free, what a run may count on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,16 @@ def begin(session: Session) -> Session:
 
 
 def open_session(
-    work: Work, *, engine_before: EngineKind | None = None, compiling_before: Mapping[str, Any] | None = None
+    work: Work,
+    *,
+    asked: Asked | None = None,
+    engine_before: EngineKind | None = None,
+    compiling_before: Mapping[str, Any] | None = None,
 ) -> Session:
     """Load the model and try the longest batch on it.
 
     Args:
+        asked: what the questions and suites will hold at once, for the plan's memory.
         engine_before: what the run was trained by until now; its last bits are that engine's.
         compiling_before: what it recorded about compiling, for the same reason.
 
@@ -80,7 +90,7 @@ def open_session(
         base_name=base_name,
         optimizer=work.config.training.optimizer,
     )
-    memory = predict_memory(work, engine, model_id, process_bytes=process_bytes)
+    memory = _fit(work, engine, model_id, process_bytes=process_bytes, asked=asked or Asked())
     trial = try_longest_batch(engine, model_id, work)
     if trial.num_pieces > 1:
         logger.warning("the longest batch is computed in %s pieces to fit the memory", trial.num_pieces)
@@ -88,3 +98,37 @@ def open_session(
     compiling = choose_compiling(work, engine, model_id, seconds=plan["seconds"], before=compiling_before)
     plan["compiling"] = None if compiling is None else compiling.as_dict()
     return Session(work, engine, model_id, process_bytes, memory, trial, plan)
+
+
+def _fit(work: Work, engine: LocalEngine, model_id: str, *, process_bytes: int, asked: Asked) -> MemoryEstimate | None:
+    """The predicted peak, with the batch in pieces where that is what the free memory takes.
+
+    Linux gives memory that it does not have, and ends whoever uses it: a batch that is too large must not be tried.
+    """
+
+    def predicted(piece_tokens: int | None) -> MemoryEstimate | None:
+        return predict_memory(
+            work, engine, model_id, process_bytes=process_bytes, asked=asked, piece_tokens=piece_tokens
+        )
+
+    planned = work.config.training.micro_batch_tokens
+    memory, available = predicted(planned), memory_facts()["available_bytes"]
+    if memory is None or available is None or engine.device.type != "cpu" or not isinstance(engine, TorchEngine):
+        return memory
+    room = resident_memory_bytes() + round(USED_SHARE * available)
+    if planned is None and memory.total > room:
+        lengths = [datum.num_tokens for datum in work.longest_batch()]
+        tokens = pieces_that_fit(lengths, lambda tokens: _total(predicted(tokens)), room_bytes=room)
+        if tokens is not None:
+            words = "the whole batch would take %.1f GB, and %.1f GB are free: it is split at %s tokens"
+            logger.warning(words, memory.total / 1e9, available / 1e9, f"{tokens:,}")
+            engine.limit_pieces(model_id, tokens)
+            memory = predicted(tokens)
+    if memory is not None and memory.total > room:
+        hint = "lower data.max_length, or set training.gradient_checkpointing"
+        logger.warning("%.1f GB are predicted and %.1f GB are free: %s", memory.total / 1e9, available / 1e9, hint)
+    return memory
+
+
+def _total(memory: MemoryEstimate | None) -> int:
+    return 0 if memory is None else memory.total

@@ -19,7 +19,7 @@ from model_foundry.evals.harness import run_harness
 from model_foundry.evals.kinds import Asking
 from model_foundry.evals.measures import MEASURES
 from model_foundry.evals.page import render_evaluation
-from model_foundry.evals.rehearsal import rehearse
+from model_foundry.evals.rehearsal import Asked, rehearse
 from model_foundry.evals.results import SuiteResult, read_result, run_suite
 from model_foundry.evals.suite import Suite, load_suite
 from model_foundry.evals.targets import EngineTarget, OnProgress, Target
@@ -129,15 +129,21 @@ def ask_suites(
 ) -> dict[str, SuiteResult]:
     """Each suite's result on a target, with progress; none is asked where one cannot be."""
     if isinstance(target, EngineTarget | GgufTarget):
-        rehearse_suites(suites, target.renderer, context=target.context)
+        rehearse_suites(suites, target.renderer, context=target.context, batch_size=batch_size)
     return {suite.name: ask_suite(suite, target, batch_size=batch_size, again=again, when=when) for suite in suites}
 
 
-def rehearse_suites(suites: Sequence[Suite], renderer: Renderer, *, context: int | None) -> None:
-    """Raises: FoundryError: one of them cannot be asked; see `rehearsal.rehearse`."""
+def rehearse_suites(suites: Sequence[Suite], renderer: Renderer, *, context: int | None, batch_size: int) -> Asked:
+    """What is held at once when they are asked.
+
+    Raises:
+        FoundryError: one of them cannot be; see `rehearsal.rehearse`.
+    """
+    asked = Asked()
     for suite in suites:
         with _placed(suite):
-            rehearse(suite, renderer, context=context)
+            asked = asked.or_more(rehearse(suite, renderer, context=context, batch_size=batch_size))
+    return asked
 
 
 @contextmanager

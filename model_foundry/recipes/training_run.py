@@ -19,7 +19,7 @@ from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.platform import resident_memory_bytes
 from model_foundry.errors import FoundryError, InterruptedRunError, RunError
 from model_foundry.recipes import supervised
-from model_foundry.recipes.before_after import assess_run, require_askable, suite_results, suites_of
+from model_foundry.recipes.before_after import assess_run, rehearsed, suite_results, suites_of
 from model_foundry.recipes.interruption import leave_on_signals, stop_on_signals
 from model_foundry.recipes.methods import prepare_work
 from model_foundry.recipes.plan import plan_text
@@ -76,8 +76,7 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         if plan is not None:
             return plan
         work = prepare_work(config, now=utc_now())
-        require_askable(work, suites)
-        return open_session(work).plan
+        return open_session(work, asked=rehearsed(work, suites)).plan
 
 
 def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime | None = None) -> Report:
@@ -113,8 +112,7 @@ def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime |
                 # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
                 suites, _ = suites_of(config)
                 work = prepare_work(config, now=now or utc_now())
-                require_askable(work, suites)
-                session = open_session(work)
+                session = open_session(work, asked=rehearsed(work, suites))
                 start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
                 return _in_run(run, config, digest, session=session)
@@ -137,7 +135,10 @@ def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Sessi
                 work = prepare_work(config, now=datetime.fromisoformat(run.facts.get("now") or utc_now().isoformat()))
                 require_same_data(run.facts["receipt"], _receipt(work, digest), where=str(run.path))
                 session = open_session(
-                    work, engine_before=run.facts.get("engine", "torch"), compiling_before=run.facts.get("compiling")
+                    work,
+                    asked=rehearsed(work, suites_of(config)[0]),
+                    engine_before=run.facts.get("engine", "torch"),
+                    compiling_before=run.facts.get("compiling"),
                 )
             run.record(
                 engine=session.engine.kind,

@@ -56,8 +56,8 @@ class TokenLosses:
         return Objective()
 
     @property
-    def tokens_read_before(self) -> int:
-        return 0
+    def batches_read_before(self) -> Sequence[Sequence[Datum]]:
+        return ()
 
     def begun(self, client: TrainingClient, facts: Mapping[str, Any]) -> Self:
         del client, facts
@@ -107,8 +107,8 @@ class Work(Protocol):
     def objective(self) -> Objective: ...
 
     @property
-    def tokens_read_before(self) -> int:
-        """Tokens that `begun` passes through the model, without gradients."""
+    def batches_read_before(self) -> Sequence[Sequence[Datum]]:
+        """What `begun` passes through the model, without gradients."""
         ...
 
     def begun(self, client: TrainingClient, facts: Mapping[str, Any]) -> Work:

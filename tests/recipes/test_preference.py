@@ -61,7 +61,7 @@ def test_orpo_learns_without_a_reference(enabled: bool, model: Path, tmp_path: P
     assert last["rewards/accuracies"] == 1.0
     assert last["logps/chosen"] > first["logps/chosen"] + 5, "it imitates the better answers"
     prepared = prepare_pairs(config, now=utc_now())
-    assert prepared.tokens_read_before == 0
+    assert not prepared.batches_read_before
 
 
 def test_records_are_what_a_model_says_of_the_answers(model: Path, tmp_path: Path) -> None:

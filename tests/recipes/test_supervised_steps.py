@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from model_foundry.recipes import session
 from model_foundry.recipes.preparation import prepare
 from model_foundry.recipes.supervised import trailing_skips
-from model_foundry.recipes.training_run import run_training
+from model_foundry.recipes.training_run import plan_run, run_training
 from model_foundry.run.directory import utc_now
 from model_foundry.run.metrics import comparable_lines
 from tests.tiny_runs import COLOURS, chat_row, checkpoint_names, losses, records, tiny_config, write_jsonl
@@ -235,3 +236,18 @@ def test_skips_that_a_smaller_loss_scale_may_mend_are_not_counted_on_resume() ->
     assert trailing_skips([record(skipped=True), record(skipped=False), record(skipped=True), mended]) == 1
     assert trailing_skips([record(skipped=True, loss=None, loss_scale=65536.0)]) == 1
     assert trailing_skips([record(skipped=True, loss_scale=1.0)] * 3) == 3
+
+
+def test_a_batch_that_the_free_memory_does_not_take_is_split(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a run that Linux ends in its first step although pieces of the batch would have fitted."""
+    common = {"training__max_steps": 4, "training__batch_size": 8, "training__learning_rate": 1e-3}
+    whole = trained(tmp_path / "whole", model, **common)
+    # Less than none, since what this process has taken before counts as room.
+    monkeypatch.setattr(session, "memory_facts", lambda: {"available_bytes": -(2**40)})
+    split = trained(tmp_path / "split", model, **common)
+    assert_close(whole, split, atol=2e-4)
+    assert plan_run(tiny_config(tmp_path / "plan", model=model, **common))["pieces_of_the_longest_batch"] > 1
+    as_asked = tiny_config(tmp_path / "asked", model=model, training__micro_batch_tokens=1000, **common)
+    assert plan_run(as_asked)["pieces_of_the_longest_batch"] == 1, "what was asked for is done"

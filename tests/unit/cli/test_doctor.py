@@ -17,10 +17,10 @@ from model_foundry.cli.doctor import (
     diagnose,
     disk_facts,
     installed_version,
-    memory_facts,
     usable_cores,
 )
 from model_foundry.cli.extras import EXTRAS, extra_of
+from model_foundry.run.machine import memory_facts
 
 ROOT = Path(__file__).parents[3]
 

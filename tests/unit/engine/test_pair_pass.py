@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -69,16 +70,16 @@ def test_loss_and_gradients_equal_plain_autograd(name: str, chunk_logits: int, t
 
 
 def test_the_scale_is_one_where_none_is_given(case: Case) -> None:
-    loss = choose_loss("dpo_sigmoid")
-    by_default, by_name = (
-        pair_pass(
+    def passed(scale: float | None) -> torch.Tensor:
+        given: dict[str, Any] = {} if scale is None else {"scale": scale}
+        loss = choose_loss("dpo_sigmoid")
+        result = pair_pass(
             case.hidden, case.head, loss, case.inputs, answers=ANSWERS, num_pairs=NUM_PAIRS, backward=True, **given
         )
-        for given in ({}, {"scale": 1.0})
-    )  # fmt: skip
-    assert by_default.d_hidden is not None
-    assert by_name.d_hidden is not None
-    assert torch.equal(by_default.d_hidden, by_name.d_hidden)
+        assert result.d_hidden is not None
+        return result.d_hidden
+
+    assert torch.equal(passed(None), passed(1.0))
 
 
 def test_without_a_backward_pass_there_is_no_gradient(case: Case) -> None:

@@ -15,7 +15,7 @@ from model_foundry.errors import DataError, MissingExtraError, UsageError
 from model_foundry.evals import text_scores
 from model_foundry.evals.rehearsal import rehearse
 from model_foundry.evals.suite import Suite, builtin_suites, load_suite
-from model_foundry.evals.targets import RowTooLongError
+from model_foundry.evals.targets import MAX_BATCH_TOKENS, RowTooLongError
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 
@@ -84,3 +84,19 @@ def test_what_is_not_installed_is_found(renderer: Renderer, tmp_path: Path, monk
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"kind": "harness", "tasks": ["arc_easy"]}))
     with pytest.raises(UsageError, match="lm-evaluation-harness is not installed"):
         rehearse(load_suite(str(tmp_path / "tasks.yaml")), renderer, context=200)
+
+
+def test_what_is_held_at_once_is_counted(renderer: Renderer, tmp_path: Path) -> None:
+    """Prevents a plan that counts the training's batch alone, and is far off where the questions need more."""
+    rows = [{"prompt": "why? " * number, "answer": "so"} for number in range(1, 8)]
+    suite = suite_of(tmp_path, rows, metrics=["f1"], decoding={"max_new_tokens": 30})
+    lengths = [len(renderer.prompt(row.prompts[0])) for row in suite.rows]
+    asked = rehearse(suite, renderer, context=None, batch_size=3)
+    assert asked.sampled == tuple(length + 30 for length in lengths[:-4:-1])
+    assert asked.read == ()
+
+    rows = [{"prompt": "why? " * 40, "choices": ["so it is", "no"], "answer": 0} for _ in range(9)]
+    asked = rehearse(suite_of(tmp_path, rows, kind="choices"), renderer, context=None)
+    assert asked.sampled == ()
+    assert 0.8 * MAX_BATCH_TOKENS < sum(asked.read) <= MAX_BATCH_TOKENS
+    assert max(asked.read) > len(renderer.prompt(suite.rows[0].prompts[0]))

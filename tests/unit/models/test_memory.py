@@ -90,3 +90,26 @@ def test_what_is_measured_between_steps_counts_where_it_needs_more() -> None:
     assert same == step
     assert held_out.total > step.total
     assert sampled.activations >= 16 * 8192 * 30 * 2 * 3 * 64 * 4
+
+
+def test_what_composed_adapters_keep_beside_the_fast_path_is_counted() -> None:
+    """Prevents a plan for DoRA that is a fifth short: its gain needs every output, and dropout copies every input."""
+    plain, dora, dropped = (
+        estimate_memory(SMOLLM2, lora=lora, rows=[256] * 4, dtype_bytes=2).activations
+        for lora in (LoraConfig(), LoraConfig(use_dora=True), LoraConfig(lora_dropout=0.1))
+    )
+    outputs, inputs = 4 * 576 + 2 * 192 + 2 * 1536 - 576, 5 * 576 + 576 + 1536
+    layers = 30 + memory.HOLES_LAYERS
+    magnitudes = 2 * layers * outputs
+    assert dora - plain == 2 * layers * 4 * 256 * outputs + magnitudes
+    assert dropped - plain == 2 * layers * 4 * 256 * inputs
+
+
+def test_the_second_model_at_the_end_counts_where_steps_are_small() -> None:
+    small, large = ([64], [256] * 4)
+    for rows, adds in ((small, True), (large, False)):
+        plain, again = (
+            estimate_memory(SMOLLM2, lora=LoraConfig(), rows=rows, dtype_bytes=2, loaded_again=each).total
+            for each in (False, True)
+        )
+        assert (again > plain) == adds
