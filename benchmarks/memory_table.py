@@ -79,7 +79,8 @@ def write_models(folder: Path, *, tokenizer_from: Path) -> dict[str, Path]:
         "small": Architecture("llama", hidden_size=256, num_hidden_layers=8, num_attention_heads=8, **common),
         "experts": Architecture(
             "qwen3_moe", hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-            head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=256, router_aux_loss_coef=0.0, **common,
+            head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=256, router_aux_loss_coef=0.0,
+            **common,
         ),
     }  # fmt: skip
     for name, shape in shapes.items():
