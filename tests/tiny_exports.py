@@ -34,17 +34,19 @@ def make_subject(
     adapter_scale: float = 0.2,
     seed: int = 0,
     lora: LoraConfig | None = None,
+    tokenizer_size: int = 500,
     **changes: Any,
 ) -> Subject:
     """Base, adapter and tokenizer in `folder`; every width divides into blocks of 32.
 
     Args:
+        tokenizer_size: the bytes and three control tokens are 259.
         changes: keys of `config.json` to set otherwise.
     """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = save_folder(
-        folder / "tokenizer", byte_level_tokenizer(specials), eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-        chat_template=CHATML,
+        folder / "tokenizer", byte_level_tokenizer(specials, vocab_size=tokenizer_size), eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>", chat_template=CHATML,
     )  # fmt: skip
     size = Tokenizer.load(tokenizer).vocab_size
     base = write_tiny_model(

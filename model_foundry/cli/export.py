@@ -33,21 +33,41 @@ KINDS = ("adapter", "merged", "gguf", "gguf-adapter", "ollama")
     "--quant",
     help="Formats of a GGUF, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m …  [default: f16; ollama: q8_0]",
 )
+@click.option(
+    "--separate", is_flag=True, help="With --to ollama: base and adapter as files of their own (FROM and ADAPTER)."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. Default: exports/ in the run, or here.")
 @click.option("--register", metavar="NAME", help="With --to ollama: make the model NAME in the running Ollama, ask it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate.")
 def command(
-    name: str, *, kind: str, dtype: str | None, quant: str | None, out: Path | None, register: str | None, as_json: bool
+    name: str,
+    *,
+    kind: str,
+    dtype: str | None,
+    quant: str | None,
+    separate: bool,
+    out: Path | None,
+    register: str | None,
+    as_json: bool,
 ) -> int:
     from model_foundry.export.hand_over import export
     from model_foundry.recipes.interruption import leave_on_signals
 
-    quants = _formats(kind, dtype=dtype, quant=quant, register=register)
+    quants = _formats(kind, dtype=dtype, quant=quant, register=register, separate=separate)
     subject = find_subject(name)
-    target = (out or default_folder(name, kind, "+".join(quants) if quants else dtype)).resolve()
+    detail = "+".join(quants) if quants else dtype
+    target = (out or default_folder(name, kind, f"{detail}-separate" if separate else detail)).resolve()
     say = functools.partial(click.echo, err=True)
     with leave_on_signals():  # what is half written goes with us
-        certificate = export(subject, target, kind=kind, dtype=dtype, quants=quants, say=say)  # pyright: ignore[reportArgumentType]
+        certificate = export(
+            subject,
+            target,
+            kind=kind,
+            dtype=dtype,
+            quants=quants,
+            separate=separate,
+            say=say,  # pyright: ignore[reportArgumentType]
+        )
     answer = None if register is None else _register(target, register, subject, say)
     if as_json:
         registered = {} if register is None else {"registered": register, "answer": answer}
@@ -64,7 +84,9 @@ def command(
     return 0
 
 
-def _formats(kind: str, *, dtype: str | None, quant: str | None, register: str | None) -> tuple[str, ...]:
+def _formats(
+    kind: str, *, dtype: str | None, quant: str | None, register: str | None, separate: bool
+) -> tuple[str, ...]:
     """The formats of the GGUF files; options that mean nothing here are refused before anything is loaded."""
     from model_foundry.errors import UsageError
     from model_foundry.export.quantise import check_formats
@@ -76,6 +98,8 @@ def _formats(kind: str, *, dtype: str | None, quant: str | None, register: str |
     if quant is not None and not has_gguf:
         hint = "A merged folder's type is set with --dtype." if kind == "merged" else "An adapter is copied as it is."
         raise UsageError("--quant is for a GGUF", hint=hint)
+    if separate and kind != "ollama":
+        raise UsageError("--separate is for --to ollama", hint="The adapter alone is --to gguf-adapter.")
     if register is not None:
         from model_foundry.export.ollama import check_model_name
 

@@ -5,15 +5,12 @@ Prompts are given as tokens of the file's own tokenizer and template. llama.cpp 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from model_foundry.errors import EngineError, MissingExtraError, ModelError
+from model_foundry.errors import EngineError
 from model_foundry.evals.suite import Decoding
 from model_foundry.evals.targets import (
     Continuation,
@@ -26,15 +23,11 @@ from model_foundry.evals.targets import (
     num_bytes_of,
     require_room,
 )
+from model_foundry.models.llama_cpp import LlamaServer, refusal
 from model_foundry.rendering import Renderer
 
 _FORCED = 1e4
 """Added to the logit of the token that is to be chosen; the probabilities reported are the model's own all the same."""
-
-
-def is_installed() -> bool:
-    """Whether this Python has llama.cpp."""
-    return find_spec("xllamacpp") is not None
 
 
 class GgufTarget:
@@ -54,26 +47,9 @@ class GgufTarget:
     def __init__(
         self, path: Path, renderer: Renderer, *, context: int, num_slots: int = 8, num_threads: int | None = None
     ) -> None:
-        try:
-            library: Any = import_module("xllamacpp")  # compiled, so no type is known
-        except ImportError as error:
-            raise MissingExtraError("xllamacpp", "gguf") from error
-        parameters: Any = library.CommonParams()
-        parameters.model.path = str(path)
-        parameters.n_ctx = context * num_slots
-        parameters.n_parallel = num_slots
-        parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
-        parameters.warmup = False
-        parameters.verbosity = -1
-        # Keys and values in float32, so that likelihoods differ from another form's by what the file's weights do.
-        parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
-        parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.name, self.renderer, self.context, self._num_slots = str(path), renderer, context, num_slots
-        try:
-            self._server: Any = library.Server(parameters)
-        except RuntimeError as error:
-            hint = "It may be cut short or damaged: compare its size, or fetch it again."
-            raise ModelError(f"llama.cpp does not load it ({error})", where=str(path), hint=hint) from error
+        # Exactly, so that likelihoods differ from another form's by what the file's weights do.
+        self._server = LlamaServer(path, context=context, num_slots=num_slots, num_threads=num_threads, exact=True)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "kind": self.kind, "renderer": self.renderer.name, "context": self.context}
@@ -147,8 +123,7 @@ class GgufTarget:
         raise EngineError(f"llama.cpp gave no probability for token {token}", where=self.name)
 
     def _ask(self, asked: dict[str, Any]) -> Any:
-        answer = self._server.handle_completions(asked)
+        answer = self._server.complete(asked)
         if not isinstance(answer, dict) or "choices" not in answer:
-            message = answer.get("error", {}).get("message", answer) if isinstance(answer, dict) else answer
-            raise EngineError(f"llama.cpp does not answer ({message})", where=self.name)
+            raise EngineError(f"llama.cpp does not answer ({refusal(answer)})", where=self.name)
         return answer

@@ -99,6 +99,11 @@ def gguf_config(merge: Merge) -> ModelConfig:
     return config
 
 
+def gguf_context(config: ModelConfig) -> int:
+    """Tokens that llama.cpp computes as the model does: it slides over none."""
+    return min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+
+
 def write_gguf(
     path: Path,
     merge: Merge,
@@ -129,7 +134,7 @@ def write_gguf(
     config = gguf_config(merge)
     notes: list[str] = []
     layouts = plan_layout(config, merge.shapes, format, notes)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.architecture])
+    writer = _writer(path, ARCHITECTURES[config.architecture])
     try:
         _add_model_fields(writer, config, notes)
         writer.add_name(name)
@@ -269,10 +274,28 @@ def stop_fields(tokenizer: Tokenizer, stop_token_ids: tuple[int, ...], notes: li
     return {f"tokenizer.ggml.{role}_token_id": stop for role, stop in zip(_STOPS, stops, strict=False)}
 
 
+def _writer(path: Path, architecture: str) -> Any:
+    """The package's, with lists that may be empty: llama.cpp wants that of merges where a vocabulary has none, too."""
+    import gguf
+
+    array = gguf.GGUFValueType.ARRAY
+
+    class Writer(gguf.GGUFWriter):
+        def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+            if vtype != array or len(val):
+                return super()._pack_val(val, vtype, add_vtype, sub_type)
+            kind = self._pack("I", array) if add_vtype else b""
+            return bytes(kind + self._pack("I", gguf.GGUFValueType.STRING) + self._pack("Q", 0))
+
+        def add_array(self, key: str, val: Sequence[Any]) -> None:
+            self.add_key_value(key, val, array)
+
+    return Writer(path, architecture)
+
+
 def _add_model_fields(writer: Any, config: ModelConfig, notes: list[str]) -> None:
-    context = config.max_position_embeddings
-    if config.sliding_window is not None and config.sliding_window < context:
-        context = config.sliding_window
+    context = gguf_context(config)
+    if context < config.max_position_embeddings:
         notes.append(f"context cut to the sliding window of {context}: llama.cpp does not slide in this architecture")
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
@@ -311,7 +334,7 @@ def _add_tokenizer_fields(writer: Any, fields: Mapping[str, Any], chat_template:
             writer.add_string(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
-        elif len(value):
+        else:
             writer.add_array(key, value)
 
 

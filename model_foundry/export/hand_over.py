@@ -20,17 +20,16 @@ from model_foundry.checkpoint.atomic import FULL_DISK_ERRNOS, TEMPORARY_PREFIX, 
 from model_foundry.checkpoint.lock import FileLock, is_held
 from model_foundry.checkpoint.manifest import write_manifest
 from model_foundry.errors import CheckFailedError, FoundryError, UsageError
-from model_foundry.export import llama_cpp
 from model_foundry.export.certificate import write_certificate
 from model_foundry.export.gguf import gguf_config, write_gguf
 from model_foundry.export.gguf_adapter import FORMATS as ADAPTER_FORMATS
 from model_foundry.export.gguf_adapter import write_gguf_adapter
 from model_foundry.export.go_template import GoTemplate, derive, find_go
-from model_foundry.export.measure import NOT_TRIED, Draft, Kind, Subject, measure
+from model_foundry.export.measure import ADAPTER, NOT_TRIED, Draft, Kind, Subject, ask_reference, measure
 from model_foundry.export.merge import DTYPES, Merge, fill_merged_folder, plan_merge, set_chat_template
 from model_foundry.export.modelfile import NAME, make_modelfile
-from model_foundry.export.parity import make_probe
 from model_foundry.export.quantise import check_format, require_quantiser
+from model_foundry.models import llama_cpp
 from model_foundry.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from model_foundry.models.folder import copy_tokenizer
 from model_foundry.types import Check
@@ -45,6 +44,7 @@ def export(
     kind: Kind,
     dtype: str | None = None,
     quants: Sequence[str] = ("f16",),
+    separate: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Write one export into a new folder, and certify it.
@@ -52,6 +52,7 @@ def export(
     Args:
         dtype: of a merged folder, `float32`, `float16` or `bfloat16`; None keeps the base's.
         quants: formats of GGUF files, names of `quantise.FORMATS`; one file each.
+        separate: for Ollama, the base and the adapter as files of their own.
 
     Returns:
         The certificate.
@@ -60,20 +61,23 @@ def export(
         CheckFailedError: a bound is not met; the first failed check is named, and nothing is left behind.
         UsageError, ModelError: it cannot be made. FoundryError: the disk is full; nothing is left behind.
     """
-    template = _refuse_wishes(subject, out, kind=kind, dtype=dtype, quants=quants)
+    template = _refuse_wishes(subject, out, kind=kind, dtype=dtype, quants=quants, separate=separate)
     if not subject.renderer.template_text:
         say("it has no chat template: prompts are plain texts, and the export has none either")
     merge = plan_merge(subject.base, subject.adapter)
     if kind in ("gguf", "gguf-adapter", "ollama"):
         gguf_config(merge)
     say(f"asking the reference {len(subject.prompts)} prompts from {subject.origin.prompts_from}")
-    probe = make_probe(merge, subject.renderer, subject.prompts)
+    subject, probe, left_out = ask_reference(subject, merge, kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(out, say=say)
         with atomic_directory(out) as folder, FileLock.on_folder(folder):
             say(f"writing {kind}")
-            draft = _write(folder, subject, merge, kind=kind, dtype=dtype, quants=quants, template=template)
+            draft = _write(
+                folder, subject, merge, kind=kind, dtype=dtype, quants=quants, template=template, separate=separate
+            )
+            draft.notes += [] if left_out is None else [left_out]
             say("reading it back")
             found = measure(folder, kind, subject, merge, probe, precision=draft.precision, files=draft.files)
             draft.checks += found
@@ -102,7 +106,7 @@ def clear_leftovers(out: Path, *, say: Say) -> None:
 
 
 def _refuse_wishes(
-    subject: Subject, out: Path, *, kind: Kind, dtype: str | None, quants: Sequence[str]
+    subject: Subject, out: Path, *, kind: Kind, dtype: str | None, quants: Sequence[str], separate: bool
 ) -> GoTemplate | None:
     """Everything that can be refused before the reference is loaded; the template for Ollama where one is due."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -111,8 +115,9 @@ def _refuse_wishes(
         )
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"there is no type {dtype!r}", where="--dtype", hint=f"Types: {', '.join(DTYPES)}")
-    if kind in ("adapter", "gguf-adapter") and subject.adapter is None:
-        hint = "Every weight was trained, or it is a plain model: use --to merged or gguf."
+    if (kind in ("adapter", "gguf-adapter") or separate) and subject.adapter is None:
+        without = "--to ollama without --separate" if separate else "--to merged or gguf"
+        hint = f"Every weight was trained, or it is a plain model: use {without}."
         raise UsageError("it has no adapter to export", where=subject.origin.name, hint=hint)
     if kind in ("gguf", "ollama"):
         require_quantiser(tuple(check_format(quant) for quant in quants))
@@ -149,22 +154,26 @@ def _write(
     dtype: str | None,
     quants: Sequence[str],
     template: GoTemplate | None,
+    separate: bool,
 ) -> Draft:
     if kind == "adapter":
         return _write_adapter(folder, subject)
     if kind == "merged":
         return _write_merged(folder, subject, merge, dtype)
     draft = Draft(precision=", ".join(quants))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(subject.origin.name).name) or "model"
     for quant in quants:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(subject.origin.name).name) or "model"
         if kind == "gguf-adapter":
             draft.files[quant] = f"{name}-adapter-{quant}.gguf"
             write_gguf_adapter(folder / draft.files[quant], merge, format=quant, name=name)
+        elif separate:
+            _write_separate(folder, subject, merge, quant, name, draft)
         else:
             draft.files[quant] = f"{name}-{quant}.gguf"
             _write_gguf(folder / draft.files[quant], subject, merge, quant, name, draft)
     if kind == "gguf-adapter":
         draft.notes.append(f"over the base's GGUF: llama-server -m BASE.gguf --lora {next(iter(draft.files.values()))}")
+        draft.notes.append("for Ollama, with the base and a Modelfile: foundry export RUN --to ollama --separate")
     elif not llama_cpp.is_installed():
         draft.notes.append(NOT_TRIED)
     if template is not None:
@@ -207,10 +216,20 @@ def _write_gguf(path: Path, subject: Subject, merge: Merge, quant: str, name: st
     draft.notes += [note for note in notes if note not in draft.notes]
 
 
+def _write_separate(folder: Path, subject: Subject, merge: Merge, quant: str, name: str, draft: Draft) -> None:
+    """The base as a GGUF that several adapters may share, and the adapter in sixteen bits at least."""
+    format = quant if quant in ADAPTER_FORMATS else "f16"
+    base = Path(subject.origin.base).name
+    draft.files[quant] = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', base)}-{quant}.gguf"
+    draft.files[ADAPTER] = f"{name}-adapter-{format}.gguf"
+    _write_gguf(folder / draft.files[quant], subject, plan_merge(merge.base, None), quant, base, draft)
+    write_gguf_adapter(folder / draft.files[ADAPTER], merge, format=format, name=name)
+
+
 def _write_modelfile(folder: Path, subject: Subject, merge: Merge, template: GoTemplate, draft: Draft) -> None:
     context = gguf_config(merge).max_position_embeddings
-    gguf = next(iter(draft.files.values()))
-    modelfile = make_modelfile(gguf, template, subject.renderer, system=subject.system, context=context)
+    gguf, above = next(iter(draft.files.values())), draft.files.get(ADAPTER)
+    modelfile = make_modelfile(gguf, template, subject.renderer, system=subject.system, context=context, adapter=above)
     (folder / NAME).write_text(modelfile.text, encoding="utf-8")
     draft.notes += template.notes
     if modelfile.num_ctx < context:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 
 from model_foundry.errors import FoundryError, ModelError
-from model_foundry.export import llama_cpp
 from model_foundry.export.certificate import Origin
-from model_foundry.export.gguf import GgufFile, plan_layout, write_gguf
+from model_foundry.export.gguf import GgufFile, gguf_context, plan_layout, write_gguf
 from model_foundry.export.go_template import derive
+from model_foundry.export.llama_cpp import LlamaCpp
 from model_foundry.export.merge import Merge, plan_merge
 from model_foundry.export.modelfile import check_modelfile
 from model_foundry.export.parity import (
@@ -30,17 +30,22 @@ from model_foundry.export.parity import (
     compare_tokens,
     compare_weights,
     load_with_adapter,
+    make_probe,
+    prompts_that_fit,
 )
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_json
 from model_foundry.models.gguf import convert_gguf
 from model_foundry.models.language_model import load_language_model
+from model_foundry.models.llama_cpp import is_installed
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Check, Message
 
 Kind = Literal["adapter", "merged", "gguf", "gguf-adapter", "ollama"]
 READERS = ("transformers", "llama.cpp")
+ADAPTER = "adapter"
+"""Key of an adapter's file among an export's files, where it goes on top of the other one."""
 LLAMA_CPP_TOKENS = 4
 """Tokens of each answer that llama.cpp is asked for: each brings a distribution over the whole vocabulary."""
 NOT_TRIED = "not tried with llama.cpp: pip install 'model-foundry[gguf]' brings it"
@@ -70,13 +75,34 @@ class Draft:
     """An export that is written and not yet accepted.
 
     Attributes:
-        files: format or precision -> name of the file that holds the weights, where one does.
+        files: format or precision -> name of the file that holds the weights, where one does; `ADAPTER` -> what goes
+            on top of it.
     """
 
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     precision: str = "float32"
     files: dict[str, str] = field(default_factory=dict)
+
+
+def ask_reference(subject: Subject, merge: Merge, kind: Kind) -> tuple[Subject, Probe, str | None]:
+    """The reference's answers; the subject with the prompts that were asked, and why others were not.
+
+    Raises:
+        ModelError: no prompt fits the context that the export has. EngineError, TemplateError: as `make_probe`.
+    """
+    context = None
+    if is_native(merge.config):
+        config = ModelConfig.from_hf(merge.config)
+        by_llama_cpp = kind in ("gguf", "gguf-adapter", "ollama")
+        context = gguf_context(config) if by_llama_cpp else config.max_position_embeddings
+    if context is None:
+        return subject, make_probe(merge, subject.renderer, subject.prompts), None
+    prompts = prompts_that_fit(subject.renderer, subject.prompts, context)
+    num_left = len(subject.prompts) - len(prompts)
+    note = f"{num_left} of {len(subject.prompts)} prompts do not fit its context of {context} and were not asked"
+    probe = make_probe(merge, subject.renderer, prompts, context=context)
+    return replace(subject, prompts=prompts), probe, note if num_left else None
 
 
 def measure(
@@ -92,16 +118,22 @@ def measure(
     if kind == "merged":
         return check_merged(folder, subject, merge, probe, precision=precision)
     checks: list[Check] = []
-    for format, name in files.items():
+    on_top = files.get(ADAPTER)
+    sources = {format: name for format, name in files.items() if format != ADAPTER}
+    for format, name in sources.items():
         if kind == "gguf-adapter":
             found = check_gguf_adapter(folder / name, format, subject, merge, probe)
         else:
-            layouts = plan_layout(ModelConfig.from_hf(merge.config), merge.shapes, format, [])
-            found = check_gguf(GgufFile(folder / name, format, layouts, ()), subject, merge, probe)
-        several = len(files) > 1
+            held, above = (merge, None) if on_top is None else (plan_merge(merge.base, None), folder / on_top)
+            layouts = plan_layout(ModelConfig.from_hf(held.config), held.shapes, format, [])
+            found = check_gguf(GgufFile(folder / name, format, layouts, ()), subject, held, probe, adapter=above)
+        several = len(sources) > 1
         checks += [replace(check, name=f"{format} {check.name}") if several else check for check in found]
     if kind == "ollama":
-        checks += check_modelfile(folder, subject.renderer, derive(subject.renderer), system=subject.system)
+        derived, (source,) = derive(subject.renderer), sources.values()
+        checks += check_modelfile(
+            folder, subject.renderer, derived, system=subject.system, source=source, adapter=on_top
+        )
     return checks
 
 
@@ -122,11 +154,18 @@ def check_merged(folder: Path, subject: Subject, merge: Merge, probe: Probe, *, 
 
 
 def compare_model(
-    folder: Path, merge: Merge, probe: Probe, *, stage: str, precision: str, types: Mapping[str, str] | None = None
+    folder: Path,
+    merge: Merge,
+    probe: Probe | None,
+    *,
+    stage: str,
+    precision: str,
+    types: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """A Hugging Face folder against the reference: numbers of the configuration, weight by weight, and what it says.
 
     Args:
+        probe: None where the folder alone is not what was asked.
         types: of each weight as it was stored, see `compare_weights`.
     """
     checks = []
@@ -134,6 +173,8 @@ def compare_model(
         if is_native(merge.config):
             checks.append(compare_configs(merge, folder, stage=stage))
         checks.append(compare_weights(merge, folder, stage=stage, precision=precision, types=types or {}))
+        if probe is None:
+            return checks
         model = load_language_model(folder, dtype=torch.float32).eval()
     except ModelError as error:
         return [*checks, Check(f"{stage}: loads", False, error.what, "it loads", folder.name)]
@@ -155,9 +196,19 @@ def folder_tokens(folder: Path, subject: Subject, *, stage: str) -> list[Check]:
 
 
 def check_gguf(
-    written: GgufFile, subject: Subject, merge: Merge, probe: Probe, *, readers: Sequence[str] = READERS
+    written: GgufFile,
+    subject: Subject,
+    merge: Merge,
+    probe: Probe,
+    *,
+    readers: Sequence[str] = READERS,
+    adapter: Path | None = None,
 ) -> list[Check]:
-    """Read a GGUF back by other code than ours, transformers' and llama.cpp's, and hold it against the reference."""
+    """Read a GGUF back by other code than ours, transformers' and llama.cpp's, and hold it against the reference.
+
+    Args:
+        merge: what the file holds; with an adapter's GGUF on top of it, the base alone.
+    """
     try:
         stops, template = gguf_ends(written.path)
     except (ValueError, IndexError, OSError) as error:
@@ -171,22 +222,23 @@ def check_gguf(
                 convert_gguf(written.path, folder)
             except ModelError as error:
                 # It knows Qwen3 with heads of 128 channels only, for example; then llama.cpp alone must agree.
-                instead = "llama.cpp" in readers and llama_cpp.is_installed()
+                instead = "llama.cpp" in readers and is_installed()
                 bound = "it does, or llama.cpp"
                 checks.append(Check("gguf: transformers reads it", instead, "no", bound, error.what))
             else:
                 types = {source: each.kind.lower() for each in written.layouts for source in each.sources}
-                checks = compare_model(folder, merge, probe, stage="gguf", precision=written.format, types=types)
+                asked = probe if adapter is None else None
+                checks = compare_model(folder, merge, asked, stage="gguf", precision=written.format, types=types)
                 tokenizer = Tokenizer.load(folder)
     checks += compare_tokens(renderer, tokenizer, template, stops, subject.prompts, stage="gguf")
-    if "llama.cpp" in readers and llama_cpp.is_installed():
-        checks += ask_llama_cpp(written.path, written.format, subject, probe)
+    if "llama.cpp" in readers and is_installed():
+        checks += ask_llama_cpp(written.path, written.format, subject, probe, adapter=adapter)
     return checks
 
 
 def check_gguf_adapter(path: Path, format: str, subject: Subject, merge: Merge, probe: Probe) -> list[Check]:
     """An adapter's GGUF on top of the base as a GGUF in float32, through llama.cpp."""
-    if not llama_cpp.is_installed():
+    if not is_installed():
         bound = "llama.cpp loads and runs it"
         return [Check("llama.cpp: installed", False, "no", bound, "pip install 'model-foundry[gguf]' brings it")]
     renderer = subject.renderer
@@ -207,9 +259,7 @@ def ask_llama_cpp(
     start = short.rows[0][: short.starts[0]].tolist()
     stops = renderer.stop_token_ids[:3]  # a GGUF names three
     try:
-        model = llama_cpp.LlamaCpp(
-            path, context=longest, vocab_size=probe.logits.shape[1], spelled=spelled, adapter=adapter
-        )
+        model = LlamaCpp(path, context=longest, vocab_size=probe.logits.shape[1], spelled=spelled, adapter=adapter)
         found = torch.stack([
             model.next_logprobs(row[:end].tolist())
             for row, start in zip(short.rows, short.starts, strict=True)

@@ -1,7 +1,7 @@
 """The folder that `ollama create` reads: a GGUF and a Modelfile beside it.
 
-Knows the Modelfile's words (FROM, TEMPLATE, SYSTEM, PARAMETER) and their quoting, written and read back; the template
-itself is `export.go_template`'s.
+Knows the Modelfile's words (FROM, ADAPTER, TEMPLATE, SYSTEM, PARAMETER) and their quoting, written and read back; the
+template itself is `export.go_template`'s.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ _COMMAND = re.compile(r"\s*(?P<word>[A-Za-z]+)\s+")
 
 @dataclass(frozen=True, slots=True)
 class Modelfile:
-    """What a Modelfile says. `stops` are texts; `num_ctx` is in tokens."""
+    """What a Modelfile says. `stops` are texts; `num_ctx` is in tokens; `adapter` is a GGUF on top of `source`."""
 
     source: str
     template: str
     system: str | None
     stops: tuple[str, ...]
     num_ctx: int
+    adapter: str | None = None
 
     @property
     def text(self) -> str:
-        lines = [f"FROM {self.source}", f"TEMPLATE {_quoted(self.template)}"]
+        lines = [f"FROM {self.source}"]
+        lines += [] if self.adapter is None else [f"ADAPTER {self.adapter}"]
+        lines.append(f"TEMPLATE {_quoted(self.template)}")
         if self.system:
             lines.append(f"SYSTEM {_quoted(self.system)}")
         lines += [f"PARAMETER stop {_quoted(stop)}" for stop in self.stops]
@@ -46,15 +49,16 @@ class Modelfile:
 
 
 def make_modelfile(
-    gguf: str, template: GoTemplate, renderer: Renderer, *, system: str | None, context: int
+    gguf: str, template: GoTemplate, renderer: Renderer, *, system: str | None, context: int, adapter: str | None = None
 ) -> Modelfile:
     """The Modelfile of a GGUF in the same folder.
 
     Args:
         context: the model's, in tokens.
+        adapter: another GGUF there, which goes on top.
     """
-    stops = tuple(stop_texts(renderer))
-    return Modelfile(f"./{gguf}", template.source, system, stops, min(context, MAX_CONTEXT))
+    stops, above = tuple(stop_texts(renderer)), None if adapter is None else f"./{adapter}"
+    return Modelfile(f"./{gguf}", template.source, system, stops, min(context, MAX_CONTEXT), above)
 
 
 def stop_texts(renderer: Renderer) -> list[str]:
@@ -72,7 +76,7 @@ def read_modelfile(path: Path) -> Modelfile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"it cannot be read ({error})", where=str(path)) from error
-    found: dict[str, list[str]] = {"FROM": [], "TEMPLATE": [], "SYSTEM": [], "PARAMETER": []}
+    found: dict[str, list[str]] = {"FROM": [], "ADAPTER": [], "TEMPLATE": [], "SYSTEM": [], "PARAMETER": []}
     place = 0
     while text[place:].strip():
         match = _COMMAND.match(text, place)
@@ -91,11 +95,14 @@ def read_modelfile(path: Path) -> Modelfile:
     for word in ("FROM", "TEMPLATE"):
         if len(found[word]) != 1:
             raise ModelError(f"it has {len(found[word])} times {word}, once is right", where=str(path))
+    if len(found["ADAPTER"]) > 1:
+        raise ModelError(f"it has {len(found['ADAPTER'])} adapters, and is measured with one", where=str(path))
     parameters = [each.split(" ", 1) for each in found["PARAMETER"]]
     stops = tuple(value for name, value in parameters if name == "stop")
     context = [int(value) for name, value in parameters if name == "num_ctx" and value.isdecimal()]
     system = found["SYSTEM"][0] if found["SYSTEM"] else None
-    return Modelfile(found["FROM"][0], found["TEMPLATE"][0], system, stops, context[0] if context else 0)
+    adapter = found["ADAPTER"][0] if found["ADAPTER"] else None
+    return Modelfile(found["FROM"][0], found["TEMPLATE"][0], system, stops, context[0] if context else 0, adapter)
 
 
 def _value(text: str, place: int, path: Path) -> tuple[str, int]:
@@ -117,11 +124,20 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if plain else f'"""{text}"""'
 
 
-def check_modelfile(folder: Path, renderer: Renderer, derived: GoTemplate, *, system: str | None) -> list[Check]:
-    """Hold a written Modelfile against the renderer: the template's bytes (through Go where it is), stops, FROM.
+def check_modelfile(
+    folder: Path,
+    renderer: Renderer,
+    derived: GoTemplate,
+    *,
+    system: str | None,
+    source: str,
+    adapter: str | None = None,
+) -> list[Check]:
+    """Hold a written Modelfile against the renderer: the template's bytes (through Go where it is), stops, files.
 
     Args:
         derived: the template as `go_template.derive` makes it of this renderer.
+        source, adapter: names of the files that were measured.
     """
     stage = "Modelfile"
     try:
@@ -130,16 +146,23 @@ def check_modelfile(folder: Path, renderer: Renderer, derived: GoTemplate, *, sy
         return [Check(f"{stage}: readable", False, error.what, "it is a Modelfile", NAME)]
     missing = [stop for stop in stop_texts(renderer) if stop not in found.stops]
     evidence = f"{', '.join(map(repr, missing))} would not stop" if missing else f"stops at {list(found.stops)}"
-    source = folder / found.source
-    is_here = source.is_file() and source.parent == folder
+    files = [_check_file(f"{stage}: FROM", found.source, source)]
+    if found.adapter is not None or adapter is not None:
+        files.append(_check_file(f"{stage}: ADAPTER", found.adapter, adapter))
     same = (found.system or None) == (system or None)
     return [
         _check_template(found.template, renderer, derived, stage=stage),
         Check(f"{stage}: stop tokens", not missing, len(missing), "every stop token is a PARAMETER stop", evidence),
-        Check(f"{stage}: FROM", is_here, found.source, "a file of this folder", found.source),
+        *files,
         Check(f"{stage}: SYSTEM", same, "same" if same else "differs", "the run's own", repr(found.system)),
         Check(f"{stage}: context", found.num_ctx > 0, found.num_ctx, "num_ctx is set", f"{found.num_ctx} tokens"),
     ]
+
+
+def _check_file(name: str, found: str | None, measured: str | None) -> Check:
+    wanted = None if measured is None else f"./{measured}"
+    evidence = str(found) if found == wanted else f"{found or 'none'} instead of {wanted or 'none'}"
+    return Check(name, found == wanted, found or "none", "the file that was measured", evidence)
 
 
 def _check_template(source: str, renderer: Renderer, derived: GoTemplate, *, stage: str) -> Check:

@@ -36,11 +36,12 @@ def register(folder: Path, name: str, *, question: str, host: str | None = None)
     gguf = folder / modelfile.source
     client = library.Client(host=host)
     try:
-        digest = client.create_blob(gguf)
-        extra = {} if modelfile.system is None else {"system": modelfile.system}
-        client.create(
-            model=name, files={gguf.name: digest}, template=modelfile.template, parameters=modelfile.parameters, **extra
-        )
+        extra: dict[str, Any] = {} if modelfile.system is None else {"system": modelfile.system}
+        files = {gguf.name: client.create_blob(gguf)}
+        if modelfile.adapter is not None:
+            adapter = folder / modelfile.adapter
+            extra["adapters"] = {adapter.name: client.create_blob(adapter)}
+        client.create(model=name, files=files, template=modelfile.template, parameters=modelfile.parameters, **extra)
         options = {"temperature": 0, "num_predict": SMOKE_TOKENS}
         answer = client.chat(model=name, messages=[{"role": "user", "content": question}], options=options)
     except library.ResponseError as error:

@@ -31,6 +31,8 @@ from model_foundry.tokenizer import Tokenizer
 from model_foundry.types import Check, Message, SamplingParams
 
 ANSWER_TOKENS = 16
+LEAST_ANSWER = 4
+"""Tokens that the context must have room for after a prompt."""
 LEAST_EFFECT = 4.0
 """An adapter must move the logits by so many times what the export does, in the mean square."""
 
@@ -114,15 +116,38 @@ def load_with_adapter(base: Path, adapter: Path | None) -> LanguageModel:
     return model.eval()
 
 
-def make_probe(merge: Merge, renderer: Renderer, prompts: Sequence[Sequence[Message]]) -> Probe:
+def prompts_that_fit(
+    renderer: Renderer, prompts: Sequence[Sequence[Message]], context: int
+) -> tuple[tuple[Message, ...], ...]:
+    """Those that leave room for an answer.
+
+    Raises:
+        ModelError: none does. TemplateError: a prompt cannot be rendered.
+    """
+    lengths = [len(renderer.prompt(prompt)) for prompt in prompts]
+    kept = tuple(tuple(prompt) for prompt, n in zip(prompts, lengths, strict=True) if n + LEAST_ANSWER <= context)
+    if not kept:
+        what = f"none of {len(prompts)} prompts fits its context of {context}: the shortest has {min(lengths)} tokens"
+        raise ModelError(what, hint="Export the run, whose own questions (evaluation.file) fit, or shorten those.")
+    return kept
+
+
+def make_probe(
+    merge: Merge, renderer: Renderer, prompts: Sequence[Sequence[Message]], *, context: int | None = None
+) -> Probe:
     """Let the reference answer the prompts, and keep its logits.
+
+    Args:
+        context: tokens of a prompt and its answer together at most; answers are shorter where it is short.
 
     Raises:
         EngineError: a prompt and its answer do not fit the model's context. TemplateError: a prompt cannot be rendered.
     """
     model = load_with_adapter(merge.base, merge.adapter)
     starts = [renderer.prompt(prompt) for prompt in prompts]
-    params = SamplingParams(max_tokens=ANSWER_TOKENS)
+    longest = max(len(start) for start in starts)
+    room = ANSWER_TOKENS if context is None else min(ANSWER_TOKENS, context - longest)
+    params = SamplingParams(max_tokens=room)
     answers = collect(stream_tokens(model, starts, params, torch.device("cpu")), len(starts), params)
     rows = tuple(
         torch.from_numpy(np.concatenate([start, answer.tokens]).astype(np.int64))

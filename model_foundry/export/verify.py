@@ -14,11 +14,10 @@ from typing import Any
 
 from model_foundry.checkpoint.manifest import hash_file, read_manifest
 from model_foundry.errors import CheckpointError, ModelError
-from model_foundry.export import llama_cpp
 from model_foundry.export.certificate import CERTIFICATE
-from model_foundry.export.measure import NOT_TRIED, Subject, measure
+from model_foundry.export.measure import NOT_TRIED, Subject, ask_reference, measure
 from model_foundry.export.merge import plan_merge
-from model_foundry.export.parity import make_probe
+from model_foundry.models import llama_cpp
 from model_foundry.types import Check
 
 
@@ -104,7 +103,9 @@ def verify_export(
         verdict.not_repeated.append(NOT_TRIED)
     merge = plan_merge(subject.base, subject.adapter)
     say(f"asking the reference {len(subject.prompts)} prompts from {now.prompts_from}")
-    probe = make_probe(merge, subject.renderer, subject.prompts)
+    subject, probe, left_out = ask_reference(subject, merge, kind)
+    if left_out is not None:
+        say(left_out)
     say("asking the export")
     verdict.checks += measure(
         folder, kind, subject, merge, probe, precision=certificate["precision"], files=certificate["weights"]

@@ -13,8 +13,9 @@ import numpy as np
 from model_foundry.config.schema import ModelSection
 from model_foundry.engine.base import Engine, LocalEngine
 from model_foundry.engine.choose import EngineName
-from model_foundry.evals import gguf_target
+from model_foundry.evals.gguf_target import GgufTarget
 from model_foundry.evals.targets import EngineTarget, Target
+from model_foundry.models import llama_cpp
 from model_foundry.models.finder import resolve_model
 from model_foundry.models.gguf_tokenizer import context_of, tokenizer_of
 from model_foundry.recipes.conversation import Reader, run_of, stored_section
@@ -59,10 +60,10 @@ def open_target(section: ModelSection, *, engine: EngineName = "auto", now: date
         return ServedTarget(name, key=os.environ.get(KEY_VARIABLE, "").strip() or None)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and path.is_file():
-        if gguf_target.is_installed():
+        if llama_cpp.is_installed():
             renderer = Renderer(Tokenizer.load(tokenizer_of(path)), section.template)
             context = context_of(path, most=GGUF_CONTEXT)
-            return gguf_target.GgufTarget(path, renderer, context=context, num_slots=GGUF_SLOTS)
+            return GgufTarget(path, renderer, context=context, num_slots=GGUF_SLOTS)
         logger.warning("llama.cpp is not installed (extra gguf): %s is read into our own engine instead", name)
     reader = Reader(section, engine=engine, now=now)
     return engine_target(name, reader.engine, reader.model_id, reader.renderer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,11 +99,25 @@ class AdapterShelf:
 
 
 class Follower:
-    """Keeps a served name at the newest checkpoint of a run that is being trained."""
+    """Keeps a served name at the newest checkpoint of a run that is being trained.
 
-    def __init__(self, run: Path, name: str, backend: Backend, catalog: Catalog, *, every_seconds: float) -> None:
+    Args:
+        go_over: serves the model in a folder from now on, where the run trains every weight; None where it trains an
+            adapter.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        name: str,
+        backend: Backend,
+        catalog: Catalog,
+        *,
+        every_seconds: float,
+        go_over: Callable[[Path], Awaitable[None]] | None = None,
+    ) -> None:
         self._run, self._name, self._backend, self._catalog = run, name, backend, catalog
-        self._every = every_seconds
+        self._every, self._go_over = every_seconds, go_over
         self._seen = _newest(run)
 
     async def run(self, until: Callable[[], bool]) -> None:
@@ -122,15 +136,18 @@ class Follower:
             return False
         self._seen = newest
         checkpoint, _ = await asyncio.to_thread(checkpoint_of_run, self._run)
-        part = checkpoint_part(checkpoint)
-        if part is None or part.name != "adapter":
-            raise ModelError("only adapters can be followed", where=str(checkpoint))
-        old = self._catalog.find(self._name)
-        adapter = f"{self._name}@{newest}"
-        await self._backend.add_adapter(adapter, part)
-        self._catalog.put(replace(old, adapter=adapter, note=checkpoint.name))
-        if old.adapter is not None:
-            await self._backend.remove_adapter(old.adapter)
+        part, old = checkpoint_part(checkpoint), self._catalog.find(self._name)
+        if part is None or part.name != ("adapter" if self._go_over is None else "model"):
+            raise ModelError("it is of another kind than the checkpoints before it", where=str(checkpoint))
+        if self._go_over is not None:
+            await self._go_over(part)
+            self._catalog.put(replace(old, note=checkpoint.name))
+        else:
+            adapter = f"{self._name}@{newest}"
+            await self._backend.add_adapter(adapter, part)
+            self._catalog.put(replace(old, adapter=adapter, note=checkpoint.name))
+            if old.adapter is not None:
+                await self._backend.remove_adapter(old.adapter)
         logger.info("%s is now %s", self._name, checkpoint.name)
         return True
 

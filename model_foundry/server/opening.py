@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_foundry.config.schema import ModelSection
 from model_foundry.config.serve import ServeConfig
 from model_foundry.engine.continuous import ContinuousBatch
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import ModelError, UsageError
+from model_foundry.models import llama_cpp
 from model_foundry.models.config import native_obstacle
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import read_config
@@ -20,8 +24,8 @@ from model_foundry.models.gguf_tokenizer import context_of, tokenizer_of
 from model_foundry.rendering import Renderer
 from model_foundry.run.trained import run_of, trained_model_fields
 from model_foundry.server.adapters import Follower, find_adapter, renderer_for
-from model_foundry.server.backends import llama_cpp
 from model_foundry.server.backends.base import Backend
+from model_foundry.server.backends.llama_cpp import LlamaCppBackend
 from model_foundry.server.backends.one_by_one import OneByOne
 from model_foundry.server.backends.torch_batch import TorchBackend
 from model_foundry.server.catalog import Catalog, ServedModel
@@ -80,26 +84,10 @@ def _open_torch(config: ServeConfig) -> Opened:
         update={key: value for key, value in fields.items() if key not in config.model.model_fields_set}
     )
     renderer = Renderer(Tokenizer.load(source.folder), section.template, now=now)
-    engine = TorchEngine(
-        device=section.device,
-        dtype=section.dtype,
-        implementation=section.implementation,
-        attention=section.attention,
-        quantization=section.quantization,
-    )
+    engine = _engine(section)
     if native_obstacle(read_config(source.folder)) is not None or section.implementation == "transformers":
         return _open_foreign(config, source, renderer, engine)
-    model_id = engine.create_model(source.folder, lora=None, trainable=False)
-    model = engine.language_model(model_id)
-    batch = ContinuousBatch(
-        model,
-        device=engine.device,
-        max_sequences=config.batch.max_sequences,
-        max_cache_tokens=config.batch.max_cache_tokens,
-        invariant=config.batch.invariant,
-    )
-    context = min(model.max_position_embeddings or MOST_CONTEXT, config.batch.max_cache_tokens)
-    facts = _facts(engine, model_id) | {"invariant": batch.invariant}
+    batch, context, facts = _load_batch(config, engine, source.folder)
     backend = TorchBackend(
         batch, renderer.tokenizer, context=context, num_slots=config.batch.max_sequences, facts=facts
     )
@@ -111,7 +99,33 @@ def _open_torch(config: ServeConfig) -> Opened:
             folder = source.adapter if is_own else find_adapter(config.adapters[served.name], source.folder, pull=True)
             assert folder is not None
             backend.add_adapter_now(served.adapter, folder)
-    return Opened(backend, catalog, source.folder, _follower(config, source, backend, catalog))
+    follower = _follower(config, section, source, backend, catalog)
+    return Opened(backend, catalog, source.folder, follower)
+
+
+def _engine(section: ModelSection) -> TorchEngine:
+    return TorchEngine(
+        device=section.device,
+        dtype=section.dtype,
+        implementation=section.implementation,
+        attention=section.attention,
+        quantization=section.quantization,
+    )
+
+
+def _load_batch(config: ServeConfig, engine: TorchEngine, folder: Path) -> tuple[ContinuousBatch, int, dict[str, Any]]:
+    """A native model in a batch of its own, its context in tokens, and what computes it."""
+    model_id = engine.create_model(folder, lora=None, trainable=False)
+    model = engine.language_model(model_id)
+    batch = ContinuousBatch(
+        model,
+        device=engine.device,
+        max_sequences=config.batch.max_sequences,
+        max_cache_tokens=config.batch.max_cache_tokens,
+        invariant=config.batch.invariant,
+    )
+    context = min(model.max_position_embeddings or MOST_CONTEXT, config.batch.max_cache_tokens)
+    return batch, context, _facts(engine, model_id) | {"invariant": batch.invariant}
 
 
 def _open_foreign(config: ServeConfig, source: ModelSource, renderer: Renderer, engine: TorchEngine) -> Opened:
@@ -149,14 +163,30 @@ def _name_models(config: ServeConfig, source: ModelSource, renderer: Renderer) -
     return models
 
 
-def _follower(config: ServeConfig, source: ModelSource, backend: Backend, catalog: Catalog) -> Follower | None:
+def _follower(
+    config: ServeConfig, section: ModelSection, source: ModelSource, backend: TorchBackend, catalog: Catalog
+) -> Follower | None:
     if not config.follow:
         return None
     run = run_of(config.model.name)
-    if run is None or source.adapter is None:
-        what = "only a run that trains an adapter can be followed"
+    if run is None:
+        what = "only a run can be followed"
         raise UsageError(what, where=config.model.name, hint="Name a run directory, or leave follow out.")
-    return Follower(run, own_name(config), backend, catalog, every_seconds=config.follow_seconds)
+    go_over = None
+    if source.adapter is None:
+        if config.adapters or config.access.adapter_folder is not None:
+            what = "this run trains every weight, and adapters go on top of weights that stay"
+            raise UsageError(what, where="adapters" if config.adapters else "access.adapter_folder")
+        go_over = functools.partial(_go_over, config, section, backend)
+    return Follower(run, own_name(config), backend, catalog, every_seconds=config.follow_seconds, go_over=go_over)
+
+
+async def _go_over(config: ServeConfig, section: ModelSection, backend: TorchBackend, folder: Path) -> None:
+    """Load a model beside the one that answers, and let it take the next requests."""
+    with ThreadPoolExecutor(1, thread_name_prefix="foundry-loading") as loading:  # see open_model
+        load = functools.partial(_load_batch, config, _engine(section), folder)
+        batch, _, _ = await asyncio.get_running_loop().run_in_executor(loading, load)
+    await backend.go_over(batch)
 
 
 def _open_gguf(config: ServeConfig) -> Opened:
@@ -169,7 +199,7 @@ def _open_gguf(config: ServeConfig) -> Opened:
     tokenizer_folder = tokenizer_of(path)
     renderer = Renderer(Tokenizer.load(tokenizer_folder), config.model.template)
     context = context_of(path, most=config.batch.max_cache_tokens // config.batch.max_sequences)
-    backend = llama_cpp.LlamaCppBackend(path, context=context, num_slots=config.batch.max_sequences)
+    backend = LlamaCppBackend(path, context=context, num_slots=config.batch.max_sequences)
     return Opened(backend, Catalog([ServedModel(own_name(config), renderer)]), None)
 
 

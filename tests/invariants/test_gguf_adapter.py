@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from model_foundry.errors import ModelError
+from model_foundry.errors import ModelError, UsageError
 from model_foundry.export.gguf_adapter import GgufAdapter, write_gguf_adapter
 from model_foundry.export.hand_over import export
 from model_foundry.export.measure import Subject, check_gguf_adapter
 from model_foundry.export.merge import Merge, plan_merge
+from model_foundry.export.modelfile import read_modelfile
 from model_foundry.export.parity import make_probe
+from model_foundry.export.verify import verify_export
 from model_foundry.types import Check, LoraConfig
 from tests.tiny_adapters import head_adapter
 from tests.tiny_exports import make_subject
@@ -97,7 +99,8 @@ def test_an_adapter_of_another_base_is_one_sentence(tmp_path: Path) -> None:
     mine = plan_merge(subject.base, subject.adapter)
     found = measured(subject, mine, written)["llama.cpp: readable"]
     assert not found.passed
-    assert "with a.gguf on top" in str(found.value)
+    assert "with a.gguf on top: " in str(found.value)
+    assert "init server" not in str(found.value), "the reason is named"
 
 
 @pytest.mark.slow
@@ -107,6 +110,27 @@ def test_the_export_is_certified_and_says_how_to_load_it(tmp_path: Path) -> None
     assert certificate["passed"]
     assert certificate["weights"] == {"f16": "tiny-run-adapter-f16.gguf"}
     assert any("--lora tiny-run-adapter-f16.gguf" in note for note in certificate["notes"])
+
+
+@pytest.mark.slow
+def test_base_and_adapter_apart_are_certified_together_for_ollama(tmp_path: Path) -> None:
+    """FROM and ADAPTER of one Modelfile: what llama.cpp computes with both is what is measured, then and later."""
+    subject, out = make_subject(tmp_path / "subject", "qwen3-moe"), tmp_path / "out"
+    certificate = export(subject, out, kind="ollama", quants=("q8_0",), separate=True)
+    base, adapter = certificate["weights"]["q8_0"], certificate["weights"]["adapter"]
+    assert {base, adapter} == {path.name for path in out.glob("*.gguf")}
+    modelfile = read_modelfile(out / "Modelfile")
+    assert (modelfile.source, modelfile.adapter) == (f"./{base}", f"./{adapter}")
+    names = {check["name"] for check in certificate["checks"]}
+    assert {"llama.cpp: logits", "llama.cpp: adapter's effect", "Modelfile: ADAPTER"} <= names
+    assert "gguf: logits" not in names, "the base alone is not what was asked"
+    verdict = verify_export(out, certificate, subject)
+    assert [check.name for check in verdict.checks if not check.passed] == []
+    (out / "Modelfile").write_text(replace(modelfile, adapter=None).text)
+    failed = {check.name for check in verify_export(out, certificate, subject).checks if not check.passed}
+    assert failed == {"files", "Modelfile: ADAPTER"}
+    with pytest.raises(UsageError, match="no adapter"):
+        export(replace(subject, adapter=None), tmp_path / "x", kind="ollama", separate=True)
 
 
 def test_some_experts_alone_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,28 @@ def test_llama_cpp_computes_what_the_adapter_does(tmp_path: Path, kind: str) -> 
         assert {"llama.cpp: logits", "llama.cpp: distribution", "llama.cpp: adapter's effect"} <= values.keys()
         if format == "f32":
             assert float(values["llama.cpp: logits"] or 0.0) < 1e-9
+
+
+# What a run from nothing may have: odd widths, heads of any size, one layer, one head, more rows than tokens.
+ODD: dict[str, dict[str, Any]] = {
+    "a byte a token": {"vocab_size": 259},
+    "odd widths": {"hidden_size": 33, "intermediate_size": 51, "num_attention_heads": 3, "num_key_value_heads": 1,
+                   "head_dim": 6},
+    "one of each": {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2},
+    "reserved rows": {"vocab_size": 503},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ODD)
+def test_llama_cpp_loads_small_tied_models_of_every_shape(tmp_path: Path, shape: str) -> None:
+    """llama.cpp refused a vocabulary of single bytes: the list of merges, which was empty, had been left out."""
+    bytes_only = ODD[shape].get("vocab_size") == 259
+    subject = make_subject(tmp_path, "llama-tied", tokenizer_size=259 if bytes_only else 500, **ODD[shape])
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    for format in ("f16", "q8_0"):
+        written = write(tmp_path / f"{format}.gguf", subject, merge, format)
+        assert failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",))) == {}, format
 
 
 def swap_rows(path: Path) -> None:

@@ -11,11 +11,11 @@ import yaml
 
 from model_foundry.config.schema import ModelSection
 from model_foundry.errors import ConfigError
-from model_foundry.evals.gguf_target import is_installed
 from model_foundry.evals.suite import Decoding
 from model_foundry.evals.targets import Continuation, Target
 from model_foundry.export.gguf import write_gguf
 from model_foundry.export.merge import fill_merged_folder, plan_merge
+from model_foundry.models.llama_cpp import is_installed
 from model_foundry.recipes.targets import open_target
 from model_foundry.types import Message
 from tests.serving import serving

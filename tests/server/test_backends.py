@@ -16,7 +16,7 @@ import pytest
 from model_foundry.config.serve import ServeConfig
 from model_foundry.errors import FoundryError, ModelError, UsageError
 from model_foundry.export.hand_over import export
-from model_foundry.server.backends import llama_cpp
+from model_foundry.models import llama_cpp
 from model_foundry.server.delegated import command_for
 from model_foundry.server.opening import choose_backend, open_model
 from tests.serving import Served, serving

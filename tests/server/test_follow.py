@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model_foundry.checkpoint.store import CheckpointStore
 from tests.serving import serving
 from tests.tiny_models import write_tiny_model
-from tests.tiny_runs import foundry_here, write_project
+from tests.tiny_runs import assert_one_paragraph, foundry_here, write_project
 
 pytestmark = pytest.mark.slow
 ASK = {"prompt": "Colour of the fox? ", "max_tokens": 12}
+LONG = {"prompt": "Colours of all animals? ", "max_tokens": 400}
 
 
-def test_the_newest_checkpoint_is_served_as_it_appears(tmp_path: Path) -> None:
+EVERY_WEIGHT = {"lora": None, "training__learning_rate": 2e-3}
+
+
+@pytest.mark.parametrize("changes, part", [({}, "adapter"), (EVERY_WEIGHT, "model")], ids=["adapter", "every weight"])
+def test_the_newest_checkpoint_is_served_as_it_appears(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
     model = write_tiny_model(tmp_path / "model")
-    project = write_project(tmp_path / "project", model=model, training__save_total_limit=None)
+    project = write_project(tmp_path / "project", model=model, training__save_total_limit=None, **changes)
     assert foundry_here("train", project).returncode == 0
     run = tmp_path / "project" / "run"
     later = tmp_path / "later"
@@ -29,10 +36,18 @@ def test_the_newest_checkpoint_is_served_as_it_appears(tmp_path: Path) -> None:
     for name in names[1:]:  # as if they had not been written yet
         shutil.move(run / "checkpoints" / name, later / name)
     with serving(run, follow="true", follow_seconds=0.1) as served:
-        assert [each.name for each in served.opened.catalog] == ["run", "model"]
+        assert [each.name for each in served.opened.catalog] == (["run", "model"] if part == "adapter" else ["run"])
         texts = [served.post("/generate", ASK).json()["text"]]
+        before = served.post("/generate", LONG).json()
+        with ThreadPoolExecutor() as pool:
+            running = [pool.submit(served.post, "/generate", LONG) for _ in range(4)]
+            while served.stats()["running"] == 0 and not running[0].done():
+                time.sleep(0.005)
+            shutil.move(later / names[1], run / "checkpoints" / names[1])
+        assert {each.result().json()["text"] for each in running} == {before["text"]}, "what runs ends as it began"
         for name in names[1:]:
-            shutil.move(later / name, run / "checkpoints" / name)
+            if name != names[1]:
+                shutil.move(later / name, run / "checkpoints" / name)
             until = time.monotonic() + 20
             while served.opened.catalog.find("run").note != name:
                 assert time.monotonic() < until
@@ -41,8 +56,19 @@ def test_the_newest_checkpoint_is_served_as_it_appears(tmp_path: Path) -> None:
         assert texts[0] != texts[-1]
         chat = foundry_here("chat", run, f"prompt={ASK['prompt']}", "max_new_tokens=12")
         assert texts[-1] == chat.stdout.removesuffix("\n")
-        (run / "checkpoints" / names[-1] / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+        assert served.stats()["batch_running"] == 0
+        weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
+        (run / "checkpoints" / names[-1] / part / weights).write_bytes(b"damaged")
         time.sleep(0.5)
         assert served.post("/generate", ASK).json()["text"] == texts[-1], (
             "a damaged checkpoint does not reach the batch"
         )
+
+
+def test_adapters_over_weights_that_change_are_refused(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    project = write_project(tmp_path / "project", model=model, **EVERY_WEIGHT)
+    assert foundry_here("train", project).returncode == 0
+    done = foundry_here("serve", tmp_path / "project" / "run", "follow=true", f"access.adapter_folder={tmp_path}")
+    assert_one_paragraph(done, code=2, words=("every weight", "adapter_folder"))
+    assert_one_paragraph(foundry_here("serve", model, "follow=true"), code=2, words=("only a run",))

@@ -6,21 +6,14 @@ llama.cpp batches by itself. A thread waits for each answer; the places that `Ad
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from model_foundry.errors import MissingExtraError, ModelError
+from model_foundry.errors import ModelError
+from model_foundry.models.llama_cpp import LlamaServer
 from model_foundry.server.backends.base import BackendError, Piece, PromptRefusedError, TokenProb, TokenRequest
-
-
-def is_installed() -> bool:
-    """Whether this Python has llama.cpp."""
-    return find_spec("xllamacpp") is not None
 
 
 class LlamaCppBackend:
@@ -36,23 +29,8 @@ class LlamaCppBackend:
     kind = "llama.cpp"
 
     def __init__(self, path: Path, *, context: int, num_slots: int, num_threads: int | None = None) -> None:
-        try:
-            library: Any = import_module("xllamacpp")  # compiled, so no type is known
-        except ImportError as error:
-            raise MissingExtraError("xllamacpp", "gguf") from error
-        parameters: Any = library.CommonParams()
-        parameters.model.path = str(path)
-        parameters.n_ctx = context * num_slots
-        parameters.n_parallel = num_slots
-        parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
-        parameters.warmup = False
-        parameters.verbosity = -1
         self.path, self.context, self.num_slots = path, context, num_slots
-        try:
-            self._server: Any = library.Server(parameters)
-        except RuntimeError as error:
-            hint = "It may be cut short or damaged: compare its size, or fetch it again."
-            raise ModelError(f"llama.cpp does not load it ({error})", where=str(path), hint=hint) from error
+        self._server = LlamaServer(path, context=context, num_slots=num_slots, num_threads=num_threads)
         self._threads = ThreadPoolExecutor(num_slots, thread_name_prefix="foundry-llama")
         self._closed = False
 
@@ -67,7 +45,7 @@ class LlamaCppBackend:
 
         def ask() -> None:
             try:
-                self._server.handle_completions(_asked(request), on_answer)
+                self._server.complete(_asked(request), on_answer)
             except Exception as error:
                 loop.call_soon_threadsafe(answers.put_nowait, error)
             loop.call_soon_threadsafe(answers.put_nowait, None)

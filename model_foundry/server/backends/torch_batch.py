@@ -67,7 +67,7 @@ class _Stream:
         self.request = request
         self.loop = loop
         self.events: asyncio.Queue[TokenEvent | FoundryError] = asyncio.Queue()
-        self.number: int | None = None  # the batch's thread alone
+        self.place: tuple[Batch, int] | None = None  # its batch and number there; the batch's thread alone
         self.closed = False
 
 
@@ -96,7 +96,8 @@ class TorchBackend:
         self.context, self.num_slots, self._facts = context, num_slots, facts
         self._tokenizer = tokenizer
         self._batch = batch
-        self._streams: dict[int, _Stream] = {}
+        self._leaving: list[Batch] = []
+        self._streams: dict[tuple[Batch, int], _Stream] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -131,15 +132,24 @@ class TorchBackend:
         """`add_adapter` where no event loop runs yet."""
         self._ask(lambda: self._batch.add_adapter(name, folder)).result()
 
+    async def go_over(self, batch: Batch) -> None:
+        """Answer with another batch from now on; what runs in the one before ends there. Adapters stay behind."""
+
+        def change() -> None:
+            self._leaving = [*self._leaving, self._batch]
+            self._batch = batch
+
+        await asyncio.wrap_future(self._ask(change))
+
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
     def gauges(self) -> dict[str, int]:
-        batch = self._batch
+        batches = [*self._leaving, self._batch]
         return {
-            "batch_running": batch.num_running,
-            "batch_waiting": batch.num_waiting,
-            "cache_tokens": batch.cache_tokens_used,
+            "batch_running": sum(batch.num_running for batch in batches),
+            "batch_waiting": sum(batch.num_waiting for batch in batches),
+            "cache_tokens": sum(batch.cache_tokens_used for batch in batches),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -174,21 +184,27 @@ class TorchBackend:
 
     def _run(self) -> None:
         while self._obey():
-            try:
-                events = list(self._batch.step()) if self._streams else []
-            except Exception as error:
-                self._end_all(error)
+            busy = {batch for batch, _ in self._streams}
+            self._leaving = [batch for batch in self._leaving if batch in busy]
+            for batch in busy:
+                self._advance(batch)
+
+    def _advance(self, batch: Batch) -> None:
+        try:
+            events = list(batch.step())
+        except Exception as error:
+            self._end_all(batch, error)
+            return
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent]]] = {}
+        for event in events:
+            stream = self._streams.get((batch, event.number))
+            if stream is None:
                 continue
-            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent]]] = {}
-            for event in events:
-                stream = self._streams.get(event.number)
-                if stream is None:
-                    continue
-                by_loop.setdefault(stream.loop, []).append((stream, event))
-                if event.finish is not None:
-                    del self._streams[event.number]
-            for loop, pairs in by_loop.items():
-                _tell(loop, pairs)
+            by_loop.setdefault(stream.loop, []).append((stream, event))
+            if event.finish is not None:
+                del self._streams[batch, event.number]
+        for loop, pairs in by_loop.items():
+            _tell(loop, pairs)
 
     def _obey(self) -> bool:
         """Do what was asked for since the last step; wait where nothing is to be computed. False ends the thread."""
@@ -223,21 +239,23 @@ class TorchBackend:
         except FoundryError as error:
             _tell(stream.loop, [(stream, PromptRefusedError(error.what, hint=error.hint))])
             return
-        stream.number = number
-        self._streams[number] = stream
+        stream.place = self._batch, number
+        self._streams[stream.place] = stream
 
     def _cancel(self, stream: _Stream) -> None:
-        if stream.number is not None and self._streams.get(stream.number) is stream:
-            self._batch.cancel(stream.number)
-            del self._streams[stream.number]
+        if stream.place is not None and self._streams.get(stream.place) is stream:
+            batch, number = stream.place
+            batch.cancel(number)
+            del self._streams[stream.place]
 
-    def _end_all(self, error: Exception) -> None:
+    def _end_all(self, batch: Batch, error: Exception) -> None:
         """A step failed: everybody in the batch is told, and the batch goes on with whoever comes next."""
-        logger.error("a step of the batch failed (%s); %s answers end", error, len(self._streams), exc_info=error)
+        ended = [(place, stream) for place, stream in self._streams.items() if place[0] is batch]
+        logger.error("a step of the batch failed (%s); %s answers end", error, len(ended), exc_info=error)
         what = error.what if isinstance(error, FoundryError) else "the model failed on this batch"
-        for number, stream in list(self._streams.items()):
-            self._batch.cancel(number)
-            del self._streams[number]
+        for place, stream in ended:
+            batch.cancel(place[1])
+            del self._streams[place]
             _tell(stream.loop, [(stream, BackendError(what))])
 
 

@@ -113,6 +113,8 @@ def test_a_modelfile_is_read_as_it_was_written(renderer: Make, tmp_path: Path) -
     written = folder_of(renderer("default-system"), tmp_path, system='Say "yes".\nOr no!', stops=("<|im_end|>", '"q" '))
     assert read_modelfile(tmp_path / NAME) == written
     assert (written.num_ctx, written.source) == (8192, "./m.gguf")
+    folder_of(renderer("default-system"), tmp_path, adapter="./a.gguf")
+    assert read_modelfile(tmp_path / NAME).adapter == "./a.gguf"
     (tmp_path / NAME).write_text("FROM x\nWIBBLE y\n")
     with pytest.raises(ModelError, match="WIBBLE"):
         read_modelfile(tmp_path / NAME)
@@ -129,7 +131,7 @@ def test_broken_modelfiles_are_caught(renderer: Make, tmp_path: Path) -> None:
 
     def failures(**changes: object) -> dict[str, str]:
         folder_of(made, tmp_path, **changes)
-        checks = check_modelfile(tmp_path, made, derived, system="Be brief.")
+        checks = check_modelfile(tmp_path, made, derived, system="Be brief.", source="m.gguf")
         return {check.name: check.evidence for check in checks if not check.passed}
 
     assert failures() == {}
@@ -137,6 +139,7 @@ def test_broken_modelfiles_are_caught(renderer: Make, tmp_path: Path) -> None:
     assert "instead of" in failures(template=broken)["Modelfile: template"]
     assert failures(template="{{ .Wibble ")["Modelfile: template"] == "Go's text/template"
     assert "<|im_end|>" in failures(stops=())["Modelfile: stop tokens"]
-    assert failures(source="./other.gguf")["Modelfile: FROM"] == "./other.gguf"
+    assert failures(source="./other.gguf")["Modelfile: FROM"] == "./other.gguf instead of ./m.gguf"
+    assert failures(adapter="./a.gguf")["Modelfile: ADAPTER"] == "./a.gguf instead of none"
     assert "Modelfile: SYSTEM" in failures(system=None)
     assert "Modelfile: context" in failures(num_ctx=0)

@@ -23,7 +23,7 @@ from model_foundry.models.config import ModelConfig
 from model_foundry.models.folder import fingerprint, read_json, read_tensors
 from model_foundry.rendering import Renderer
 from model_foundry.tokenizer import Tokenizer
-from model_foundry.types import LoraConfig
+from model_foundry.types import LoraConfig, Message
 from tests.tiny_adapters import head_adapter
 from tests.tiny_exports import PROMPTS, make_subject
 from tests.tiny_models import config_of
@@ -72,6 +72,17 @@ def test_a_model_without_a_chat_template_is_measured_on_texts(tmp_path: Path) ->
     assert Tokenizer.load(tmp_path / "merged").chat_template is None
     with pytest.raises(UsageError, match="no chat template, which Ollama asks for"):
         export(found, tmp_path / "ollama", kind="ollama", quants=("f16",))
+
+
+def test_a_short_context_asks_the_prompts_that_fit_and_says_so(subject: Subject, tmp_path: Path) -> None:
+    """A tiny model could not be exported at all: sixteen tokens of answer did not fit beside any question."""
+    context = max(len(subject.renderer.prompt(prompt)) for prompt in subject.prompts) + 5
+    short = make_subject(tmp_path / "short", "llama-tied", max_position_embeddings=context)
+    prompts = (*short.prompts, (Message("user", "What is the capital of France? " * 4),))
+    certificate = export(replace(short, prompts=prompts), tmp_path / "out", kind="gguf", quants=("f16",))
+    assert any(note.startswith("1 of 4 prompts do not fit its context") for note in certificate["notes"])
+    with pytest.raises(ModelError, match=f"none of 1 prompts fits its context of {context}"):
+        export(replace(short, prompts=prompts[3:]), tmp_path / "out-2", kind="merged")
 
 
 def test_an_adapter_is_handed_over_with_its_tokenizer(subject: Subject, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._say(201, {})
         asked = json.loads(body)
         if self.path == "/api/create":
-            lost = [name for name, digest in asked["files"].items() if digest not in self.server.blobs]
+            files = asked["files"] | asked.get("adapters", {})
+            lost = [name for name, digest in files.items() if digest not in self.server.blobs]
             if lost:
                 return self._say(400, {"error": f"blob of {lost[0]} is not here"})
             self.server.models[asked["model"]] = asked
@@ -104,6 +105,18 @@ def test_the_model_is_made_of_what_the_modelfile_says_and_asked(server: Server, 
     assert made["files"] == {"fox-q8_0.gguf": digest}
     assert (made["template"], made["system"]) == ("{{ .Messages }}\n", "Be brief.")
     assert made["parameters"] == {"stop": ["<|im_end|>", "</s>"], "num_ctx": 2048}
+
+
+def test_an_adapter_goes_on_top_of_a_base_that_is_sent_by_itself(server: Server, folder: Path) -> None:
+    """The base's name is its hash: a second adapter over it sends no second base."""
+    (folder / "fox-adapter-f16.gguf").write_bytes(b"GGUF adapter")
+    modelfile = Modelfile("./fox-q8_0.gguf", "{{ .Messages }}", None, ("</s>",), 2048, "./fox-adapter-f16.gguf")
+    (folder / NAME).write_text(modelfile.text, encoding="utf-8")
+    register(folder, "fox", question="What colour is the cat?", host=host_of(server))
+    made = server.models["fox"]
+    assert list(made["files"]) == ["fox-q8_0.gguf"]
+    assert made["adapters"] == {"fox-adapter-f16.gguf": f"sha256:{hashlib.sha256(b'GGUF adapter').hexdigest()}"}
+    assert server.blobs[made["adapters"]["fox-adapter-f16.gguf"]] == b"GGUF adapter"
 
 
 def test_nobody_there_is_said_with_the_next_command(server: Server, folder: Path) -> None:

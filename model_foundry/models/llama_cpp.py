@@ -1,0 +1,119 @@
+"""llama.cpp opened in this process: one GGUF file in its own server code, for whoever asks it.
+
+The weights are read by the program that people will serve them with. Knows how it is opened and what it says when it
+refuses; what is asked is the business of the evaluation, the export and the server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from model_foundry.errors import MissingExtraError, ModelError
+
+OnAnswer = Callable[[Any], bool]
+"""Told every piece of an answer; true ends it."""
+
+
+def is_installed() -> bool:
+    """Whether this Python has llama.cpp."""
+    return find_spec("xllamacpp") is not None
+
+
+class LlamaServer:
+    """One file, loaded.
+
+    Args:
+        context: tokens of prompt and answer together, for each of `num_slots` answers that are computed at once.
+        num_threads: default all cores.
+        adapter: a LoRA adapter as a GGUF, on top.
+        exact: keys and values in float32 and plain attention, so that only the weights' precision is measured.
+
+    Raises:
+        ModelError: llama.cpp refuses the file. MissingExtraError: it is not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context: int,
+        num_slots: int = 1,
+        num_threads: int | None = None,
+        adapter: Path | None = None,
+        exact: bool = False,
+    ) -> None:
+        try:
+            library: Any = import_module("xllamacpp")  # compiled, so no type is known
+        except ImportError as error:
+            raise MissingExtraError("xllamacpp", "gguf") from error
+        parameters: Any = library.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx = context * num_slots
+        parameters.n_parallel = num_slots
+        parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
+        parameters.warmup = False
+        parameters.verbosity = -1
+        parameters.endpoint_metrics = True
+        if exact:
+            parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if adapter is not None:
+            parameters.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        self.path = path
+        try:
+            self._server: Any = library.Server(parameters)
+        except RuntimeError as error:
+            what = "it" if adapter is None else f"it with {adapter.name} on top"
+            hint = "It may be cut short or damaged: compare its size, or fetch it again." if adapter is None else None
+            what = f"llama.cpp does not load {what}: {_reason(path, adapter, error)}"
+            raise ModelError(what, where=str(path), hint=hint) from error
+        self._server.handle_metrics()  # its loop answers; a server that goes before the loop runs waits for it for ever
+
+    def complete(self, asked: Mapping[str, Any], on_answer: OnAnswer | None = None) -> Any:
+        """An answer to what is asked in llama.cpp's words (`/completions`), or its error, as it gives them.
+
+        Args:
+            on_answer: with `stream`, called with every piece in this thread.
+        """
+        if on_answer is None:
+            return self._server.handle_completions(dict(asked))
+        return self._server.handle_completions(dict(asked), on_answer)
+
+
+_OPEN = """
+import os, sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.warmup, parameters.verbosity = sys.argv[1], 64, False, 1
+parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in sys.argv[2:]]
+try:
+    xllamacpp.Server(parameters)
+finally:
+    os._exit(0)
+"""
+
+
+def _reason(path: Path, adapter: Path | None, error: RuntimeError) -> str:
+    """What llama.cpp logs while it refuses a file, which its exception keeps to itself; asked in a child process."""
+    command = [sys.executable, "-c", _OPEN, str(path), *([] if adapter is None else [str(adapter)])]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return str(error).rstrip(".")
+    known = (
+        r" E (?:llama_model_load: error loading model|llama_adapter_lora_init\w*: failed to apply lora adapter): (.+)"
+    )
+    found = re.search(known, child.stderr)
+    return (str(error) if found is None else found[1].strip()).rstrip(".")
+
+
+def refusal(answer: Any) -> str:
+    """Why there is no answer, in llama.cpp's words."""
+    return str(answer.get("error", {}).get("message", answer) if isinstance(answer, dict) else answer)
