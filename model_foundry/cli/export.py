@@ -62,11 +62,11 @@ def command(
         certificate = export(
             subject,
             target,
-            kind=kind,
+            kind=kind,  # pyright: ignore[reportArgumentType]
             dtype=dtype,
             quants=quants,
             separate=separate,
-            say=say,  # pyright: ignore[reportArgumentType]
+            say=say,
         )
     answer = None if register is None else _register(target, register, subject, say)
     if as_json:

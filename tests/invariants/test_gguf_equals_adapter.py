@@ -84,28 +84,37 @@ def set_number(path: Path, key: str, value: float) -> None:
     np.memmap.flush(reader.data)
 
 
-BREAK: dict[str, tuple[Callable[[Path], None], str]] = {
-    "swapped rows of the queries": (swap_rows, "llama.cpp: logits"),
-    "wrong rope base": (lambda path: set_number(path, "llama.rope.freq_base", 500_000.0), "llama.cpp: logits"),
-    "wrong end of turn": (lambda path: set_number(path, "tokenizer.ggml.eot_token_id", 5), "gguf: stop tokens"),
+def rename_tensor(path: Path) -> None:
+    data = path.read_bytes()
+    assert data.count(b"blk.1.ffn_norm.weight") == 1
+    path.write_bytes(data.replace(b"blk.1.ffn_norm.weight", b"blk.7.ffn_norm.weight"))
+
+
+BREAK: dict[str, tuple[Callable[[Path, str], None], str]] = {
+    "swapped rows of the queries": (lambda path, _: swap_rows(path), "llama.cpp: logits"),
+    "wrong rope base": (lambda path, arch: set_number(path, f"{arch}.rope.freq_base", 5e5), "llama.cpp: logits"),
+    "wrong end of turn": (lambda path, _: set_number(path, "tokenizer.ggml.eot_token_id", 5), "gguf: stop tokens"),
+    "a tensor of another name": (lambda path, _: rename_tensor(path), "llama.cpp: readable"),
 }
 
 
 @pytest.mark.parametrize("how", BREAK)
-def test_a_file_that_was_broken_is_caught(tmp_path: Path, how: str) -> None:
-    subject = make_subject(tmp_path)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3-moe"])
+def test_a_file_that_was_broken_is_caught(tmp_path: Path, kind: str, how: str) -> None:
+    subject = make_subject(tmp_path, kind)
     merge = plan_merge(subject.base, subject.adapter)
     probe = make_probe(merge, subject.renderer, subject.prompts)
     written = write(tmp_path / "good.gguf", subject, merge, "f32")
     assert failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",))) == {}
     damage, expected = BREAK[how]
-    damage(written.path)
+    damage(written.path, kind.replace("-", ""))
     assert expected in failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
 
 
-def test_a_dropped_adapter_is_caught(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3-moe"])
+def test_a_dropped_adapter_is_caught(tmp_path: Path, kind: str) -> None:
     """The base under the run's name answers fluently, and knows nothing that was taught."""
-    subject = make_subject(tmp_path)
+    subject = make_subject(tmp_path, kind)
     merge = plan_merge(subject.base, subject.adapter)
     probe = make_probe(merge, subject.renderer, subject.prompts)
     written = write(tmp_path / "base.gguf", subject, plan_merge(subject.base, None), "f32")
