@@ -31,7 +31,7 @@ def write_random_adapter(folder: Path, base: Path, *, seed: int) -> Path:
     adapt(linears, lora, seed=seed, counter=DropoutCounter())
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: value if "lora_A" in name else 0.02 * torch.randn(value.shape, generator=generator)
+        name: value if "lora_A" in name else 0.04 * torch.randn(value.shape, generator=generator)
         for name, value in adapter_tensors(linears).items()
     }
     folder.mkdir()

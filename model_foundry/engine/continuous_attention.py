@@ -97,7 +97,10 @@ def attend_block(q: torch.Tensor, cache: torch.Tensor, reach: BlockReach, scale:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Rows that look at `num_keys` keys of one segment each. mask: [B, 1, 1, num_keys], 0 or -inf."""
+    """Rows that look at `num_keys` keys of one segment each. mask: [B, 1, 1, num_keys], 0 or -inf.
+
+    Where all look at the same segment, `segments` is that one alone.
+    """
 
     rows: torch.Tensor | slice
     segments: torch.Tensor | slice
@@ -123,6 +126,7 @@ def plan_answers(spans: Sequence[Span], window: int | None, *, like: torch.Tenso
         keys = np.arange(num_keys)
         hidden = (keys < first[:, None]) | (keys >= end[:, None])
         mask = like.new_zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden).to(like.device), float("-inf"))
+        segments = segments[:1] if (segments == segments[0]).all() else segments  # samples of one prompt share it
         where = [_as_slice(numbers, like.device) for numbers in (rows, segments)]
         levels[level].append(_Call(where[0], where[1], num_keys, mask[:, None, None]))
     return levels
@@ -146,6 +150,7 @@ def attend_answers(q: torch.Tensor, cache: torch.Tensor, levels: AnswerReach, sc
         for call in calls:
             kept = cache[:, :, : call.num_keys]
             kept = kept[call.segments] if isinstance(call.segments, slice) else kept.index_select(0, call.segments)
+            kept = kept.expand(len(call.mask), -1, -1, -1)  # a shared segment is read where it is
             found, logs = attend(q[call.rows], kept[:, :num_kv], kept[:, num_kv:], call.mask, scale)
             out[call.rows] = found
             if len(levels) > 1:

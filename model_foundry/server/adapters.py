@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -44,12 +45,30 @@ def renderer_for(name: str, tokenizer: Tokenizer, fallback: Renderer) -> Rendere
     return Renderer(tokenizer, str(fields["template"]), now=now) if "template" in fields else fallback
 
 
+class _Leaving:
+    """Adapters that no name stands for any more: they go when the requests that hold them have ended."""
+
+    def __init__(self, backend: Backend, catalog: Catalog) -> None:
+        self._backend, self._catalog = backend, catalog
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add(self, adapter: str) -> None:
+        task = asyncio.create_task(self._remove(adapter))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _remove(self, adapter: str) -> None:
+        await self._catalog.unused(adapter)
+        await self._backend.remove_adapter(adapter)
+
+
 class AdapterShelf:
     """The adapters of one folder, and what of them is served."""
 
     def __init__(self, backend: Backend, catalog: Catalog, *, base: Path | None, folder: Path | None) -> None:
         self._backend, self._catalog, self._base, self._folder = backend, catalog, base, folder
-        self._lock = asyncio.Lock()
+        self._lock, self._leaving = asyncio.Lock(), _Leaving(backend, catalog)
+        self._numbers = itertools.count(1)
 
     def served(self) -> list[str]:
         return [model.name for model in self._catalog if model.adapter is not None]
@@ -83,11 +102,13 @@ class AdapterShelf:
             adapter = await asyncio.to_thread(find_adapter, str(path), self._base, pull=False)
             base = next(model for model in self._catalog if model.adapter is None)
             renderer = await asyncio.to_thread(renderer_for, str(path), base.renderer.tokenizer, base.renderer)
-            await self._backend.add_adapter(name, adapter)
-            self._catalog.put(ServedModel(name, renderer, adapter=name, parent=base.name, removable=True))
+            # One that was removed may still be there under this name, for requests that hold it.
+            unique = f"{name}@{next(self._numbers)}"
+            await self._backend.add_adapter(unique, adapter)
+            self._catalog.put(ServedModel(name, renderer, adapter=unique, parent=base.name, removable=True))
 
     async def remove(self, name: str) -> None:
-        """Requests that use it end undisturbed. Raises: Problem."""
+        """Requests for it that run or wait end undisturbed. Raises: Problem."""
         async with self._lock:
             if name not in self._catalog:
                 raise Problem(404, "no adapter of this name is served", param="name", code="model_not_found")
@@ -95,7 +116,7 @@ class AdapterShelf:
             if not model.removable or model.adapter is None:
                 raise Problem(409, "this model was given at the start and stays", param="name", code="not_removable")
             self._catalog.remove(name)
-            await self._backend.remove_adapter(model.adapter)
+            self._leaving.add(model.adapter)
 
 
 class Follower:
@@ -118,6 +139,7 @@ class Follower:
     ) -> None:
         self._run, self._name, self._backend, self._catalog = run, name, backend, catalog
         self._every, self._go_over = every_seconds, go_over
+        self._leaving = _Leaving(backend, catalog)
         self._seen = _newest(run)
 
     async def run(self, until: Callable[[], bool]) -> None:
@@ -147,7 +169,7 @@ class Follower:
             await self._backend.add_adapter(adapter, part)
             self._catalog.put(replace(old, adapter=adapter, note=checkpoint.name))
             if old.adapter is not None:
-                await self._backend.remove_adapter(old.adapter)
+                self._leaving.add(old.adapter)
         logger.info("%s is now %s", self._name, checkpoint.name)
         return True
 

@@ -62,18 +62,23 @@ class Answering:
         """Check, and wait for a place.
 
         Raises:
-            Problem: the request passes a limit, the queue is full, or the time is over.
+            Problem: the request passes a limit, the queue is full, the time is over, or the model has been removed.
         """
         started = time.monotonic()
+        model = self.catalog.find(model.name)  # its prompt took time, and its adapter may be another one by now
         requests = self._requests(model, prompts, sampling)
         deadline = started + self.limits.request_seconds
+        self.catalog.hold(model)
         try:
             async with asyncio.timeout(self.limits.request_seconds):
                 ticket = await self.admission.enter(client, len(requests))
-        except OverloadedError as error:
-            raise self._overloaded(error) from None
-        except TimeoutError:
-            raise _too_late(self.limits) from None
+        except BaseException as error:
+            self.catalog.release(model)
+            if isinstance(error, OverloadedError):
+                raise self._overloaded(error) from None
+            if isinstance(error, TimeoutError):
+                raise _too_late(self.limits) from None
+            raise
         return Answers(self, model, prompts, requests, sampling, ticket, started=started, deadline=deadline)
 
     def _requests(self, model: ServedModel, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[TokenRequest]:
@@ -127,7 +132,7 @@ class Answering:
 
 
 class Answers:
-    """Answers under way. `deltas` yields them as they come; closing it, or leaving it, frees their places."""
+    """Answers under way. `deltas` yields them as they come; leaving it frees their places, and so does `close`."""
 
     def __init__(
         self,
@@ -148,6 +153,7 @@ class Answers:
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.completion_tokens = self.cached_tokens = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Raises: Problem: the back end failed or refuses, or the time is over."""
@@ -178,15 +184,18 @@ class Answers:
             await self.close()
 
     async def close(self) -> None:
-        """Stop what still runs. Places are given back when it has stopped."""
+        """Stop what still runs. Places are given back when it has stopped. Doing it twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         for task in tasks:
             with suppress(asyncio.CancelledError):
                 await task
-        if not self._ticket.left:
-            self._answering.admission.leave(self._ticket)
+        self._answering.admission.leave(self._ticket)
+        self._answering.catalog.release(self.model)
         self._answering.stats.generated(
             self.model.name, prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens
         )

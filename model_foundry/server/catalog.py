@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +61,8 @@ class Catalog:
 
     def __init__(self, models: Sequence[ServedModel]) -> None:
         self._models: dict[str, ServedModel] = {}
+        self._holds: Counter[str] = Counter()
+        self._released = asyncio.Event()
         for model in models:
             if model.name in self._models:
                 hint = "Set another served_name, or another name in adapters."
@@ -93,3 +97,21 @@ class Catalog:
 
     def remove(self, name: str) -> ServedModel:
         return self._models.pop(name)
+
+    def hold(self, model: ServedModel) -> None:
+        """A request that has it stays with its adapter, whatever the name stands for by then."""
+        if model.adapter is not None:
+            self._holds[model.adapter] += 1
+
+    def release(self, model: ServedModel) -> None:
+        """What `hold` took."""
+        if model.adapter is not None:
+            self._holds[model.adapter] -= 1
+            self._released.set()
+
+    async def unused(self, adapter: str) -> None:
+        """Wait until no request holds an adapter."""
+        while self._holds[adapter] > 0:
+            self._released.clear()
+            await self._released.wait()
+        del self._holds[adapter]

@@ -73,7 +73,7 @@ def router(answering: Answering, *, default_max_tokens: int) -> APIRouter:
     )
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         answers = await while_connected(request, open_answers(body, request))
-        return stream(request, _events(answers, request))
+        return stream(request, _events(answers, request), close=answers.close)
 
     return routes
 

@@ -84,7 +84,8 @@ async def _answer(body: OpenAIBody, request: Request, model: ServedModel, form: 
     if body.stream:
         answers = await while_connected(request, _as_openai(open_answers()))
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return stream(request, sse(form, answers, with_usage=with_usage, on_end=lambda: note_usage(request, answers)))
+        events = sse(form, answers, with_usage=with_usage, on_end=lambda: note_usage(request, answers))
+        return stream(request, events, close=answers.close)
 
     async def work() -> dict[str, Any]:
         answers = await _as_openai(open_answers())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from model_foundry.server.problems import Problem, speaks_openai
 
@@ -46,11 +47,28 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
                 await each
 
 
-def stream(request: Request, events: AsyncIterator[bytes]) -> StreamingResponse:
-    """A response of these events; an error on the way becomes the last one."""
-    return StreamingResponse(
-        _with_last_words(request.url.path, events), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-    )
+def stream(
+    request: Request, events: AsyncIterator[bytes], *, close: Callable[[], Awaitable[None]]
+) -> StreamingResponse:
+    """A response of these events; an error on the way becomes the last one.
+
+    Args:
+        close: called at the end in any case. Where the client goes before the first event, `events` never begins, and
+            nothing that it would do at its end is done.
+    """
+    return _Closing(close, _with_last_words(request.url.path, events))
+
+
+class _Closing(StreamingResponse):
+    def __init__(self, close: Callable[[], Awaitable[None]], events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._close()
 
 
 async def _with_last_words(path: str, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
