@@ -9,7 +9,7 @@ Shapes: U units of a stack, n rows of each, r rank, R the sum of ranks of layers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,8 @@ import torch
 
 from model_foundry.models.lora import Linear
 
+STACK_ROWS = 128
+"""Units of more rows are computed one by one: there the products take longer than the calls."""
 Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 """(gradient buffer, what is to be added to it)."""
 
@@ -105,16 +107,22 @@ def _is_alike(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None) -> boo
     left, right = (torch.randn(shape, generator=drawn).to(a) for shape in (a.shape, b.shape))
     # Every sum has each of its terms again with the other sign: what is left is rounding, which the order decides.
     left[:, :, half : 2 * half], right[:, half : 2 * half] = -left[:, :, :half], right[:, :half]
+    if k > 1:
+        left[:, :, 2 * half :] = 0
     a, b = _laid_out(left[:, :, place], a), _laid_out(right[:, place], b)
-    into = None if out is None else torch.zeros_like(out)
 
-    def product(which: slice) -> torch.Tensor:
-        if out is None or into is None:
-            return torch.bmm(a[which], b[which])
-        return _laid_out(into, out)[which].baddbmm_(a[which], b[which])
+    def is_alike(product: Callable[[slice], torch.Tensor]) -> bool:
+        want = product(slice(None))
+        return all(torch.equal(product(slice(unit, unit + 1)), want[unit : unit + 1]) for unit in range(num))
 
-    want = product(slice(None))
-    return all(torch.equal(product(slice(unit, unit + 1)), want[unit : unit + 1]) for unit in range(num))
+    if out is None:
+        return is_alike(lambda which: torch.bmm(a[which], b[which]))
+    # To nothing, which shows how the sums are made, and to something, which shows when it is added.
+    for first in (torch.zeros(out.shape), torch.randn(out.shape, generator=drawn)):
+        laid = _laid_out(first.to(out), out)
+        if not is_alike(lambda which, laid=laid: _laid_out(laid, laid)[which].baddbmm_(a[which], b[which])):
+            return False
+    return True
 
 
 def _laid_out(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -193,7 +201,8 @@ def _follows(one: Part, other: Part) -> bool:
     """Whether both can be in one stack."""
     size = one.rows.stop - one.rows.start
     return (
-        other.rows.start == one.rows.stop
+        size <= STACK_ROWS
+        and other.rows.start == one.rows.stop
         and other.rows.stop - other.rows.start == size
         and one.factors.ranks == other.factors.ranks
     )

@@ -27,7 +27,7 @@ class Product:
         self._ordered = None
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and multiplies_bfloat16(weight.device):
             self._ordered = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous())
-            self._weight = self._weight[:0]
+            self._weight = self._weight.new_empty(0)  # a slice would keep all of it
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._ordered is None:

@@ -44,7 +44,7 @@ class MlxLinear:
     """One linear layer, by its full name, as the code that reads and writes adapters sees it (`lora.Adaptable`)."""
 
     transposed = False
-    is_router = False
+    is_router = is_head = False
     group = None
 
     def __init__(self, name: str, weights: dict[str, mx.array]) -> None:

@@ -36,6 +36,7 @@ from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.head import HeadUpdate
 from model_foundry.models.language_model import LanguageModel, NativeModel, share_weights
 from model_foundry.models.lora import Linear
+from model_foundry.models.memory import MAX_OWN_GRADIENT_BYTES
 from model_foundry.models.packed_rows import PackedRows
 from model_foundry.types import Datum
 
@@ -72,11 +73,19 @@ class AdapterLayers:
     def changed(self) -> None:
         self._is_stale = True
 
-    def refresh(self) -> None:
+    def refresh(self, dtype: torch.dtype) -> None:
         """Read the weights again where they have changed; before threads use them."""
         if self._is_stale:
             fill(factors for factors in self._ready.values() if factors is not None)
             self._head_factors, self._is_stale = None, False
+        if self.head is not None and self._head_factors is None:
+            self._head_factors = self.head.factors(dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        layers = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in self._layers.values()
+                     if layer.lora_A is not None and layer.lora_B is not None)  # fmt: skip
+        return layers + (0 if self.head is None else self.head.down.numel() + self.head.up.numel())
 
     def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> Factors | None:
         """Of layers that read the same input; None where they carry no adapter."""
@@ -85,12 +94,11 @@ class AdapterLayers:
             self._ready[names] = Factors.of(layers, dtype) if layers[0].lora_A is not None else None
         return self._ready[names]
 
-    def head_part(self, dtype: torch.dtype, *, backward: bool) -> HeadPart | None:
-        """Of one unit; None where the head carries no adapter."""
+    def head_part(self, *, backward: bool) -> HeadPart | None:
+        """Of one unit, after `refresh`; None where the head carries no adapter."""
         if self.head is None:
             return None
-        if self._head_factors is None:
-            self._head_factors = self.head.factors(dtype)
+        assert self._head_factors is not None
         return HeadPart.of(self.head, self._head_factors, backward=backward)
 
 
@@ -187,7 +195,7 @@ class SharedBase:
         """One pass; with `backward`, gradients are added to the adapters' own. No adapter may come twice."""
         units: list[_Unit] = []
         for number, segment in enumerate(segments):
-            segment.adapter.refresh()
+            segment.adapter.refresh(self.decoder.compute_dtype)
             units += _units(number, segment, self.num_threads)
         shares = even_shares([unit.num_tokens for unit in units], self.num_threads)
         self._on_threads(
@@ -236,7 +244,7 @@ class SharedBase:
         places = self._work.places
         inputs = [_inputs(unit.segment, self.device) for _, unit in places]
         gradient = torch.zeros_like(hidden) if backward else None
-        adapted = [unit.segment.adapter.head_part(hidden.dtype, backward=backward) for _, unit in places]
+        adapted = [unit.segment.adapter.head_part(backward=backward) for _, unit in places]
         values = [torch.zeros_like(each["target_tokens"], dtype=torch.float32) for each in inputs]
         logprobs = [torch.zeros_like(value) for value in values]
         for first, last in self._chunks(hidden.shape[0]):
@@ -340,9 +348,9 @@ def _add(parameter: torch.Tensor | None, gradient: torch.Tensor, scale: float, k
 
 
 def _units(number: int, segment: Segment, num_threads: int) -> list[_Unit]:
-    """A segment's rows as one unit, or one for each thread where all are large; by its own lengths alone."""
+    """A segment's rows as one unit, or one for each thread where all are large; by its own lengths and size alone."""
     shares = worthwhile_shares([datum.num_tokens for datum in segment.data], num_threads)
-    if shares is None:
+    if shares is None or 4 * segment.adapter.num_parameters * num_threads > MAX_OWN_GRADIENT_BYTES:
         return [_Unit(number, list(range(len(segment.data))), segment, None)]
     return [_Unit(number, share, replace(segment, data=[segment.data[row] for row in share]), []) for share in shares]
 

@@ -56,7 +56,7 @@ class HeadPart:
     def settle(self, add: Callable[[torch.Tensor, torch.Tensor, float], None]) -> None:
         """Hand over what the gradients have come to: `add(parameter, gradient, scale)`."""
         add(self.update.down, self.d_down, 1.0)
-        add(self.update.up, self.d_up, self.update.scaling)
+        add(self.update.up, self.d_up.mul_(self.update.scaling), 1.0)
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:

@@ -9,7 +9,7 @@ Shapes: N packed tokens, S rows of a group, T their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,12 +107,9 @@ class PackedRows:
         groups: list[RowGroup] = []
         first_row = first_token = 0
         for part in parts:
-            for group in (each.moved(rows=first_row, tokens=first_token) for each in part.groups):
-                if groups and (both := _both(groups[-1], group)) and _are_alike((groups[-1], group, both), alike):
-                    groups[-1] = both
-                else:
-                    groups.append(group)
+            groups += [group.moved(rows=first_row, tokens=first_token) for group in part.groups]
             first_row, first_token = first_row + len(part.lengths), first_token + sum(part.lengths)
+        groups = [group for run in _runs(groups) for group in _stacked(run, alike)]
         lengths = tuple(length for part in parts for length in part.lengths)
         forks = tuple(fork for part in parts for fork in part.branches)
         return cls(lengths, tuple(groups), torch.cat([part.positions for part in parts]), forks)
@@ -152,19 +149,31 @@ class PackedRows:
         return self._masks[key]
 
 
-def _both(one: RowGroup, other: RowGroup) -> RowGroup | None:
-    """Groups of rows of one length, the second right after the first, as one; None for others."""
-    size = one.num_rows * one.num_tokens
-    plain = all(group.index is None and group.branch is None for group in (one, other))
-    if not plain or one.num_tokens != other.num_tokens or other.start != one.start + size:
-        return None
-    if one.num_tokens > QUERY_BLOCK_TOKENS or size + other.num_rows * other.num_tokens > STACK_TOKENS:
-        return None  # as `_stackable`
-    return replace(one, rows=one.rows + other.rows)
+def _runs(groups: Sequence[RowGroup]) -> list[list[RowGroup]]:
+    """Neighbours whose rows have one length, as `_stackable` asks."""
+    runs: list[list[RowGroup]] = []
+    for group in groups:
+        if runs and _goes_on(runs[-1], group):
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return runs
 
 
-def _are_alike(groups: Iterable[RowGroup], alike: Callable[[int, int], bool]) -> bool:
-    return all(alike(group.num_tokens, group.num_rows) for group in groups)
+def _goes_on(run: Sequence[RowGroup], group: RowGroup) -> bool:
+    last, length = run[-1], group.num_tokens
+    num_rows = sum(each.num_rows for each in run) + group.num_rows
+    plain = all(each.index is None and each.branch is None for each in (last, group))
+    follows = last.num_tokens == length and group.start == last.start + last.num_rows * length
+    return plain and follows and _stackable(length, length, num_rows)
+
+
+def _stacked(run: list[RowGroup], alike: Callable[[int, int], bool]) -> list[RowGroup]:
+    rows = tuple(row for group in run for row in group.rows)
+    sizes = {len(rows), *(group.num_rows for group in run)}
+    if len(run) == 1 or not all(alike(run[0].num_tokens, size) for size in sorted(sizes)):
+        return run
+    return [replace(run[0], rows=rows)]
 
 
 def _stackable(shortest: int, longest: int, num_rows: int) -> bool:

@@ -39,18 +39,24 @@ async def copy_weights(front: Front, request: Request) -> Response:
             front.executor.check_quota(copy.owner, where="copy_weights")
         except DataError as error:
             raise Refusal(403, str(error), {"x-should-retry": "false"}) from error
+        # The number is taken first: a run of another client's with it would have its files replaced.
+        await _reserve(front, source, copy, session)
         await asyncio.to_thread(_write, front, source, copy)
-        await _note(front, source, copy, session)
+        await front.put(copy)
     return reply({"tinker_path": copy.path})
 
 
-async def _note(front: Front, source: Checkpoint, copy: Checkpoint, session: Session) -> None:
-    """The run and its checkpoint, and the session where it is new, in one transaction."""
+async def _reserve(front: Front, source: Checkpoint, copy: Checkpoint, session: Session) -> None:
+    """The run, and its session where that is new, in one transaction.
+
+    Raises:
+        Refusal: the number is another run's.
+    """
     facts = {**source.facts["lora"], "user_metadata": None, "copy_of": source.path}
     # Its number 0 is done: what is asked of it afterwards is refused, and is not the making of it.
     model = Model(copy.run_id, session.session_id, session.owner, copy.created, copy.created, facts,
                   state="unloaded", done_seq=0)  # fmt: skip
-    items = [model, copy] if session.session_id in front.books.sessions else [session, model, copy]
+    items = [model] if session.session_id in front.books.sessions else [session, model]
     puts = [front.books.put(item) for item in items]
 
     def write(connection: Connection) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model_foundry.errors import DataError
 
@@ -12,7 +13,16 @@ MAX_RANK = 512
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 86400
 CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 TtlSeconds = Annotated[int, Field(ge=MIN_TTL_SECONDS, le=MAX_TTL_SECONDS)]
-Metadata = dict[str, str] | None
+
+
+def _as_texts(value: Any) -> Any:
+    """The SDK lets any JSON stand for a value; it is kept as the text that a number or a list is written as."""
+    if not isinstance(value, dict):
+        return value
+    return {key: each if isinstance(each, str) else json.dumps(each) for key, each in value.items()}
+
+
+Metadata = Annotated[dict[str, str] | None, BeforeValidator(_as_texts)]
 CLONE_BLOCK = 1_000_000_000
 """A cloned sampler's numbers begin at its own multiple of this."""
 MAX_CLONES = 2**53 // CLONE_BLOCK

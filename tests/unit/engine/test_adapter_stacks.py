@@ -78,3 +78,18 @@ def test_every_unit_gets_its_own_sums(alike: bool, monkeypatch: pytest.MonkeyPat
                 if unit == 1:
                     assert not buffer.any()
         torch.testing.assert_close(dx[rows].double(), want_dx.detach(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
+def test_a_unit_has_the_same_bits_beside_others(rank: int, dtype: torch.dtype) -> None:
+    """Of rank 1 in float32, some kernels round the product before they add it, and others do not."""
+    torch.manual_seed(0)
+    low, up, out = (torch.randn(3, *shape).to(dtype) for shape in ((16, rank), (rank, 64), (16, 64)))
+    products, together = StackedProducts(), out.clone()
+    products.add(together, low, up)
+    for unit in range(3):
+        one, alone = slice(unit, unit + 1), out[unit : unit + 1].clone()
+        products.add(alone, low[one], up[one])
+        assert torch.equal(together[one], alone)
+        assert torch.equal(products(low, up)[one], products(low[one], up[one]))
