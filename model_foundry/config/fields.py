@@ -63,7 +63,9 @@ def schema_fields(schema: type[BaseModel]) -> dict[str, FieldSpec]:
 def schema_sections(schema: type[BaseModel]) -> dict[str, str]:
     """Every section's dotted path and help."""
     return {
-        path: info.description or "" for path, info in _infos(schema, "") if section_of(info.annotation) is not None
+        path: _one_line(info.description)
+        for path, info in _infos(schema, "")
+        if section_of(info.annotation) is not None
     }
 
 
@@ -108,7 +110,7 @@ def _walk(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldSpec
                 variable=path.upper().replace(".", "_") if "." in path else f"FOUNDRY_{path.upper()}",
                 annotation=info.annotation,
                 default=None if default is PydanticUndefined else default,
-                help=info.description or "",
+                help=_one_line(info.description),
                 expected=describe(info.annotation, info.metadata),
                 text_only=all(part in (str, Path, type(None)) for part in alternatives),
                 input_file=any(mark in (InputFile, InputRows) for mark in _markers(info)),
@@ -165,3 +167,8 @@ def _unwrap(annotation: Any) -> Any:
 def _markers(info: FieldInfo) -> list[Any]:
     nested = [part for part in get_args(info.annotation) if get_origin(part) is Annotated]
     return [*info.metadata, *(mark for part in nested for mark in get_args(part)[1:])]
+
+
+def _one_line(text: str | None) -> str:
+    """A docstring's lines as one: it becomes a comment, and a cell of a table."""
+    return " ".join((text or "").split())

@@ -19,7 +19,10 @@ def _as_texts(value: Any) -> Any:
     """The SDK lets any JSON stand for a value; it is kept as the text that a number or a list is written as."""
     if not isinstance(value, dict):
         return value
-    return {key: each if isinstance(each, str) else json.dumps(each) for key, each in value.items()}
+    try:
+        return {key: each if isinstance(each, str) else json.dumps(each) for key, each in value.items()}
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 Metadata = Annotated[dict[str, str] | None, BeforeValidator(_as_texts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,23 @@ def test_a_session_holds_what_can_be_listed(service: Service) -> None:
     """One that could not made every listing and search of its key a failure, until the end of days."""
     with service.api("tml-listing") as api:
         session = new_session(api)
-        for facts in ({"user_metadata": ["a"]}, {"user_metadata": {"a": nested(400)}}, {"tags": [nested(400)]},
+        for facts in ({"user_metadata": ["a"]}, {"tags": [nested(400)]},
                       {"display_name": nested(400)}, {"project_id": nested(400)}):  # fmt: skip
             assert api.post("create_session", json=facts).status_code == 422, facts
         assert api.put(f"sessions/{session}/project", json={"project_id": nested(400)}).status_code == 422
         reason = {"reason": {"type": "success", "more": nested(400)}}
         assert api.post(f"sessions/{session}/finish", json=reason).status_code == 422
+        # The SDK lets any JSON be a value; what is no text is kept as the text that it is written as.
         body = {"session_id": session, "model_seq_id": 0, "base_model": str(service.base), "lora_config": {"rank": 1}}
-        done = finish(api, api.post("create_model", json={**body, "user_metadata": {"a": nested(400)}}))
-        assert done["category"] == "user"
-        assert len(api.post("sessions/search", json={"user_metadata": {"a": "b"}}).json()["sessions"]) == 0
-        assert len(api.post("sessions/search", json={}).json()["sessions"]) == 1
+        facts = {"a": "b", "lr": 1e-4, "deep": nested(400)}
+        open_session = api.post("create_session", json={"user_metadata": facts}).json()["session_id"]
+        found = api.get(f"sessions/{open_session}").json()["user_metadata"]
+        assert found == {"a": "b", "lr": "0.0001", "deep": json.dumps(nested(400))}
+        body["session_id"] = open_session
+        done = finish(api, api.post("create_model", json={**body, "user_metadata": facts}))
+        assert done["type"] == "create_model"
+        assert len(api.post("sessions/search", json={"user_metadata": {"a": "b"}}).json()["sessions"]) == 1
+        assert len(api.post("sessions/search", json={}).json()["sessions"]) == 2
         for path in ("sessions", f"sessions/{session}", "training_runs"):
             assert api.get(path).status_code == 200
 

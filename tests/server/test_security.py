@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,11 +159,18 @@ def test_logs_hold_neither_prompts_nor_keys(
     guarded: Served, keys: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = "my-private-question"
+
+    def access_lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "model_foundry.server.access"]
+
     with caplog.at_level("DEBUG", logger="model_foundry"):
         guarded.post("/generate", {"prompt": secret, "max_tokens": 2}, key=keys["alice"])
         guarded.post("/generate", {"prompt": secret, "max_tokens": -2}, key=keys["alice"])
         guarded.get(f"/{secret}?key={secret}", key="mf-" + secret)
-    lines = [record.getMessage() for record in caplog.records if record.name == "model_foundry.server.access"]
+        deadline = time.monotonic() + 10
+        while len(access_lines()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)  # a line is written after its answer has gone
+    lines = access_lines()
     assert len(lines) == 3
     assert [json.loads(line)["client"] for line in lines[:2]] == ["key alice"] * 2
     assert [json.loads(line)["status"] for line in lines] == [200, 422, 401]
