@@ -180,6 +180,10 @@ class LocalEngine(Engine, Protocol):
         """What beside tensors the state holds; JSON values."""
         ...
 
+    def limit_pieces(self, model_id: str, num_tokens: int) -> None:
+        """Split this model's passes into pieces of at most so many tokens, as if memory had run out for more."""
+        ...
+
     def write_weights(self, model_id: str, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """`save_weights` from `trained_tensors` of earlier; another thread may call it."""
         ...

@@ -263,6 +263,10 @@ class MlxEngine:
             "world_size": self.world_size,
         }
 
+    def limit_pieces(self, model_id: str, num_tokens: int) -> None:
+        """Split this model's passes into pieces of at most so many tokens, as if memory had run out for more."""
+        self._get(model_id).passes.max_piece_tokens = num_tokens
+
     def write_state(
         self, model_id: str, folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     ) -> None:

@@ -66,14 +66,17 @@ def bare(config: RunConfig, run_dir: Path) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def run_to_end(config: RunConfig, run_dir: Path, *, now: str | None = None) -> Rhythm:
+def run_to_end(config: RunConfig, run_dir: Path, *, now: str | None = None, piece_tokens: int | None = None) -> Rhythm:
     """Train in a process of its own, or go on with what is there.
+
+    Args:
+        piece_tokens: as the run that it repeats recorded it.
 
     Raises:
         CheckFailedError: it failed by itself; its last line says why.
     """
     started = time.time()
-    with _process(config, run_dir, now=now) as process:
+    with _process(config, run_dir, now=now, piece_tokens=piece_tokens) as process:
         code = process.wait(timeout=RUN_TIMEOUT_SECONDS)
     if code != 0:
         raise _failed(code, run_dir)
@@ -90,6 +93,7 @@ def kill_often(
     *,
     kills: int,
     chooser: random.Random,
+    piece_tokens: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Kill]:
     """Start and kill one run so often, ever further on; the kills done, fewer when it ended before its moment came.
@@ -100,7 +104,7 @@ def kill_often(
     steps = sorted(chooser.randint(0, latest) for _ in range(kills))
     done: list[Kill] = []
     for number, step in enumerate(steps, start=1):
-        with _process(config, run_dir) as process:
+        with _process(config, run_dir, piece_tokens=piece_tokens) as process:
             if number % 5 == 4:
                 within = _within_start(process, run_dir, seconds=chooser.random() * rhythm.start_seconds)
             else:
@@ -181,7 +185,9 @@ def _is_saving(run_dir: Path) -> bool:
 
 
 @contextmanager
-def _process(config: RunConfig, run_dir: Path, *, now: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    config: RunConfig, run_dir: Path, *, now: str | None = None, piece_tokens: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """`foundry train --resume auto` on the bare configuration; never left running."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.parent / f"{run_dir.name}.yaml"
@@ -191,6 +197,7 @@ def _process(config: RunConfig, run_dir: Path, *, now: str | None = None) -> Ite
     environ = {key: value for key, value in os.environ.items() if not key.startswith((*sections, "FOUNDRY_RUN_DIR"))}
     environ.pop("FOUNDRY_SEED", None)
     options = ["--resume", "auto", *([] if now is None else ["--now", now])]
+    options += [] if piece_tokens is None else ["--piece-tokens", str(piece_tokens)]
     command = [sys.executable, "-m", "model_foundry", "train", str(path), *options]
     with open(_log(run_dir), "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ)

@@ -96,7 +96,7 @@ def predict_memory(
         packed=engine.quantization != "none",
         optimizer=config.training.optimizer,
         num_threads=engine.num_threads or 1,
-        held_out_rows=max(_held_out_rows(work, piece_tokens), [*asked.read], key=sum),
+        held_out_rows=max(_held_out_rows(work, piece_tokens), _largest_piece(asked.read, piece_tokens), key=sum),
         sampled_rows=max([len(tokens) + new for _, tokens in work.prompts], [*asked.sampled], key=sum),
         loaded_again=True,
     )
@@ -106,22 +106,48 @@ def _held_out_rows(work: Work, piece_tokens: int | None) -> list[int]:
     """Tokens of each row of the largest piece that is read without gradients: held-out rows, a reference's pairs."""
     largest: list[int] = []
     for batch in (*work.validation_batches(), *work.batches_read_before):
-        lengths = [datum.num_tokens for datum in batch]
-        for rows in split_by_tokens(lengths, piece_tokens):
-            largest = max(largest, [lengths[row] for row in rows], key=sum)
+        largest = max(largest, _largest_piece([datum.num_tokens for datum in batch], piece_tokens), key=sum)
     return largest
 
 
+def _largest_piece(lengths: Sequence[int], piece_tokens: int | None) -> list[int]:
+    return max(([lengths[row] for row in rows] for rows in split_by_tokens(lengths, piece_tokens)), key=sum)
+
+
+def piece_limit(work: Work, engine: LocalEngine, model_id: str) -> int | None:
+    """Tokens of a piece at most, as asked for or as memory has it; None: batches are whole."""
+    limits = (work.config.training.micro_batch_tokens, engine.state_facts(model_id)["max_piece_tokens"])
+    return min((each for each in limits if each), default=None)
+
+
+def memory_hint(memory: MemoryEstimate, *, unasked: int, unsampled: int, gradient_checkpointing: bool) -> str:
+    """What to change where the memory is too small: the part that makes the peak.
+
+    Args:
+        unasked, unsampled: bytes at the peak without questions and suites, and without those that are answered.
+    """
+    if unsampled < memory.total:
+        return "answering makes the peak; lower evaluation.batch_size or evaluation.max_new_tokens"
+    if unasked < memory.total:
+        return "reading the choices of suites makes the peak; ask suites of shorter rows (evaluation.suites)"
+    if memory.activations + memory.logits < memory.weights + memory.gradients + memory.optimizer:
+        return "the model itself makes the most of it; take a smaller one"
+    return "lower data.max_length" + ("" if gradient_checkpointing else ", or set training.gradient_checkpointing")
+
+
 def pieces_that_fit(lengths: Sequence[int], predicted: Callable[[int | None], int], *, room_bytes: int) -> int | None:
-    """Tokens of the largest piece with which the predicted peak fits; None: whole batches do.
+    """Tokens of the largest piece with which the predicted peak fits, or is lowest; None: whole batches do as well.
 
     Args:
         lengths: tokens of each row of the longest batch. Below the longest row nothing is to be had.
         predicted: bytes at the peak with pieces of at most so many tokens.
     """
-    tokens, size = None, sum(lengths)
-    while predicted(tokens) > room_bytes and size > max(lengths):
-        tokens = size = max(max(lengths), size // 2)
+    tokens, size, lowest = None, sum(lengths), predicted(None)
+    while lowest > room_bytes and size > max(lengths):
+        size = max(max(lengths), size // 2)
+        if (smaller := predicted(size)) >= lowest:  # what makes the peak is no piece
+            break
+        tokens, lowest = size, smaller
     return tokens
 
 

@@ -31,13 +31,14 @@ from model_foundry.evals.compression import (
 )
 from model_foundry.evals.preference import pairs_preferred
 from model_foundry.recipes import supervised
-from model_foundry.recipes.measure_memory import measure, task_of
+from model_foundry.recipes.measure_memory import MemoryTask, measure, task_of
+from model_foundry.recipes.plan import piece_limit
 from model_foundry.recipes.saving import load_checkpoint
 from model_foundry.recipes.work import Work
 from model_foundry.run.directory import RunDirectory
 from model_foundry.run.metrics import CLOCK, read_metrics
 from model_foundry.run.progress import open_progress
-from model_foundry.types import Check, SamplingParams
+from model_foundry.types import Check, LoraConfig, SamplingParams
 
 logger = logging.getLogger(__name__)
 PROBE_NEW_TOKENS = 16
@@ -66,38 +67,42 @@ def parameters_check(work: Work, before: Mapping[str, torch.Tensor], after: Mapp
     return criteria.parameters_changed(first, last, bound=bound, weight_decay=work.config.training.weight_decay)
 
 
-def memory_check(work: Work, engine: LocalEngine) -> tuple[Check | None, dict[str, Any]]:
+def memory_check(work: Work, engine: LocalEngine, model_id: str) -> tuple[Check | None, dict[str, Any]]:
     """LoRA and full fine-tuning on the same longest batch, each in a fresh process; the peaks go into the report."""
     config = work.config
     if not isinstance(config, TrainConfig) or work.lora is None or config.criteria.memory_saving is None:
         return None, {}
-    bound, training = config.criteria.memory_saving, config.training
+    bound = config.criteria.memory_saving
     peaks: dict[str, int | None] = {}
     for name, lora in (("lora", work.lora), ("full", None)):
         logger.info("measuring the memory of %s in a process of its own", "LoRA" if lora else "full fine-tuning")
-        task = task_of(
-            work.longest_batch(),
-            folder=str(work.source.folder.resolve()),
-            lora=lora,
-            device=engine.device.type,
-            dtype=str(engine.dtype).removeprefix("torch."),
-            num_threads=engine.num_threads,
-            implementation=engine.implementation,
-            attention=engine.attention,
-            quantization="none" if lora is None else engine.quantization,
-            engine=engine.kind,
-            gradient_checkpointing=training.gradient_checkpointing,
-            micro_batch_tokens=training.micro_batch_tokens,
-            loss_fn=work.objective.loss_fn,
-        )
         try:
-            peaks[name] = measure(task).peak
+            peaks[name] = measure(memory_task(work, engine, model_id, lora=lora)).peak
         except FoundryError as error:
             logger.warning("%s", error)
             peaks[name] = None
     how = "each in a process of its own, two steps of the longest batch, interpreter and libraries included"
     check = criteria.memory_saving(lora_bytes=peaks["lora"], full_bytes=peaks["full"], bound=bound, how=how)
     return check, {"lora_bytes": peaks["lora"], "full_bytes": peaks["full"]}
+
+
+def memory_task(work: Work, engine: LocalEngine, model_id: str, *, lora: LoraConfig | None) -> MemoryTask:
+    """The longest batch as this run computes it, in the pieces that it has come to."""
+    return task_of(
+        work.longest_batch(),
+        folder=str(work.source.folder.resolve()),
+        lora=lora,
+        device=engine.device.type,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        num_threads=engine.num_threads,
+        implementation=engine.implementation,
+        attention=engine.attention,
+        quantization="none" if lora is None else engine.quantization,
+        engine=engine.kind,
+        gradient_checkpointing=work.config.training.gradient_checkpointing,
+        micro_batch_tokens=piece_limit(work, engine, model_id),
+        loss_fn=work.objective.loss_fn,
+    )
 
 
 def artefacts_check(work: Work, engine: LocalEngine, model_id: str, final: Path, sample: np.ndarray) -> Check:
@@ -194,6 +199,8 @@ def replay_check(work: Work, engine: LocalEngine, run: RunDirectory, final: Mapp
         work.source.folder, lora=work.lora, seed=work.config.seed, adapter=work.source.adapter,
         optimizer=work.config.training.optimizer,
     )  # fmt: skip
+    if run.facts.get("piece_tokens"):
+        engine.limit_pieces(model_id, run.facts["piece_tokens"])
     try:
         step = -1
         if near:

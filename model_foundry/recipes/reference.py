@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 BATCH_TOKENS = 8192
 """Tokens of the rows that are passed through the model together."""
 FILE = "logprobs.safetensors"
-COMPUTED_BY = ("engine", "implementation", "device", "dtype", "num_threads", "world_size")
+COMPUTED_BY = ("engine", "implementation", "device", "dtype", "num_threads", "world_size", "piece_tokens")
 """Of the engine's facts, those that may change the last bits."""
 
 
@@ -44,7 +44,7 @@ def reference_key(data: Sequence[Datum], *, model: Mapping[str, Any], facts: Map
 
     Args:
         model: the starting weights.
-        facts: the engine's on the model.
+        facts: the engine's on the model, and the `piece_tokens` that its passes are split at.
     """
     digest = hashlib.sha256()
     for datum in data:

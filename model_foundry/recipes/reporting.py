@@ -86,7 +86,7 @@ def prove(
     """Every check that the criteria ask for."""
     work, engine, model_id = session.work, session.engine, session.model_id
     end = engine.trained_tensors(model_id)
-    memory, peaks = proof.memory_check(work, engine)
+    memory, peaks = proof.memory_check(work, engine, model_id)
     final = run.checkpoints.open("final")
     checks = (
         proof.loss_check(work, records),

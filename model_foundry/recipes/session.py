@@ -19,7 +19,15 @@ from model_foundry.evals.rehearsal import Asked
 from model_foundry.models.memory import MemoryEstimate
 from model_foundry.recipes.compiling import choose_compiling
 from model_foundry.recipes.gatekeeping import enforce
-from model_foundry.recipes.plan import Trial, pieces_that_fit, plan_facts, predict_memory, try_longest_batch
+from model_foundry.recipes.plan import (
+    Trial,
+    memory_hint,
+    piece_limit,
+    pieces_that_fit,
+    plan_facts,
+    predict_memory,
+    try_longest_batch,
+)
 from model_foundry.recipes.work import Work
 from model_foundry.run.machine import memory_facts
 
@@ -41,6 +49,12 @@ class Session:
     plan: dict[str, Any]
 
     @property
+    def piece_tokens(self) -> int:
+        """What the memory has the passes split at, in tokens; 0 where it takes whole batches. The last bits depend on
+        it, so a run records it."""
+        return self.engine.state_facts(self.model_id)["max_piece_tokens"] or 0
+
+    @property
     def client(self) -> TrainingClient:
         return TrainingClient(self.engine, self.model_id)
 
@@ -48,6 +62,7 @@ class Session:
 def begin(session: Session) -> Session:
     """The session with what its work asks the model before the first step; the model is as it starts."""
     facts = session.engine.describe(session.model_id)
+    facts["piece_tokens"] = piece_limit(session.work, session.engine, session.model_id)
     return replace(session, work=session.work.begun(session.client, facts))
 
 
@@ -57,6 +72,7 @@ def open_session(
     asked: Asked | None = None,
     engine_before: EngineKind | None = None,
     compiling_before: Mapping[str, Any] | None = None,
+    piece_tokens_before: int | None = None,
 ) -> Session:
     """Load the model and try the longest batch on it.
 
@@ -64,6 +80,7 @@ def open_session(
         asked: what the questions and suites will hold at once, for the plan's memory.
         engine_before: what the run was trained by until now; its last bits are that engine's.
         compiling_before: what it recorded about compiling, for the same reason.
+        piece_tokens_before: what it recorded as `Session.piece_tokens`, for the same reason; None: nothing.
 
     Raises:
         CheckFailedError: the gate refuses the rows.
@@ -90,42 +107,57 @@ def open_session(
         base_name=base_name,
         optimizer=work.config.training.optimizer,
     )
-    memory = _fit(work, engine, model_id, process_bytes=process_bytes, asked=asked or Asked())
+    if piece_tokens_before:
+        engine.limit_pieces(model_id, piece_tokens_before)
+    memory = _fit(
+        work, engine, model_id,
+        process_bytes=process_bytes, asked=asked or Asked(), may_split=piece_tokens_before is None,
+    )  # fmt: skip
     trial = try_longest_batch(engine, model_id, work)
     if trial.num_pieces > 1:
-        logger.warning("the longest batch is computed in %s pieces to fit the memory", trial.num_pieces)
+        why = "as this run was begun" if piece_tokens_before else "to fit the memory"
+        logger.warning("the longest batch is computed in %s pieces %s", trial.num_pieces, why)
     plan = plan_facts(work, engine.describe(model_id), trial, memory)
     compiling = choose_compiling(work, engine, model_id, seconds=plan["seconds"], before=compiling_before)
     plan["compiling"] = None if compiling is None else compiling.as_dict()
     return Session(work, engine, model_id, process_bytes, memory, trial, plan)
 
 
-def _fit(work: Work, engine: LocalEngine, model_id: str, *, process_bytes: int, asked: Asked) -> MemoryEstimate | None:
+def _fit(
+    work: Work, engine: LocalEngine, model_id: str, *, process_bytes: int, asked: Asked, may_split: bool
+) -> MemoryEstimate | None:
     """The predicted peak, with the batch in pieces where that is what the free memory takes.
 
     Linux gives memory that it does not have, and ends whoever uses it: a batch that is too large must not be tried.
+
+    Args:
+        may_split: whether the memory that is free decides; a run that was begun goes on as it was.
     """
 
-    def predicted(piece_tokens: int | None) -> MemoryEstimate | None:
+    def predicted(piece_tokens: int | None, asked: Asked = asked) -> MemoryEstimate | None:
         return predict_memory(
             work, engine, model_id, process_bytes=process_bytes, asked=asked, piece_tokens=piece_tokens
         )
 
-    planned = work.config.training.micro_batch_tokens
-    memory, available = predicted(planned), memory_facts()["available_bytes"]
+    limit = piece_limit(work, engine, model_id)
+    memory, available = predicted(limit), memory_facts()["available_bytes"]
     if memory is None or available is None or engine.device.type != "cpu" or not isinstance(engine, TorchEngine):
         return memory
     room = resident_memory_bytes() + round(USED_SHARE * available)
-    if planned is None and memory.total > room:
+    if may_split and limit is None and memory.total > room:
         lengths = [datum.num_tokens for datum in work.longest_batch()]
         tokens = pieces_that_fit(lengths, lambda tokens: _total(predicted(tokens)), room_bytes=room)
         if tokens is not None:
             words = "the whole batch would take %.1f GB, and %.1f GB are free: it is split at %s tokens"
             logger.warning(words, memory.total / 1e9, available / 1e9, f"{tokens:,}")
             engine.limit_pieces(model_id, tokens)
-            memory = predicted(tokens)
+            limit, memory = tokens, predicted(tokens)
     if memory is not None and memory.total > room:
-        hint = "lower data.max_length, or set training.gradient_checkpointing"
+        unasked, unsampled = (_total(predicted(limit, each)) for each in (Asked(), replace(asked, sampled=())))
+        hint = memory_hint(
+            memory, unasked=unasked, unsampled=unsampled,
+            gradient_checkpointing=work.config.training.gradient_checkpointing,
+        )  # fmt: skip
         logger.warning("%.1f GB are predicted and %.1f GB are free: %s", memory.total / 1e9, available / 1e9, hint)
     return memory
 

@@ -79,11 +79,14 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         return open_session(work, asked=rehearsed(work, suites)).plan
 
 
-def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime | None = None) -> Report:
+def run_training(
+    config: RunConfig, *, resume: Resume = "never", now: datetime | None = None, piece_tokens: int | None = None
+) -> Report:
     """Train, prove and report.
 
     Args:
         now: the date that a chat template may print; default today. A resumed run keeps its own.
+        piece_tokens: as another run recorded it, to end with its bits; default what the free memory takes.
         resume: `auto` goes on with the run in run_dir if there is one; `must` requires one. A run that has finished is
             not run again: its report comes back.
 
@@ -106,13 +109,13 @@ def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime |
             if exists:
                 with RunDirectory.open(config.run_dir) as run:
                     run.require_config(digest, text)
-                    return _in_run(run, config, digest)
+                    return _in_run(run, config, digest, piece_tokens=piece_tokens)
             require_free(config.run_dir)
             with run_logging(level=config.logging.level):
                 # All that can be wrong with what was asked for shows here, before there is a run to be in the way.
                 suites, _ = suites_of(config)
                 work = prepare_work(config, now=now or utc_now())
-                session = open_session(work, asked=rehearsed(work, suites))
+                session = open_session(work, asked=rehearsed(work, suites), piece_tokens_before=piece_tokens)
                 start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
                 return _in_run(run, config, digest, session=session)
@@ -123,7 +126,14 @@ def run_training(config: RunConfig, *, resume: Resume = "never", now: datetime |
         raise InterruptedRunError("interrupted; it goes on from its last checkpoint", hint=hint) from None
 
 
-def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Session | None = None) -> Report:
+def _in_run(
+    run: RunDirectory,
+    config: RunConfig,
+    digest: str,
+    *,
+    session: Session | None = None,
+    piece_tokens: int | None = None,
+) -> Report:
     """Everything that happens in the run's folder, its outcome noted whatever it is; without a session it goes on."""
     with run_logging(run.log_path, level=config.logging.level):
         resumed = session is None
@@ -139,6 +149,7 @@ def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Sessi
                     asked=rehearsed(work, suites_of(config)[0]),
                     engine_before=run.facts.get("engine", "torch"),
                     compiling_before=run.facts.get("compiling"),
+                    piece_tokens_before=run.facts.get("piece_tokens", piece_tokens),
                 )
             run.record(
                 engine=session.engine.kind,
@@ -146,6 +157,7 @@ def _in_run(run: RunDirectory, config: RunConfig, digest: str, *, session: Sessi
                 now=session.work.now.isoformat(),
                 renderer=session.work.renderer.name,
                 compiling=run.facts.get("compiling") or session.plan["compiling"],
+                piece_tokens=run.facts.get("piece_tokens", session.piece_tokens),
                 total_steps=session.work.total_steps,
             )
             report = _train_and_prove(run, session, digest, resumed=resumed)

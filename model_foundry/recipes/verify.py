@@ -50,16 +50,16 @@ def verify_resume(
         say(f"1 of 2: undisturbed, in {straight}")
         rhythm = run_to_end(config, straight)
         say(f"2 of 2: killed {kills} times and resumed, in {broken}")
-        config = compiling_as(config, straight)
+        config, pieces = compiling_as(config, straight), pieces_as(straight)
         chooser, done = random.Random(seed), []
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 say(f"it ended before kill {len(done) + 1}: once more from the beginning")
                 shutil.rmtree(broken)
-            done = kill_often(config, broken, rhythm, kills=kills, chooser=chooser, say=say)
+            done = kill_often(config, broken, rhythm, kills=kills, chooser=chooser, piece_tokens=pieces, say=say)
             if len(done) == kills:
                 break
-        run_to_end(config, broken)
+        run_to_end(config, broken, piece_tokens=pieces)
         checks += [*compare_runs(straight, broken), _kills_check(done, kills)]
     return checks
 
@@ -100,7 +100,7 @@ def verify_run(
             threads = {"num_threads": facts["receipt"]["torch"]["num_threads"]}
             config = config.model_copy(update={"training": config.training.model_copy(update=threads)})
         config = compiling_as(config, run)
-        run_to_end(config, again, now=facts["now"])
+        run_to_end(config, again, now=facts["now"], piece_tokens=pieces_as(run))
         checks += compare_runs(run, again)
     return checks
 
@@ -112,6 +112,11 @@ def compiling_as(config: RunConfig, run: Path) -> RunConfig:
         return config
     update = {"compile": "on" if compiling["on"] else "off"}
     return config.model_copy(update={"training": config.training.model_copy(update=update)})
+
+
+def pieces_as(run: Path) -> int | None:
+    """What the memory had that run's passes split at: it may have more or less free the next time."""
+    return RunDirectory.read(run).facts.get("piece_tokens")
 
 
 def compare_runs(first: Path, second: Path) -> list[Check]:

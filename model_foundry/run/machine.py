@@ -19,11 +19,22 @@ def memory_facts() -> dict[str, int | None]:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _number("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
     used = _number("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+    used = max(0, (used or 0) - _reclaimable_bytes())
     if limit is not None and (total is None or limit < total):
         total = limit
-        free = limit - (used or 0)
+        free = limit - used
         available = free if available is None else min(available, free)
     return {"total_bytes": total, "available_bytes": available}
+
+
+def _reclaimable_bytes() -> int:
+    """Of what the container uses, the files' cache that goes when anyone needs the memory."""
+    places = {"/sys/fs/cgroup/memory.stat": "inactive_file", "/sys/fs/cgroup/memory/memory.stat": "total_inactive_file"}
+    for path, wanted in places.items():
+        for name, _, text in (line.partition(" ") for line in read_lines(path)):
+            if name == wanted:
+                return int(text)
+    return 0
 
 
 def _number(*names: str) -> int | None:

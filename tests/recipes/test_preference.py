@@ -124,6 +124,10 @@ def test_the_reference_is_kept_and_verified(model: Path, tmp_path: Path) -> None
     run_training(tiny_pairs_config(tmp_path, model=model, run_dir=str(tmp_path / "d"), **common))
     assert len(list((tmp_path / "work").iterdir())) == 2
 
+    # Other pieces are other sums: a run that is split must not read what whole batches gave.
+    run_training(tiny_pairs_config(tmp_path, model=model, run_dir=str(tmp_path / "e"), **common), piece_tokens=60)
+    assert len(list((tmp_path / "work").iterdir())) == 3
+
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["adapter", "every weight"])
 def test_a_fine_tuned_run_is_trained_on_and_is_the_reference(enabled: bool, model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from model_foundry.recipes import session
+from model_foundry.checkpoint.compare import compare_checkpoints
+from model_foundry.errors import InterruptedRunError
+from model_foundry.recipes import session, training_run
 from model_foundry.recipes.preparation import prepare
+from model_foundry.recipes.proof import memory_task
 from model_foundry.recipes.supervised import trailing_skips
 from model_foundry.recipes.training_run import plan_run, run_training
-from model_foundry.run.directory import utc_now
+from model_foundry.recipes.verify import verify_run
+from model_foundry.run.directory import RunDirectory, utc_now
 from model_foundry.run.metrics import comparable_lines
+from model_foundry.run.report import read_report
 from tests.tiny_runs import COLOURS, chat_row, checkpoint_names, losses, records, tiny_config, write_jsonl
 
 STEP_KEYS = {
@@ -251,3 +257,64 @@ def test_a_batch_that_the_free_memory_does_not_take_is_split(
     assert plan_run(tiny_config(tmp_path / "plan", model=model, **common))["pieces_of_the_longest_batch"] > 1
     as_asked = tiny_config(tmp_path / "asked", model=model, training__micro_batch_tokens=1000, **common)
     assert plan_run(as_asked)["pieces_of_the_longest_batch"] == 1, "what was asked for is done"
+
+
+def test_a_run_goes_on_in_the_pieces_that_it_was_begun_in(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents bits that depend on the memory that happens to be free when a run is resumed or run again."""
+    common = {"training__max_steps": 4, "training__batch_size": 8, "training__save_steps": 0}
+    monkeypatch.setattr(session, "memory_facts", lambda: {"available_bytes": -(2**40)})
+    split = trained(tmp_path / "split", model, criteria__replay_steps=4, **common)
+    tokens = RunDirectory.read(split).facts["piece_tokens"]
+    assert tokens > 0
+    assert read_report(split).verdict == "passed", "repeated from its start, in whole batches, it would differ"
+
+    small, large = {"available_bytes": -(2**40)}, {"available_bytes": 2**50}
+    for name, begun, later, limit in (("to large", small, large, tokens), ("to small", large, small, 0)):
+        config = tiny_config(tmp_path / name, model=model, **common)
+        monkeypatch.setattr(session, "memory_facts", lambda begun=begun: begun)
+        with monkeypatch.context() as patched:
+            patched.setattr(training_run, "held_out_answers", _interrupted)  # before its first save
+            with pytest.raises(InterruptedRunError):
+                run_training(config)
+        monkeypatch.setattr(session, "memory_facts", lambda later=later: later)
+        run_training(config, resume="must")
+        assert RunDirectory.read(config.run_dir).facts["piece_tokens"] == limit
+        state = json.loads((config.run_dir / "checkpoints" / "final" / "state" / "engine.json").read_text())
+        assert (state["max_piece_tokens"] or 0) == limit
+        log = (config.run_dir / "run.log").read_text()
+        assert ("pieces as this run was begun" in log) == (limit > 0)
+        assert ("are predicted and" in log) == (limit == 0), "that it may not fit is said"
+        assert "it is split at" not in log
+
+    resumed = tmp_path / "to large" / "run"
+    assert not compare_checkpoints(split / "checkpoints" / "final", resumed / "checkpoints" / "final")
+    assert comparable_lines(split / "metrics.jsonl") == comparable_lines(resumed / "metrics.jsonl")
+
+
+def _interrupted(*_: Any, **__: Any) -> list[str]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces_is_verified_where_more_memory_is_free(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents `foundry verify run` from calling a run another one because it was begun on a fuller machine."""
+    config = tiny_config(tmp_path, model=model, training__max_steps=3, training__batch_size=8)
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "memory_facts", lambda: {"available_bytes": -(2**40)})
+        run_training(config)
+    assert [check.passed for check in verify_run(config.run_dir, config)] == [True, True]
+
+
+def test_memory_is_measured_in_the_pieces_of_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a proof that computes whole batches, for which there is no memory, after a run that was split."""
+    monkeypatch.setattr(session, "memory_facts", lambda: {"available_bytes": -(2**40)})
+    work = prepare(tiny_config(tmp_path, model=model, training__batch_size=8), now=utc_now())
+    opened = session.open_session(work)
+    assert opened.piece_tokens > 0
+    assert memory_task(work, opened.engine, opened.model_id, lora=None).micro_batch_tokens == opened.piece_tokens
