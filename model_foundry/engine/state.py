@@ -114,7 +114,7 @@ def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, A
         which = "adapts" if differing[0] in layers else "leaves out"
         raise ArchitectureMismatchError(
             f"the adapter {which} {differing[0]}, other than the target_modules asked for", where=str(adapter),
-            hint="Name in target_modules what it adapts; in a service, train_unembed says whether the head is among them.",
+            hint="Name in target_modules what it adapts; a service's train_unembed says whether that is the head too.",
         )  # fmt: skip
     return replace(asked, target_modules=stored.target_modules)
 
