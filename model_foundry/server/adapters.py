@@ -23,6 +23,8 @@ from model_foundry.server.problems import Problem
 from model_foundry.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+TRIES = 3
+"""How often a checkpoint is tried: memory that was short may be there a little later, a damaged file stays so."""
 
 
 def find_adapter(name: str, base: Path, *, pull: bool) -> Path:
@@ -140,23 +142,29 @@ class Follower:
         self._run, self._name, self._backend, self._catalog = run, name, backend, catalog
         self._every, self._go_over = every_seconds, go_over
         self._leaving = _Leaving(backend, catalog)
-        self._seen = _newest(run)
+        self._seen = self._tried = _newest(run)
+        self._num_tries = 0
 
     async def run(self, until: Callable[[], bool]) -> None:
-        """Look again and again. A checkpoint that cannot be used is said, and the one before stays."""
+        """Look again and again. What cannot be used is said whenever it is tried, and the checkpoint before stays."""
         while not until():
             await asyncio.sleep(self._every)
             try:
                 await self.look()
             except (FoundryError, OSError) as error:
                 logger.warning("the newest checkpoint of %s is not served: %s", self._name, error)
+            except Exception:  # short memory, for one: later checkpoints are looked for all the same
+                logger.exception("the newest checkpoint of %s is not served", self._name)
 
     async def look(self) -> bool:
         """Whether there was a newer one, which is served from now on."""
         newest = await asyncio.to_thread(_newest, self._run)
         if newest is None or newest == self._seen:
             return False
-        self._seen = newest
+        self._num_tries = self._num_tries + 1 if newest == self._tried else 1
+        self._tried = newest
+        if self._num_tries == TRIES:
+            self._seen = newest
         checkpoint, _ = await asyncio.to_thread(checkpoint_of_run, self._run)
         part, old = checkpoint_part(checkpoint), self._catalog.find(self._name)
         if part is None or part.name != ("adapter" if self._go_over is None else "model"):
@@ -170,6 +178,7 @@ class Follower:
             self._catalog.put(replace(old, adapter=adapter, note=checkpoint.name))
             if old.adapter is not None:
                 self._leaving.add(old.adapter)
+        self._seen = newest
         logger.info("%s is now %s", self._name, checkpoint.name)
         return True
 

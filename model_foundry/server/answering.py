@@ -153,7 +153,7 @@ class Answers:
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.completion_tokens = self.cached_tokens = 0
         self._tasks: list[asyncio.Task[None]] = []
-        self._closed = False
+        self._closed = self._has_left = False
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Raises: Problem: the back end failed or refuses, or the time is over."""
@@ -194,8 +194,7 @@ class Answers:
         for task in tasks:
             with suppress(asyncio.CancelledError):
                 await task
-        self._answering.admission.leave(self._ticket)
-        self._answering.catalog.release(self.model)
+        self._leave()
         self._answering.stats.generated(
             self.model.name, prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens
         )
@@ -219,9 +218,15 @@ class Answers:
             queue.put_nowait(error)
 
     def _leave_when_all_are_done(self, _: asyncio.Task[None]) -> None:
-        """A client that reads slowly does not hold a place for that."""
+        """A client that reads slowly, or no more, holds neither a place nor an adapter for that."""
         if self._tasks and all(task.done() for task in self._tasks):
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._has_left:
+            self._has_left = True
             self._answering.admission.leave(self._ticket)
+            self._answering.catalog.release(self.model)
 
     def _seconds_left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())

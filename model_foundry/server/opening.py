@@ -183,9 +183,12 @@ def _follower(
 
 async def _go_over(config: ServeConfig, section: ModelSection, backend: TorchBackend, folder: Path) -> None:
     """Load a model beside the one that answers, and let it take the next requests."""
-    with ThreadPoolExecutor(1, thread_name_prefix="foundry-loading") as loading:  # see open_model
-        load = functools.partial(_load_batch, config, _engine(section), folder)
+    loading = ThreadPoolExecutor(1, thread_name_prefix="foundry-loading")  # see open_model
+    load = functools.partial(_load_batch, config, _engine(section), folder)
+    try:
         batch, _, _ = await asyncio.get_running_loop().run_in_executor(loading, load)
+    finally:
+        loading.shutdown(wait=False, cancel_futures=True)  # waiting for a load here would stop the event loop
     await backend.go_over(batch)
 
 

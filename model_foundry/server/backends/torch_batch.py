@@ -184,10 +184,14 @@ class TorchBackend:
 
     def _run(self) -> None:
         while self._obey():
-            busy = {batch for batch, _ in self._streams}
-            self._leaving = [batch for batch in self._leaving if batch in busy]
-            for batch in busy:
-                self._advance(batch)
+            self._advance_all()
+
+    def _advance_all(self) -> None:
+        """A step of every batch. A method of its own: while the thread waits, none of its names holds a batch."""
+        for batch in {batch for batch, _ in self._streams}:
+            self._advance(batch)
+        busy = {batch for batch, _ in self._streams}
+        self._leaving = [batch for batch in self._leaving if batch in busy]
 
     def _advance(self, batch: Batch) -> None:
         try:
