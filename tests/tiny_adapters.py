@@ -40,7 +40,7 @@ def write_tiny_adapter(
     return folder
 
 
-def head_adapter(folder: Path, base: Path, *, seed: int = 0) -> Path:
+def head_adapter(folder: Path, base: Path, *, seed: int = 0, dropout: float = 0.0) -> Path:
     """An adapter on the head alone, as PEFT writes one with target_modules=["lm_head"]."""
     config, generator = read_config(base), torch.Generator().manual_seed(seed)
     name = f"{PREFIX}lm_head"
@@ -49,6 +49,6 @@ def head_adapter(folder: Path, base: Path, *, seed: int = 0) -> Path:
         f"{name}.lora_B.weight": torch.randn(config["vocab_size"], 2, generator=generator),
     }
     folder.mkdir(parents=True)
-    lora = LoraConfig(r=2, lora_alpha=1)
+    lora = LoraConfig(r=2, lora_alpha=1, lora_dropout=dropout)
     write_adapter(folder, tensors=tensors, lora=lora, targets=["lm_head"], base_model=str(base))
     return folder

@@ -6,7 +6,7 @@ They are read and checked as those that are trained, onto stand-ins for the laye
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def read_served_adapter(
         ModelError: it cannot be read, or uses options that are not computed here.
         ArchitectureMismatchError: it was made for another model.
     """
-    config = read_adapter_config(folder)
+    config = replace(read_adapter_config(folder), lora_dropout=0.0)  # nothing is dropped outside training
     adapted = adapt(_stand_ins(layers), config, seed=0, counter=DropoutCounter(), every_target=False)
     load_adapter_tensors(adapted, read_adapter_tensors(folder), where=str(folder))
     parts = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,9 @@ class TorchEngine:
         if adapter is not None:
             lora = agreed_lora(adapter, lora, linears)
         if lora is not None:
-            adapt(linears, lora, seed=seed, counter=counter, every_target=adapter is None)
+            # Nothing is dropped outside training, so layers that could not drop in it can carry the adapter as well.
+            carried = lora if trainable else replace(lora, lora_dropout=0.0)
+            adapt(linears, carried, seed=seed, counter=counter, every_target=adapter is None)
         if adapter is not None:
             load_adapter_tensors(linears, read_adapter_tensors(adapter), where=str(adapter))
         state = None

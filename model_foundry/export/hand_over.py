@@ -21,11 +21,11 @@ from model_foundry.checkpoint.lock import FileLock, is_held
 from model_foundry.checkpoint.manifest import write_manifest
 from model_foundry.errors import CheckFailedError, FoundryError, UsageError
 from model_foundry.export.certificate import write_certificate
-from model_foundry.export.gguf import gguf_config, write_gguf
+from model_foundry.export.gguf import gguf_config, gguf_context, write_gguf
 from model_foundry.export.gguf_adapter import FORMATS as ADAPTER_FORMATS
 from model_foundry.export.gguf_adapter import write_gguf_adapter
 from model_foundry.export.go_template import GoTemplate, derive, find_go
-from model_foundry.export.measure import ADAPTER, NOT_TRIED, Draft, Kind, Subject, ask_reference, measure
+from model_foundry.export.measure import ADAPTER, NO_TEMPLATE, NOT_TRIED, Draft, Kind, Subject, ask_reference, measure
 from model_foundry.export.merge import DTYPES, Merge, fill_merged_folder, plan_merge, set_chat_template
 from model_foundry.export.modelfile import NAME, make_modelfile
 from model_foundry.export.quantise import check_format, require_quantiser
@@ -63,7 +63,7 @@ def export(
     """
     template = _refuse_wishes(subject, out, kind=kind, dtype=dtype, quants=quants, separate=separate)
     if not subject.renderer.template_text:
-        say("it has no chat template: prompts are plain texts, and the export has none either")
+        say(NO_TEMPLATE)
     merge = plan_merge(subject.base, subject.adapter)
     if kind in ("gguf", "gguf-adapter", "ollama"):
         gguf_config(merge)
@@ -78,6 +78,7 @@ def export(
                 folder, subject, merge, kind=kind, dtype=dtype, quants=quants, template=template, separate=separate
             )
             draft.notes += [] if left_out is None else [left_out]
+            draft.notes += [] if subject.renderer.template_text else [NO_TEMPLATE]
             say("reading it back")
             found = measure(folder, kind, subject, merge, probe, precision=draft.precision, files=draft.files)
             draft.checks += found
@@ -227,7 +228,7 @@ def _write_separate(folder: Path, subject: Subject, merge: Merge, quant: str, na
 
 
 def _write_modelfile(folder: Path, subject: Subject, merge: Merge, template: GoTemplate, draft: Draft) -> None:
-    context = gguf_config(merge).max_position_embeddings
+    context = gguf_context(gguf_config(merge))
     gguf, above = next(iter(draft.files.values())), draft.files.get(ADAPTER)
     modelfile = make_modelfile(gguf, template, subject.renderer, system=subject.system, context=context, adapter=above)
     (folder / NAME).write_text(modelfile.text, encoding="utf-8")

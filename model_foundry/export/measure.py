@@ -50,6 +50,8 @@ LLAMA_CPP_TOKENS = 4
 """Tokens of each answer that llama.cpp is asked for: each brings a distribution over the whole vocabulary."""
 NOT_TRIED = "not tried with llama.cpp: pip install 'model-foundry[gguf]' brings it"
 
+NO_TEMPLATE = "it has no chat template: prompts are plain texts, and the export has none either"
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -132,8 +134,9 @@ def measure(
     if kind == "ollama":
         derived, (source,) = derive(subject.renderer), sources.values()
         checks += check_modelfile(
-            folder, subject.renderer, derived, system=subject.system, source=source, adapter=on_top
-        )
+            folder, subject.renderer, derived, system=subject.system,
+            context=gguf_context(ModelConfig.from_hf(merge.config)), source=source, adapter=on_top,
+        )  # fmt: skip
     return checks
 
 
@@ -231,7 +234,9 @@ def check_gguf(
                 checks = compare_model(folder, merge, asked, stage="gguf", precision=written.format, types=types)
                 tokenizer = Tokenizer.load(folder)
     checks += compare_tokens(renderer, tokenizer, template, stops, subject.prompts, stage="gguf")
-    if "llama.cpp" in readers and is_installed():
+    if adapter is not None and not is_installed():
+        checks.append(_nobody_reads_adapter())
+    elif "llama.cpp" in readers and is_installed():
         checks += ask_llama_cpp(written.path, written.format, subject, probe, adapter=adapter)
     return checks
 
@@ -239,8 +244,7 @@ def check_gguf(
 def check_gguf_adapter(path: Path, format: str, subject: Subject, merge: Merge, probe: Probe) -> list[Check]:
     """An adapter's GGUF on top of the base as a GGUF in float32, through llama.cpp."""
     if not is_installed():
-        bound = "llama.cpp loads and runs it"
-        return [Check("llama.cpp: installed", False, "no", bound, "pip install 'model-foundry[gguf]' brings it")]
+        return [_nobody_reads_adapter()]
     renderer = subject.renderer
     with tempfile.TemporaryDirectory(prefix="foundry-gguf-") as temporary:
         base = write_gguf(
@@ -248,6 +252,12 @@ def check_gguf_adapter(path: Path, format: str, subject: Subject, merge: Merge, 
             chat_template=renderer.template_text, stop_token_ids=renderer.stop_token_ids, name="base",
         )  # fmt: skip
         return ask_llama_cpp(base.path, format, subject, probe, adapter=path)
+
+
+def _nobody_reads_adapter() -> Check:
+    """An adapter's GGUF is read by llama.cpp alone: without it nothing is known of the file."""
+    evidence = "pip install 'model-foundry[gguf]' brings it"
+    return Check("llama.cpp: installed", False, "no", "llama.cpp loads and runs the adapter", evidence)
 
 
 def ask_llama_cpp(

@@ -54,7 +54,7 @@ def make_modelfile(
     """The Modelfile of a GGUF in the same folder.
 
     Args:
-        context: the model's, in tokens.
+        context: the GGUF's, in tokens.
         adapter: another GGUF there, which goes on top.
     """
     stops, above = tuple(stop_texts(renderer)), None if adapter is None else f"./{adapter}"
@@ -130,6 +130,7 @@ def check_modelfile(
     derived: GoTemplate,
     *,
     system: str | None,
+    context: int,
     source: str,
     adapter: str | None = None,
 ) -> list[Check]:
@@ -137,6 +138,7 @@ def check_modelfile(
 
     Args:
         derived: the template as `go_template.derive` makes it of this renderer.
+        context: tokens that the GGUF computes as the model does.
         source, adapter: names of the files that were measured.
     """
     stage = "Modelfile"
@@ -150,12 +152,14 @@ def check_modelfile(
     if found.adapter is not None or adapter is not None:
         files.append(_check_file(f"{stage}: ADAPTER", found.adapter, adapter))
     same = (found.system or None) == (system or None)
+    fits = 0 < found.num_ctx <= context
+    bound = f"num_ctx is set, to at most the GGUF's context of {context}"
     return [
         _check_template(found.template, renderer, derived, stage=stage),
         Check(f"{stage}: stop tokens", not missing, len(missing), "every stop token is a PARAMETER stop", evidence),
         *files,
         Check(f"{stage}: SYSTEM", same, "same" if same else "differs", "the run's own", repr(found.system)),
-        Check(f"{stage}: context", found.num_ctx > 0, found.num_ctx, "num_ctx is set", f"{found.num_ctx} tokens"),
+        Check(f"{stage}: context", fits, found.num_ctx, bound, f"{found.num_ctx} tokens"),
     ]
 
 

@@ -111,7 +111,9 @@ def load_with_adapter(base: Path, adapter: Path | None) -> LanguageModel:
     if HEAD_LAYER not in linears and any(name.startswith(f"{PREFIX}{HEAD_LAYER}.") for name in tensors):
         hint = "Only the Llama family is certified with an adapted head."
         raise ModelError("it adapts the head of a model that transformers runs", where=str(adapter), hint=hint)
-    adapt(linears, read_adapter_config(adapter), seed=0, counter=DropoutCounter(), every_target=False)
+    # Nothing is dropped outside training, so layers that could not drop in it can carry the adapter all the same.
+    lora = replace(read_adapter_config(adapter), lora_dropout=0.0)
+    adapt(linears, lora, seed=0, counter=DropoutCounter(), every_target=False)
     load_adapter_tensors(linears, tensors, where=str(adapter))
     return model.eval()
 

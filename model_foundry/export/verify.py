@@ -15,7 +15,7 @@ from typing import Any
 from model_foundry.checkpoint.manifest import hash_file, read_manifest
 from model_foundry.errors import CheckpointError, ModelError
 from model_foundry.export.certificate import CERTIFICATE
-from model_foundry.export.measure import NOT_TRIED, Subject, ask_reference, measure
+from model_foundry.export.measure import ADAPTER, NOT_TRIED, Subject, ask_reference, measure
 from model_foundry.export.merge import plan_merge
 from model_foundry.models import llama_cpp
 from model_foundry.types import Check
@@ -99,7 +99,7 @@ def verify_export(
             verdict.not_repeated.append(f"parity: {now.name} has another {what} by now than the export was made from")
             return verdict
     kind = certificate["kind"]
-    if kind in ("gguf", "ollama") and not llama_cpp.is_installed():
+    if kind in ("gguf", "ollama") and ADAPTER not in certificate["weights"] and not llama_cpp.is_installed():
         verdict.not_repeated.append(NOT_TRIED)
     merge = plan_merge(subject.base, subject.adapter)
     say(f"asking the reference {len(subject.prompts)} prompts from {now.prompts_from}")

@@ -88,10 +88,10 @@ class HeadLayer(nn.Module):
         Raises:
             ModelError: with DoRA or dropout, which are not computed on the head.
         """
-        for key in ("use_dora", "lora_dropout"):
+        for key, name_of_it in {"use_dora": "DoRA", "lora_dropout": "an adapter's dropout"}.items():
             if getattr(lora, key):
                 hint = "Switch it off, or leave lm_head out of lora.target_modules."
-                raise ModelError("it is not computed on the output head", where=f"lora.{key}", hint=hint)
+                raise ModelError(f"{name_of_it} is not computed on the output head", where=f"lora.{key}", hint=hint)
         num_out, num_in = self.shape
         self.lora_A = nn.Parameter(fresh_A(lora.r, num_in, seed=seed, name=name).to(self.device))
         self.lora_B = nn.Parameter(torch.zeros(num_out, lora.r, device=self.device))

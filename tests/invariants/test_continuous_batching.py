@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from model_foundry.engine.continuous import ContinuousBatch, TokenEvent
 from model_foundry.engine.torch_engine import TorchEngine
+from model_foundry.errors import ModelError
 from model_foundry.models.finder import resolve_model
 from model_foundry.models.language_model import load_language_model
 from model_foundry.types import LoraConfig, SamplingParams
-from tests.tiny_adapters import write_tiny_adapter
+from tests.tiny_adapters import head_adapter, write_tiny_adapter
 from tests.tiny_models import random_rows
 
 TinyFolder = Callable[[str], Path]
@@ -221,3 +223,22 @@ def test_greedy_answers_are_those_of_transformers(kind: str, tiny_folder: TinyFo
     for row, number in zip(rows, numbers, strict=True):
         made = theirs.generate(row[None], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
         assert [event.token for event in events[number]] == made[0, len(row) :].tolist()
+
+
+def test_an_adapter_on_the_head_needs_no_dropout_to_answer(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """PEFT's config keeps the dropout of the training, and such adapters were refused where nothing is dropped."""
+    base = tiny_folder("llama-tied")
+    batch = ContinuousBatch(load_language_model(base, dtype=torch.float32), device=CPU, max_cache_tokens=2048)
+    prompt = random_rows((20,))[0].numpy().astype(np.int32)
+    answers = []
+    for dropout in (0.0, 0.1):
+        folder = head_adapter(tmp_path / str(dropout), base, dropout=dropout)
+        batch.add_adapter(folder.name, folder)
+        number = batch.add(prompt, SamplingParams(max_tokens=4), adapter=folder.name, top_logprobs=2)
+        answers.append(seen(drain(batch)[number]))
+        TorchEngine(device="cpu").create_model(base, lora=None, adapter=folder, trainable=False)
+    assert answers[0] == answers[1]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ModelError, match="DoRA is not computed on the output head"):
+        batch.add_adapter("dora", folder)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from model_foundry.errors import ModelError, UsageError
+from model_foundry.errors import CheckFailedError, ModelError, UsageError
 from model_foundry.export.gguf_adapter import GgufAdapter, write_gguf_adapter
 from model_foundry.export.hand_over import export
 from model_foundry.export.measure import Subject, check_gguf_adapter
@@ -17,6 +17,7 @@ from model_foundry.export.merge import Merge, plan_merge
 from model_foundry.export.modelfile import read_modelfile
 from model_foundry.export.parity import make_probe
 from model_foundry.export.verify import verify_export
+from model_foundry.models import llama_cpp
 from model_foundry.types import Check, LoraConfig
 from tests.tiny_adapters import head_adapter
 from tests.tiny_exports import make_subject
@@ -131,6 +132,29 @@ def test_base_and_adapter_apart_are_certified_together_for_ollama(tmp_path: Path
     assert failed == {"files", "Modelfile: ADAPTER"}
     with pytest.raises(UsageError, match="no adapter"):
         export(replace(subject, adapter=None), tmp_path / "x", kind="ollama", separate=True)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_nobody_reads_is_not_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without llama.cpp, base and adapter apart passed: transformers reads the base alone, and nobody the adapter."""
+    subject = make_subject(tmp_path / "subject")
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda _: None)
+    with pytest.raises(CheckFailedError, match=r"llama\.cpp: installed is no .* pip install 'model-foundry\[gguf\]'"):
+        export(subject, tmp_path / "out", kind="ollama", quants=("f16",), separate=True)
+    assert not (tmp_path / "out").exists()
+    assert export(subject, tmp_path / "out", kind="ollama", quants=("f16",))["passed"], "transformers reads the whole"
+
+
+@pytest.mark.slow
+def test_num_ctx_stays_within_the_attention_window(tmp_path: Path) -> None:
+    """llama.cpp slides over no window, and Ollama was told to go beyond it."""
+    subject, out = make_subject(tmp_path / "subject", "mistral-full", sliding_window=200), tmp_path / "out"
+    certificate = export(subject, out, kind="ollama", quants=("f16",))
+    modelfile = read_modelfile(out / "Modelfile")
+    assert modelfile.num_ctx == 200
+    (out / "Modelfile").write_text(replace(modelfile, num_ctx=201).text)
+    failed = {check.name for check in verify_export(out, certificate, subject).checks if not check.passed}
+    assert failed == {"files", "Modelfile: context"}
 
 
 def test_some_experts_alone_are_refused(tmp_path: Path) -> None:

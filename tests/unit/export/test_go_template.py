@@ -131,7 +131,7 @@ def test_broken_modelfiles_are_caught(renderer: Make, tmp_path: Path) -> None:
 
     def failures(**changes: object) -> dict[str, str]:
         folder_of(made, tmp_path, **changes)
-        checks = check_modelfile(tmp_path, made, derived, system="Be brief.", source="m.gguf")
+        checks = check_modelfile(tmp_path, made, derived, system="Be brief.", context=8192, source="m.gguf")
         return {check.name: check.evidence for check in checks if not check.passed}
 
     assert failures() == {}

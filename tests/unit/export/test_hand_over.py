@@ -68,6 +68,8 @@ def test_a_model_without_a_chat_template_is_measured_on_texts(tmp_path: Path) ->
     found = replace(find_subject(str(made.base)), prompts=PROMPTS[:1])
     certificates = [export(found, tmp_path / kind, kind=kind) for kind in ("merged", "gguf")]
     assert all(check["passed"] for certificate in certificates for check in certificate["checks"])
+    assert all("no chat template" in certificate["notes"][-1] for certificate in certificates)
+    assert "no chat template" in (tmp_path / "merged" / CARD).read_text()
     assert {"gguf: token ids", "llama.cpp: logits"} <= {check["name"] for check in certificates[1]["checks"]}
     assert Tokenizer.load(tmp_path / "merged").chat_template is None
     with pytest.raises(UsageError, match="no chat template, which Ollama asks for"):
@@ -198,9 +200,10 @@ def test_an_adapter_of_another_base_is_refused(subject: Subject, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_an_adapter_on_the_head_is_certified_merged_and_as_a_gguf(tmp_path: Path, kind: str) -> None:
-    """PEFT trains heads; the reference refused such an adapter, and a tied head's update must spare the embedding."""
+    """PEFT trains heads, with dropout too, which does nothing here; the reference refused both. A tied head's update
+    must spare the embedding."""
     plain = make_subject(tmp_path / "plain", kind)
-    headed = replace(plain, adapter=head_adapter(tmp_path / "head", plain.base))
+    headed = replace(plain, adapter=head_adapter(tmp_path / "head", plain.base, dropout=0.1))
     assert export(headed, tmp_path / "merged", kind="merged")["passed"]
     assert export(headed, tmp_path / "gguf", kind="gguf", quants=("f32",))["passed"]
 
