@@ -1,7 +1,8 @@
 """Preference training (DPO) through a training service: in this process, or behind a URL. The losses are the same bits.
 
-    .venv/bin/python examples/service/dpo.py examples/preference/preference.yaml model.name=smollm2-135m-instruct
-    ... dpo.py --url http://127.0.0.1:8000 examples/preference/preference.yaml model.name=smollm2-135m-instruct
+    .venv/bin/python examples/service/dpo.py     # examples/preference/preference.yaml, over smollm2-135m-instruct
+    ... dpo.py mine.yaml training.max_steps=40
+    ... dpo.py --url http://127.0.0.1:8000 mine.yaml
 
 Pairs and batches are the recipe's own (a configuration with `method: dpo`, whose model is a base and not a run). The
 loss is computed here, of the log-probabilities that the service sends; it gets the gradient of each back. The service
@@ -27,6 +28,8 @@ from model_foundry.run.directory import utc_now
 from model_foundry.service.importing import service_shape
 
 CONFIG = Path(__file__).parents[1] / "preference" / "preference.yaml"
+BASE = "model.name=smollm2-135m-instruct"
+"""There the pairs are a second stage, over a run's adapter; a service trains over a base."""
 
 
 def answers(pair: Datum) -> list[tuple[Datum, np.ndarray]]:
@@ -59,8 +62,9 @@ class PairLoss:
 
     def sums(self, logprobs: Sequence[Any]) -> torch.Tensor:
         """float64 [R, 2]: of each answer."""
-        rows = (torch.as_tensor(row)[due] for row, due in zip(logprobs, self._due, strict=True))
-        return torch.stack([row.double().sum() for row in rows]).view(-1, 2)
+        tensors = (row if isinstance(row, torch.Tensor) else torch.tensor(row) for row in logprobs)
+        rows = [row[due].double().sum() for row, due in zip(tensors, self._due, strict=True)]
+        return torch.stack(rows).view(-1, 2)
 
     def __call__(self, rows: Sequence[Any], logprobs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         inputs = {"logprobs": self._reference, "num_tokens": self._num_tokens.view(-1, 2)}
@@ -103,13 +107,19 @@ def _weighted(rows: Sequence[Datum]) -> list[Datum]:
     return [Datum(row.tokens, {**row.loss_inputs, "weights": one}) for row, one in zip(rows, ones, strict=True)]
 
 
+def chosen_config(path: Path | None, overrides: Sequence[str]) -> DpoConfig:
+    """The configuration given, else the example's with a base of its own."""
+    settings = [BASE, *overrides] if path is None else overrides
+    return load_config(DpoConfig, path=path or CONFIG, overrides=settings).config
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Learn a preference through a training service.")
-    parser.add_argument("config", nargs="?", type=Path, default=CONFIG)
+    parser.add_argument("config", nargs="?", type=Path, help="default: examples/preference/preference.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--url", help="of a service; default: one in this process")
     given = parser.parse_args()
-    config = load_config(DpoConfig, path=given.config, overrides=given.overrides).config
+    config = chosen_config(given.config, given.overrides)
     with ServiceClient(base_url=given.url, base_model=None if given.url else config.model.name) as client:
         _, path = train(client, config)
     print(f"saved as {path}")

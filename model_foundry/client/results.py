@@ -70,10 +70,13 @@ class ModelData:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
+    """Of a model; `train_unembed` is None where the service does not say it."""
+
     model_id: str
     model_data: ModelData
     lora_rank: int
     is_lora: bool
+    train_unembed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

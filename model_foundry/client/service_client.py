@@ -110,7 +110,7 @@ class ServiceClient:
         seed: int | None = None,
         train_mlp: bool = True,
         train_attn: bool = True,
-        train_unembed: bool = True,
+        train_unembed: bool | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> Pending[ServiceTrainingClient]:
         """A fresh adapter (alpha 32) over the service's base.
@@ -118,15 +118,15 @@ class ServiceClient:
         Args:
             seed: of the adapter's first weights; default left to chance.
             train_mlp, train_attn, train_unembed: which parts get one; the last is the output head, whose adapter has
-                rank x vocabulary more numbers.
+                rank x vocabulary more numbers. Default: where the service can; `ModelInfo` says whether it does.
 
-        The result is a ServiceError where the service cannot train the output head over this base.
+        The result is a ServiceError where True was asked for and the service cannot train the head over this base.
         """
         session = self._open(base_model)
         lora = {"rank": rank, "seed": seed, "train_mlp": train_mlp, "train_attn": train_attn,
-                "train_unembed": train_unembed}  # fmt: skip
+                "train_unembed": train_unembed is not False}  # fmt: skip
         body = {"base_model": base_model, "lora_config": lora, "user_metadata": user_metadata, "type": "create_model"}
-        return session.loop.start(_create(session, "create_model", body))
+        return session.loop.start(_create(session, "create_model", body, needs_head=train_unembed is True))
 
     def create_training_client_from_state(
         self, path: str, user_metadata: Mapping[str, str] | None = None
@@ -233,15 +233,20 @@ async def _finish(session: Session, reason: str) -> None:
     await session.connection.close()
 
 
-async def _create(session: Session, kind: str, body: Mapping[str, Any]) -> ServiceTrainingClient:
+async def _create(
+    session: Session, kind: str, body: Mapping[str, Any], *, needs_head: bool = False
+) -> ServiceTrainingClient:
     number = next(session.model_numbers)
     reply = await session.operate(kind, {**body, "session_id": session.session_id, "model_seq_id": number})
     found = await session.connection.post("get_info", {"model_id": reply["model_id"], "type": "get_info"})
     info = from_reply(ModelInfo, {**found, "model_data": from_reply(ModelData, found["model_data"])})
     model = ServiceTrainingClient(session, info)
-    if body.get("lora_config", {}).get("train_unembed") and found.get("train_unembed") is False:
+    if body.get("lora_config", {}).get("train_unembed") and info.train_unembed is False:
+        if not needs_head:
+            logger.warning("the output head stays as this base has it: adapters go on attention and MLP layers")
+            return model
         await session.operate("unload_model", {"model_id": info.model_id, "seq_id": 1, "type": "unload_model"})
-        hint = "Ask with train_unembed=False: adapters go on attention and MLP layers."
+        hint = "Leave train_unembed out: adapters go on attention and MLP layers."
         raise ServiceError("this service does not train the output head over this base", where="train_unembed",
                            hint=hint)  # fmt: skip
     return model

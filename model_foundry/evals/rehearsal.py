@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
+import numpy as np
+
+from model_foundry.errors import DataError
 from model_foundry.evals.harness import require_tasks
 from model_foundry.evals.kinds import ASK, Asking
 from model_foundry.evals.suite import Decoding, Suite
@@ -25,6 +29,9 @@ from model_foundry.evals.targets import (
     require_room,
 )
 from model_foundry.rendering import Renderer
+
+WHOLE_LIKELIHOODS = {"accuracy", "margin"}
+"""Metrics of choices that compare likelihoods of whole endings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +91,25 @@ def rehearse(suite: Suite, renderer: Renderer, *, context: int | None, batch_siz
     """Ask a suite of nobody, and return what would be held at once.
 
     Raises:
-        RowTooLongError: a row does not fit the context. DataError: an ending has no tokens. MissingExtraError or
-        UsageError: what a metric or the harness needs is not installed.
+        RowTooLongError: a row does not fit the context. DataError: an ending has no tokens, or begins another that it
+        is weighed against. MissingExtraError or UsageError: what a metric or the harness needs is not installed.
     """
     target = Rehearsal(renderer, context=context)
     if suite.kind == "harness":
         require_tasks(suite)
     else:
         ASK[suite.kind](suite, target, Asking(batch_size))
+    if suite.kind == "choices" and {*suite.metrics} & WHOLE_LIKELIHOODS:
+        _require_parting(suite, renderer)
     return target.asked
+
+
+def _require_parting(suite: Suite, renderer: Renderer) -> None:
+    """Refuse a choice whose tokens begin another's: its likelihood is a factor of the other's, whatever is known."""
+    for row in suite.rows:
+        endings = [ending_tokens(renderer, Continuation(row.prompts[0], choice))[0] for choice in row.choices]
+        for (one, first), (other, second) in permutations(zip(row.choices, endings, strict=True), 2):
+            if len(first) < len(second) and np.array_equal(first, second[: len(first)]):
+                what = f"the tokens of {one!r} begin those of {other!r}, so it is likelier whatever the model knows"
+                hint = "Close each choice with a full stop, or measure accuracy_per_byte alone (metrics:)."
+                raise DataError(what, where=f"suite {suite.name}, {row.source}", hint=hint)

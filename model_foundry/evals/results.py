@@ -130,7 +130,7 @@ def read_result(values: Any, *, where: str) -> SuiteResult:
         DataError: it is none.
     """
     try:
-        seed = int(values["seed"])
+        seed = int(values.get("seed", 0))
         metrics = {
             str(name): measured_stats(
                 measure_of(str(name), unit=str(each["unit"]), better=str(each["better"])),

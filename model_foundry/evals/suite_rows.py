@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +124,6 @@ def _choices(row: Mapping[str, Any], source: str, system: str | None, language: 
     choices = _texts(row, "choices")
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise FieldError("choices", f"{len(choices)}", "at least two different texts")
-    if begun := next((pair for pair in permutations(choices, 2) if _begins(*pair)), None):
-        found = "{!r}, which begins {!r} and so is likelier whatever the model knows,".format(*begun)
-        raise FieldError("choices", found, "texts that part sooner (close each with a full stop)")
     answer = row.get("answer")
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
@@ -135,11 +131,6 @@ def _choices(row: Mapping[str, Any], source: str, system: str | None, language: 
         raise FieldError("answer", describe(row.get("answer")), f"one of the choices, or its place from 0 to "
                          f"{len(choices) - 1}")  # fmt: skip
     return SuiteRow(source, (_asked(row, system),), Wanted((choices[answer],)), choices, answer)
-
-
-def _begins(one: str, other: str) -> bool:
-    """Whether the tokens of one are likely to begin those of the other: it goes on with anything but the same word."""
-    return other.startswith(one) and not other[len(one)].isalpha()
 
 
 def _consistency(row: Mapping[str, Any], source: str, system: str | None, language: str | None) -> SuiteRow:

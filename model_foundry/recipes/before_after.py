@@ -158,5 +158,5 @@ def _questions_result(work: Work, config: TrainConfig, texts: Sequence[str]) -> 
     return SuiteResult(
         suite=QUESTIONS, kind="answers", digest=digest, target={"name": work.source.name},
         metrics={name: measured(name, each, seed=work.config.seed) for name, each in stats.items()}, rows=rows,
-        about="The run's held-out questions, kept out of training.",
+        about="The run's held-out questions, kept out of training.", seed=work.config.seed,
     )  # fmt: skip

@@ -88,7 +88,8 @@ def _asked(config: EvaluateConfig) -> tuple[EvaluationSection, Path | None]:
     stored, started_in = stored_section(facts, "evaluation")
     own = {name: value for name, value in stored.items() if name not in given and name in type(evaluation).model_fields}
     if given & {"file", "suites"}:  # what is asked was said: nothing is added to it
-        own = {name: value for name, value in own.items() if name not in ("file", "suites")}
+        about_suites = ("suites",) if "suites" in given else ("suites", "max_rows")
+        own = {name: value for name, value in own.items() if name not in ("file", *about_suites)}
     if isinstance(own.get("suites"), list):
         own["suites"] = tuple(
             str(started_in / name) if name.endswith((".yaml", ".yml")) else name for name in own["suites"]

@@ -36,8 +36,12 @@ def load_suites(names: Sequence[str], *, max_rows: int | None) -> tuple[Suite, .
     """The suites by name or path, each with its first `max_rows` rows.
 
     Raises:
-        ConfigError: there is no such suite, one is broken, or two have one name. DataError: rows cannot be used.
+        ConfigError: there is no such suite, one is broken, two have one name, or `max_rows` has nothing to cut.
+        DataError: rows cannot be used.
     """
+    if max_rows is not None and not names:
+        hint = "Name suites (evaluation.suites), or leave it out: the questions of evaluation.file are all asked."
+        raise ConfigError("cuts suites, and none is asked", where="evaluation.max_rows", hint=hint)
     suites = tuple(load_suite(name).limited(max_rows) for name in names)
     twice = sorted({suite.name for suite in suites if sum(other.name == suite.name for other in suites) > 1})
     if twice:

@@ -207,13 +207,15 @@ def test_the_same_folder_in_one_process_is_one_service(tiny_folder: Callable[[st
 def test_asking_for_the_head_where_it_cannot_be_trained_is_refused_and_leaves_nothing(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The SDK's default asks for it, so the service can only warn over a base that transformers runs; we raise."""
+    """Over a base that transformers runs the service can only warn, for the SDK's default asks for it. Ours takes what
+    there is, and raises where the head was asked for by name."""
     base = str(tiny_folder("gpt2"))
     with ServiceClient(base_model=base, state_dir=tmp_path, options={"num_threads": 1}) as client:
         with pytest.raises(ServiceError, match="does not train the output head"):
-            client.create_lora_training_client(base, rank=2).result()
-        model = client.create_lora_training_client(base, rank=2, train_unembed=False).result()
-        assert model.get_info().lora_rank == 2
+            client.create_lora_training_client(base, rank=2, train_unembed=True).result()
+        for unembed in (None, False):
+            model = client.create_lora_training_client(base, rank=2, train_unembed=unembed).result()
+            assert (model.get_info().lora_rank, model.get_info().train_unembed) == (2, False)
 
 
 def test_what_is_wrong_is_said(service: Service, tmp_path: Path) -> None:

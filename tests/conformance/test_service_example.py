@@ -12,6 +12,8 @@ import pytest
 from model_foundry import ServiceClient
 from model_foundry.recipes.training_run import run_training
 from model_foundry.run.metrics import read_metrics
+from model_foundry.service.importing import service_shape
+from model_foundry.types import LoraConfig
 from tests.service_rig import KEY, Service, files_of
 from tests.tiny_runs import foundry, tiny_config, tiny_pairs_config, write_project
 
@@ -54,6 +56,13 @@ def test_the_recipe_and_the_service_give_the_same_bits(tiny_folder: Callable[[st
     recipe = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "step"]
     assert unshared == recipe
     assert here == pytest.approx(recipe, rel=1e-5)
+
+
+def test_the_example_of_preferences_runs_as_it_comes() -> None:
+    """A default configuration that names a run's adapter, or adapters of a shape that the service refuses."""
+    config = example("dpo").chosen_config(None, ())
+    assert config.model.name == "smollm2-135m-instruct"
+    service_shape(LoraConfig(r=config.lora.r, lora_alpha=config.lora.lora_alpha), where="lora")
 
 
 def test_preferences_through_the_service_are_the_recipes(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def test_criteria_with_units_decide_the_exit_code(taught: Path, tmp_path: Path) 
     ({"criteria__metrics": {"colours.accuracy": "> 3 nats"}}, ("criteria.metrics.colours.accuracy", "nats", "share")),
     ({"evaluation__suites": ["qualty"]}, ("no suite 'qualty'", "quality")),
     ({"evaluation__suites": []}, ("colours.accuracy", "no suite is asked")),
+    ({"evaluation__suites": [], "evaluation__max_rows": 3, "criteria__metrics": {}},
+     ("evaluation.max_rows", "none is asked")),
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_an_error_before_the_run(
     change: dict[str, Any], words: tuple[str, ...], taught: Path, tmp_path: Path
@@ -145,7 +147,7 @@ def test_a_run_is_asked_later_what_it_was_asked_in_training(model: Path, tmp_pat
     """Prevents a verdict that turns with who asks: the run's own suites and all of its questions belong to it."""
     questions = write_questions(tmp_path / "questions.jsonl")
     config = write_project(
-        tmp_path, model=model, training__max_steps=2, evaluation={
+        tmp_path, model=model, training__max_steps=2, seed=5, evaluation={
             "file": str(questions), "suites": ["general", str(write_suite(tmp_path))], "max_rows": 5,
             "max_new_tokens": 8,
         },
@@ -155,6 +157,11 @@ def test_a_run_is_asked_later_what_it_was_asked_in_training(model: Path, tmp_pat
     done = foundry_here("evaluate", tmp_path / "run", "--json")
     asked = json.loads(done.stdout)["suites"]
     assert asked.keys() == trained.keys() == {"questions", "general", "colours"}
+    assert trained["questions"]["after"]["seed"] == 5, "what its intervals were drawn by"
+    alone = foundry_here("evaluate", tmp_path / "run", f"evaluation.file={questions}", "--json")
+    assert json.loads(alone.stdout)["suites"].keys() == {"questions"}, "the run's max_rows is not in the way"
+    said = foundry_here("evaluate", tmp_path / "run", f"evaluation.file={questions}", "evaluation.max_rows=3")
+    assert_one_paragraph(said, code=2, words=("evaluation.max_rows", "none is asked", "all asked"))
     for name, suite in asked.items():
         assert suite["after"]["digest"] == trained[name]["after"]["digest"], name
         assert suite["after"]["num_rows"] == (8 if name == "questions" else 5)

@@ -163,6 +163,9 @@ def test_a_result_comes_back_from_json_as_it_was() -> None:
     result = ask(load_suite("general"), ScriptedTarget(likelihood=lambda asked, ending: -len(ending)))
     again = read_result(json.loads(json.dumps(result.as_dict(), allow_nan=False)), where="x")
     assert again.as_dict() | {"seconds": 0} == result.as_dict() | {"seconds": 0}
+    older = result.as_dict()
+    del older["seed"]
+    assert read_result(older, where="x").seed == 0, "results that were kept before seeds were written can be read"
 
 
 def test_harness_tasks_without_the_harness_say_how_to_get_it(tmp_path: Path) -> None:

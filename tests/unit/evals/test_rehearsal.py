@@ -86,6 +86,37 @@ def test_what_is_not_installed_is_found(renderer: Renderer, tmp_path: Path, monk
         rehearse(load_suite(str(tmp_path / "tasks.yaml")), renderer, context=200)
 
 
+@pytest.mark.parametrize("choices, refused", [
+    (["yes", "yes, it does"], True), (["120", "12"], True), (["a", "a dog", "c"], True),
+    (["yes.", "yes, it does."], False), (["no", "yes"], False),
+])  # fmt: skip
+def test_a_choice_whose_tokens_begin_anothers_is_refused(
+    choices: list[str], refused: bool, renderer: Renderer, tmp_path: Path
+) -> None:
+    """Prevents a question that every model answers with the shorter ending, for its likelihood is a factor of the
+    longer one's."""
+    rows = [{"prompt": "?", "choices": choices, "answer": 0}]
+    suite = suite_of(tmp_path, rows, kind="choices", metrics=["accuracy"])
+    if not refused:
+        rehearse(suite, renderer, context=200)
+        return
+    with pytest.raises(DataError, match=r"begin those of.*likelier whatever") as found:
+        rehearse(suite, renderer, context=200)
+    assert found.value.where == "suite mine, rows.jsonl:1"
+    rehearse(suite_of(tmp_path, rows, kind="choices", metrics=["accuracy_per_byte"]), renderer, context=200)
+
+
+def test_choices_whose_tokens_part_are_weighed_although_their_letters_do_not(
+    renderer: Renderer, chatml_folder: Path, tmp_path: Path
+) -> None:
+    """Prevents the refusal of numbers that are a token each."""
+    rows = [{"prompt": "?", "choices": ["2", "23"], "answer": 0}]
+    suite = suite_of(tmp_path, rows, kind="choices", metrics=["accuracy", "margin"])
+    rehearse(suite, Renderer(Tokenizer.load(chatml_folder)), context=200)
+    with pytest.raises(DataError, match="the tokens of '2' begin those of '23'"):
+        rehearse(suite, renderer, context=200)  # this one has a token a character
+
+
 def test_what_is_held_at_once_is_counted(renderer: Renderer, tmp_path: Path) -> None:
     """Prevents a plan that counts the training's batch alone, and is far off where the questions need more."""
     rows = [{"prompt": "why? " * number, "answer": "so"} for number in range(1, 8)]

@@ -137,18 +137,3 @@ def test_repeats_that_cannot_differ_are_refused(tmp_path: Path) -> None:
     suite = load_suite(str(write(tmp_path, rows, **greedy, decoding={"temperature": 0.5})))
     assert suite.metrics == ("repeat_agreement",)
     assert load_suite(str(write(tmp_path, rows, kind="consistency", metrics=["batch_agreement"]))).metrics
-
-
-@pytest.mark.parametrize("choices, refused", [
-    (["yes", "yes, it does"], True), (["120", "12"], True), (["a", "a dog", "c"], True),
-    (["act", "actor"], False), (["yes.", "yes, it does."], False), (["no", "yes"], False),
-])  # fmt: skip
-def test_a_choice_that_begins_another_is_refused(choices: list[str], refused: bool, tmp_path: Path) -> None:
-    """Prevents a question that every model answers with the shorter ending, for its likelihood is a factor of the
-    longer one's."""
-    path = write(tmp_path, [{"prompt": "?", "choices": choices, "answer": 0}], kind="choices", metrics=["accuracy"])
-    if not refused:
-        assert load_suite(str(path)).rows[0].choices == tuple(choices)
-        return
-    with pytest.raises(DataError, match=r"rows\.jsonl:1.*which begins.*full stop"):
-        load_suite(str(path))
