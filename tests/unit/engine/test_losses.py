@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model_foundry.engine.losses import LOSSES, choose_loss, head_pass
+from model_foundry.engine.losses import LOSSES, choose_loss, head_pass, score
 from model_foundry.errors import EngineError
 from model_foundry.models.head import HeadUpdate
 
@@ -243,3 +243,22 @@ def test_no_more_logits_exist_at_once_than_were_allowed(with_head: bool) -> None
     sizes.clear()
     head_pass(*given, loss, inputs, backward=False, chunk_logits=1)
     assert sizes == [1] * 53, "one token's logits are the least"
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_a_loss_scale_multiplies_gradients_and_leaves_the_loss(scale: float | None) -> None:
+    """Under a scale that was applied to the loss too, or divided by, a float16 run would log another run's numbers."""
+    hidden, head, inputs = batch(20, 8, 97)
+    logits = (hidden @ head.t()).detach().requires_grad_()
+    losses = functional.cross_entropy(logits, inputs["target_tokens"], reduction="none") * inputs["weights"]
+    (want,) = torch.autograd.grad(losses.sum(), logits)
+    settings = {} if scale is None else {"scale": scale}
+    scored = score(logits.detach(), CROSS_ENTROPY, inputs, backward=True, **settings)
+    assert scored.d_logits is not None
+    assert torch.allclose(scored.values, losses.detach(), rtol=1e-5)
+    assert torch.allclose(scored.d_logits, want * (scale or 1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_pairs_have_two_branches_and_all_others_none() -> None:
+    for name in LOSSES:
+        assert choose_loss(name, None).num_branches == (2 if name.startswith("dpo_") else 0), name
