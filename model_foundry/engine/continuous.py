@@ -355,20 +355,17 @@ class ContinuousBatch:
             hidden = torch.stack([sequence.end for sequence in some])  # pyright: ignore[reportArgumentType, reportCallIssue]
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
             owners = [sequence.adapter for sequence in some] + [None] * (size - len(some))
-            logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))
-            likeliest: list[int] = logits.argmax(dim=1).tolist()
-            rows = zip(some, logits, likeliest, strict=False)
-            events += [self._event(sequence, row, token) for sequence, row, token in rows]
+            logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))[: len(some)].float()
+            events += [self._event(sequence, row) for sequence, row in zip(some, logits, strict=True)]
         for sequence in [s for s, event in zip(due, events, strict=True) if event.finish]:
             self._running.remove(sequence)
             self._store.release(sequence.segments)
         return events
 
-    def _event(self, sequence: _Sequence, logits: torch.Tensor, likeliest: int) -> TokenEvent:
+    def _event(self, sequence: _Sequence, logits: torch.Tensor) -> TokenEvent:
         """logits: float32 [V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
-        params, token = sequence.params, likeliest
-        if params.temperature > 0:
-            token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
+        params = sequence.params
+        token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
         total = torch.logsumexp(logits, dim=0)
         top: tuple[tuple[int, float], ...] = ()
         if sequence.top_logprobs:

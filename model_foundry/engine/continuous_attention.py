@@ -20,6 +20,8 @@ from model_foundry.engine.continuous_cache import BLOCK_TOKENS, SEGMENT_TOKENS
 
 MOST_TOGETHER = 64
 """Answers in one call."""
+QUERY_BLOCK = 32
+"""Queries of one head that the CPU kernel takes at a time: answers that share a segment fill one such block at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,37 +101,72 @@ def attend_block(q: torch.Tensor, cache: torch.Tensor, reach: BlockReach, scale:
 class _Call:
     """Rows that look at `num_keys` keys of one segment each. mask: [B, 1, 1, num_keys], 0 or -inf.
 
-    Where all look at the same segment, `segments` is that one alone.
+    Where there is no mask, `segments` is one whole segment that all of them see all of.
     """
 
     rows: torch.Tensor | slice
-    segments: torch.Tensor | slice
+    segments: torch.Tensor | slice | int
     num_keys: int
-    mask: torch.Tensor
+    mask: torch.Tensor | None
 
 
-AnswerReach = list[list[_Call]]
-"""What answers see: for the first, second, … segment of each, the calls."""
+@dataclass(frozen=True, slots=True)
+class AnswerReach:
+    """What answers see: for the first, second, … segment of each, the calls; and where what they find is gathered.
+
+    outs: [levels, N, K, G, W], float32 where there are several; rows that have no segment there stay zero.
+    sums: float32 [levels, N, K, G], their logarithms.
+    """
+
+    levels: Sequence[Sequence[_Call]]
+    outs: torch.Tensor
+    sums: torch.Tensor
 
 
-def plan_answers(spans: Sequence[Span], window: int | None, *, like: torch.Tensor, together: int) -> AnswerReach:
-    """The calls that spans of one row each need, with at most `together` rows in each."""
+@dataclass(frozen=True, slots=True)
+class Together:
+    """The most rows in one call: of any segments, and of one that they share."""
+
+    rows: int
+    sharing: int
+
+
+def plan_answers(
+    spans: Sequence[Span], window: int | None, *, shape: tuple[int, int, int, int], like: torch.Tensor, most: Together
+) -> AnswerReach:
+    """The calls that spans of one row each need. shape: (N, K, G, W), of the queries."""
     members: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {}
+    sharers: dict[tuple[int, int], list[int]] = {}
     for span in spans:
         for level, (number, first, end) in enumerate(span.reach(window)):
+            segment = span.segments[number]
+            if end - first == SEGMENT_TOKENS and most.sharing > 1:
+                sharers.setdefault((level, segment), []).append(span.first_row)
+                continue
             num_keys = -(-end // BLOCK_TOKENS) * BLOCK_TOKENS
-            key = (level, num_keys, span.first_row // together)
-            members.setdefault(key, []).append((span.first_row, span.segments[number], first, end))
-    levels: AnswerReach = [[] for _ in range(1 + max(key[0] for key in members))]
+            key = (level, num_keys, span.first_row // most.rows)
+            members.setdefault(key, []).append((span.first_row, segment, first, end))
+    num_levels = 1 + max(level for level, *_ in (*members, *sharers))
+    levels: list[list[_Call]] = [[] for _ in range(num_levels)]
+    for (level, segment), rows in sharers.items():
+        if len(rows) == 1:
+            key = (level, SEGMENT_TOKENS, rows[0] // most.rows)
+            members.setdefault(key, []).append((rows[0], segment, 0, SEGMENT_TOKENS))
+            continue
+        for first in range(0, len(rows), most.sharing):
+            some = _as_slice(np.array(rows[first : first + most.sharing]), like.device)
+            levels[level].append(_Call(some, segment, SEGMENT_TOKENS, None))
     for (level, num_keys, _), found in members.items():
         rows, segments, first, end = np.array(found).T
         keys = np.arange(num_keys)
         hidden = (keys < first[:, None]) | (keys >= end[:, None])
         mask = like.new_zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden).to(like.device), float("-inf"))
-        segments = segments[:1] if (segments == segments[0]).all() else segments  # samples of one prompt share it
         where = [_as_slice(numbers, like.device) for numbers in (rows, segments)]
         levels[level].append(_Call(where[0], where[1], num_keys, mask[:, None, None]))
-    return levels
+    outs = like.new_zeros(num_levels, *shape, dtype=like.dtype if num_levels == 1 else torch.float32)
+    sums = like.new_full((num_levels, *shape[:3]), float("-inf"), dtype=torch.float32)
+    sums[0] = 0.0  # a row of no span sees nothing, and its share is not 0 / 0
+    return AnswerReach(levels, outs, sums)
 
 
 def _as_slice(numbers: np.ndarray, device: torch.device) -> torch.Tensor | slice:
@@ -139,24 +176,40 @@ def _as_slice(numbers: np.ndarray, device: torch.device) -> torch.Tensor | slice
     return torch.from_numpy(numbers).to(device)
 
 
-def attend_answers(q: torch.Tensor, cache: torch.Tensor, levels: AnswerReach, scale: float) -> torch.Tensor:
-    """q [N, K, G, W] over cache [segments, 2 K, SEGMENT_TOKENS, W] → [N, K, G, W]; rows of no span get zeros."""
-    num_kv = q.shape[1]
-    answers = []
-    for level, calls in enumerate(levels):
-        out = q.new_zeros(q.shape)
-        # A row of no span sees nothing, and its sum is not 0 / 0.
-        sums = q.new_full(q.shape[:3], float("-inf") if level else 0.0, dtype=torch.float32)
+def attend_answers(q: torch.Tensor, cache: torch.Tensor, reach: AnswerReach, scale: float) -> torch.Tensor:
+    """q [N, K, G, W] over cache [segments, 2 K, SEGMENT_TOKENS, W] → [N, K, G, W]; rows of no span get zeros.
+
+    The next call of the same reach writes over what this one gave.
+    """
+    outs, sums = reach.outs, reach.sums
+    for level, calls in enumerate(reach.levels):
         for call in calls:
-            kept = cache[:, :, : call.num_keys]
-            kept = kept[call.segments] if isinstance(call.segments, slice) else kept.index_select(0, call.segments)
-            kept = kept.expand(len(call.mask), -1, -1, -1)  # a shared segment is read where it is
-            found, logs = attend(q[call.rows], kept[:, :num_kv], kept[:, num_kv:], call.mask, scale)
-            out[call.rows] = found
-            if len(levels) > 1:
-                sums[call.rows] = logs.float()
-        answers.append((out, sums))
-    return answers[0][0] if len(answers) == 1 else join(answers)
+            found, logs = _answer(q[call.rows], cache, call, scale)
+            outs[level, call.rows] = found if isinstance(call.rows, slice) else found.to(outs.dtype)
+            if len(outs) > 1:
+                sums[level, call.rows] = logs
+    if len(outs) == 1:
+        return outs[0]
+    # One after the other: how many segments the longest has must not show in the others.
+    shares = torch.softmax(sums, dim=0)[..., None]
+    out = outs[0] * shares[0]
+    for level in range(1, len(outs)):
+        out.addcmul_(outs[level], shares[level])
+    return out.to(q.dtype)
+
+
+def _answer(q: torch.Tensor, cache: torch.Tensor, call: _Call, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, K, G, W] → [B, K, G, W], and the log of the softmax's sum [B, K, G]."""
+    num_kv = q.shape[1]
+    if call.mask is None:
+        # Rows that share keys are further queries.
+        kept = cache[call.segments, None]
+        mine = q.transpose(0, 1).flatten(1, 2)[None]
+        out, sums = attend(mine, kept[:, :num_kv], kept[:, num_kv:], None, scale)
+        size = (q.shape[0], q.shape[2])
+        return out[0].unflatten(1, size).transpose(0, 1), sums[0].unflatten(1, size).transpose(0, 1)
+    kept = cache[call.segments, :, : call.num_keys]
+    return attend(q, kept[:, :num_kv], kept[:, num_kv:], call.mask, scale)
 
 
 def attend(
@@ -191,23 +244,44 @@ def join(answers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return (out / total[..., None]).to(answers[0][0].dtype)
 
 
-def is_alike_together(num_kv: int, group: int, width: int, *, like: torch.Tensor) -> bool:
-    """Whether a row of a call gets the same bits whatever other rows are in it, on this machine and for this shape."""
-    drawn, num_rows = torch.Generator().manual_seed(0), MOST_TOGETHER
+def find_together(num_kv: int, group: int, width: int, *, like: torch.Tensor) -> Together:
+    """As many as get the same bits whatever other rows are in their call, on this machine and for this shape."""
+    q, cache = _cancelling(num_kv, group, width, like=like)
+    num_rows, scale = q.shape[0], width**-0.5
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=drawn).to(like)
+    def answer(size: int, first: int, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+        return _answer(q[first : first + size], cache, call, scale)
 
-    scale = width**-0.5
+    def alike(found: Sequence[torch.Tensor], want: Sequence[torch.Tensor], first: int) -> bool:
+        return all(torch.equal(a, b[first : first + len(a)]) for a, b in zip(found, want, strict=True))
+
     for num_keys in range(BLOCK_TOKENS, SEGMENT_TOKENS + 1, BLOCK_TOKENS):
-        q, kv = draw(num_rows, num_kv, group, width), draw(num_rows, 2 * num_kv, num_keys, width)
         hidden = torch.arange(num_keys) > torch.arange(num_rows)[:, None] + num_keys - num_rows
         mask = like.new_zeros(hidden.shape).masked_fill_(hidden.to(like.device), float("-inf"))[:, None, None]
-        want = attend(q, kv[:, :num_kv], kv[:, num_kv:], mask, scale)
+        want = answer(num_rows, 0, _Call(slice(None), slice(None), num_keys, mask))
         for size in (1, 2, 3, 16, 33):
             for first in (0, num_rows - size):
                 rows = slice(first, first + size)
-                found = attend(q[rows], kv[rows, :num_kv], kv[rows, num_kv:], mask[rows], scale)
-                if not all(torch.equal(a, b[rows]) for a, b in zip(found, want, strict=True)):
-                    return False
-    return True
+                if not alike(answer(size, first, _Call(rows, rows, num_keys, mask[rows])), want, first):
+                    return Together(1, 1)
+    sharing = max(1, QUERY_BLOCK // group)
+    same, sees_all = torch.zeros(sharing, dtype=torch.long, device=like.device), like.new_zeros(1, 1, 1, SEGMENT_TOKENS)
+    want = answer(sharing, 0, _Call(slice(None), same, SEGMENT_TOKENS, sees_all))
+    for size in range(2, sharing + 1):
+        if not alike(answer(size, 0, _Call(slice(None), 0, SEGMENT_TOKENS, None)), want, 0):
+            return Together(num_rows, 1)
+    return Together(num_rows, sharing)
+
+
+def _cancelling(num_kv: int, group: int, width: int, *, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [MOST_TOGETHER, K, G, W] and as many segments whose values cancel: sums of which rounding alone is left,
+    and another order of summation leaves something else. Every other query sees all keys alike."""
+    drawn, num_rows = torch.Generator().manual_seed(0), MOST_TOGETHER
+    q = torch.randn(num_rows, num_kv, group, width, generator=drawn)
+    q[::2] = 0
+    cache = torch.randn(num_rows, 2, num_kv, SEGMENT_TOKENS, width, generator=drawn)
+    one, other = torch.randperm(SEGMENT_TOKENS, generator=drawn).chunk(2)
+    values = cache[:, 1]
+    values[:, :, one] *= torch.exp2(torch.randint(-12, 13, (len(one), 1), generator=drawn))
+    values[:, :, other] = -values[:, :, one]
+    return q.to(like), cache.flatten(1, 2).to(like)

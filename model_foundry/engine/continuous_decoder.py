@@ -21,19 +21,20 @@ from torch.nn import functional
 from model_foundry.engine.continuous_adapters import ServedAdapter
 from model_foundry.engine.continuous_attention import (
     MOST_TOGETHER,
+    QUERY_BLOCK,
     AnswerReach,
     BlockReach,
     Span,
+    Together,
     attend_answers,
     attend_block,
-    is_alike_together,
+    find_together,
     plan_answers,
     plan_block,
 )
 from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
 from model_foundry.engine.continuous_products import Product, cancelling_rows, check_places
 from model_foundry.engine.platform import join_pages
-from model_foundry.models.attention import rotate
 from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.decoder import Decoder, DecoderLayer
 from model_foundry.models.experts import ExpertMLP
@@ -204,15 +205,16 @@ class BatchedDecoder:
         self.cache = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
         self.windows = [config.window(index) for index in range(config.num_hidden_layers)]
         # From a table, or a position's cosine would depend on its place in a vector of them.
-        _, _, self.cos, self.sin = decoder.rope(torch.arange(num_positions, device=self.device))
+        _, _, cos, sin = decoder.rope(torch.arange(num_positions, device=self.device))
+        self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         self.scale = 1.0 / config.head_dim**0.5
-        self._together = MOST_TOGETHER
+        self._together = Together(MOST_TOGETHER, max(1, QUERY_BLOCK // self.group))
         if invariant:
             self._check_places()
             like = self.cos.new_empty(0, dtype=self.dtype)
-            if not is_alike_together(self.num_kv, self.group, self.width, like=like):
+            self._together = find_together(self.num_kv, self.group, self.width, like=like)
+            if self._together.rows == 1:
                 logger.warning("attention of several answers in one call depends on their number here: one by one")
-                self._together = 1
 
     def _check_places(self) -> None:
         """Raises EngineError where one of the model's products is not the same in every row; each shape once."""
@@ -242,7 +244,7 @@ class BatchedDecoder:
                 self._clear(span.segments[span.position // SEGMENT_TOKENS])
         xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
         rope = [(self.cos[p], self.sin[p]) for p in work.positions.split(work.piece_rows)]
-        reaches = {window: self._plan(work.spans, window) for window in set(self.windows)}
+        reaches = {window: self._plan(work, window) for window in set(self.windows)}
         num_rows, places = self._places(work)
         for index, layer in enumerate(self.layers):
             parts = [
@@ -260,14 +262,14 @@ class BatchedDecoder:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
-        """float32 [R, V] of hidden states [R, D] before the final norm."""
+        """[R, V] of hidden states [R, D] before the final norm."""
         x: torch.Tensor = self.decoder.norm(hidden)  # pyright: ignore[reportAssignmentType]
         out = self.head(x)
         for adapter, rows in adapted:
             if (part := adapter.parts.get(HEAD_LAYER)) is not None:
                 changed = part.apply(x, out)
                 out = changed if rows is None else torch.where(rows, changed, out)
-        return out.float()
+        return out
 
     def _heads(
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapted: Adapted
@@ -278,7 +280,8 @@ class BatchedDecoder:
         if layer.head_norms is not None:
             q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
             qk = torch.cat([layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())], dim=1)
-        rotated = rotate(qk, cos, sin)
+        # `models.attention.rotate` to the bit, in fewer operations.
+        rotated = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
         return rotated[:, : self.num_heads], torch.cat([rotated[:, self.num_heads :], v], dim=1)
 
     def _places(self, work: Pass) -> tuple[int, torch.Tensor]:
@@ -291,11 +294,12 @@ class BatchedDecoder:
         heads = torch.arange(0, 2 * self.num_kv * SEGMENT_TOKENS, SEGMENT_TOKENS, device=self.device)
         return len(starts), (torch.tensor(starts, device=self.device)[:, None] + heads).view(-1)
 
-    def _plan(self, spans: Sequence[Span], window: int | None) -> AnswerReach | list[BlockReach]:
+    def _plan(self, work: Pass, window: int | None) -> AnswerReach | list[BlockReach]:
         like = self.cos.new_empty(0, dtype=self.dtype)
-        if spans[0].num_rows == 1:
-            return plan_answers(spans, window, like=like, together=self._together)
-        return [plan_block(span, window, group=self.group, like=like) for span in spans]
+        if work.spans[0].num_rows == 1:
+            shape = (len(work.tokens), self.num_kv, self.group, self.width)
+            return plan_answers(work.spans, window, shape=shape, like=like, most=self._together)
+        return [plan_block(span, window, group=self.group, like=like) for span in work.spans]
 
     def _attend(self, cache: torch.Tensor, q: torch.Tensor, spans: Sequence[Span], reaches: Any) -> torch.Tensor:
         """q [N, K, G, W] → [N, H · W]."""

@@ -156,9 +156,10 @@ def choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str],
     """int64 [B] from float32 [B, V]."""
     if params.temperature < GREEDY_BELOW:
         return logits.argmax(dim=1)
-    # The largest logit first, so that dividing by a small temperature overflows towards certainty.
-    scaled = (logits - logits.amax(dim=1, keepdim=True)) / params.temperature
-    cumulative = torch.softmax(filtered(scaled, params), dim=1).cpu().double().cumsum(1)
+    if params.temperature != 1:
+        # The largest logit first, so that dividing by a small temperature overflows towards certainty.
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / params.temperature
+    cumulative = torch.softmax(filtered(logits, params), dim=1).cpu().cumsum(1, dtype=torch.float64)
     draws = [float(torch.rand((), generator=generator(params.seed, source, position))) for source in sources]
     thresholds = torch.tensor(draws, dtype=torch.float64)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[1] - 1).to(logits.device)
