@@ -212,6 +212,11 @@ class Check:
     bound: str
     evidence: str
 
+    @property
+    def shown(self) -> str:
+        """The value as a line has room for it."""
+        return f"{self.value:.3g}" if isinstance(self.value, float) else str(self.value)
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,

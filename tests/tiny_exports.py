@@ -35,12 +35,13 @@ def make_subject(
     seed: int = 0,
     lora: LoraConfig | None = None,
     tokenizer_size: int = 500,
+    merges: tuple[tuple[str, str], ...] = (),
     **changes: Any,
 ) -> Subject:
     """Base, adapter and tokenizer in `folder`; every width divides into blocks of 32.
 
     Args:
-        tokenizer_size: the bytes and three control tokens are 259.
+        tokenizer_size: the bytes and three control tokens are 259; merges: further ones, each a further token.
         changes: keys of `config.json` to set otherwise.
     """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -48,6 +49,11 @@ def make_subject(
         folder / "tokenizer", byte_level_tokenizer(specials, vocab_size=tokenizer_size), eos_token="<|endoftext|>",
         pad_token="<|endoftext|>", chat_template=CHATML,
     )  # fmt: skip
+    written = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    for left, right in merges:
+        written["model"]["vocab"][left + right] = len(written["model"]["vocab"])
+        written["model"]["merges"].append([left, right])
+    (tokenizer / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
     size = Tokenizer.load(tokenizer).vocab_size
     base = write_tiny_model(
         folder / "base",

@@ -82,6 +82,6 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> int:
         click.echo(json.dumps({"passed": passed, "checks": [check.as_dict() for check in checks]}, indent=2))
     else:
         for check in checks:
-            click.echo(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.value} (bound: {check.bound})")
+            click.echo(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.shown} (bound: {check.bound})")
             click.echo(f"      {check.evidence}")
     return 0 if passed else 1

@@ -82,7 +82,7 @@ def export(
             say("reading it back")
             found = measure(folder, kind, subject, merge, probe, precision=draft.precision, files=draft.files)
             draft.checks += found
-            require_passed(draft.checks, where=str(out))
+            require_passed(draft.checks, where=str(out), formats=quants)
             certificate = write_certificate(folder, subject.origin, draft, kind=kind)
             fields = {"kind": kind, "precision": draft.precision, "origin": certificate["origin"]}
             write_manifest(folder, fields=fields)
@@ -133,17 +133,21 @@ def _refuse_wishes(
     return derive(subject.renderer) if kind == "ollama" else None
 
 
-def require_passed(checks: Sequence[Check], *, where: str) -> None:
-    """Raises: CheckFailedError naming the first check that failed, what was measured, and how many others failed."""
+def require_passed(checks: Sequence[Check], *, where: str, formats: Sequence[str] = ()) -> None:
+    """Raises: CheckFailedError naming the first check that failed, what was measured, how many others failed, and
+    which of several formats would have passed.
+    """
     failed = [check for check in checks if not check.passed]
     if not failed:
         return
-    first = failed[0]
-    more = (
-        f"; {len(failed) - 1} more checks failed: {', '.join(check.name for check in failed[1:])}" if failed[1:] else ""
-    )
-    what = f"the export is refused: {first.name} is {first.value} ({first.bound}): {first.evidence}{more}"
-    raise CheckFailedError(what, where=where, hint="Nothing was written.")
+    first, others = failed[0], [check.name for check in failed[1:]]
+    more = f"; {len(others)} more checks failed: {', '.join(others)}" if others else ""
+    what = f"the export is refused: {first.name} is {first.shown} ({first.bound}): {first.evidence}{more}"
+    well = [each for each in formats if not any(check.name.startswith(f"{each} ") for check in failed)]
+    hint = "Nothing was written."
+    if well and len(well) < len(formats):
+        hint += f" Every other format passed: --quant {','.join(well)}"
+    raise CheckFailedError(what, where=where, hint=hint)
 
 
 def _write(

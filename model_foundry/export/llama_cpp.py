@@ -1,4 +1,4 @@
-"""A GGUF file asked through llama.cpp itself: what it says about the next token.
+"""A GGUF file asked through llama.cpp itself: what it says about the next token, and what tokens it makes of a text.
 
 Nothing of our reading or writing of weights takes part. It knows tokens and probabilities; it compares nothing.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import torch
 
 from model_foundry.errors import ModelError
@@ -21,6 +22,7 @@ class LlamaCpp:
         context: the longest row that is asked about, in tokens.
         vocab_size: of the model, to ask for whole distributions.
         adapter: a LoRA adapter as a GGUF, on top.
+        socket: from `private_socket`; what text becomes is asked there, for llama.cpp tells it over HTTP alone.
         spelled: a token that is a whole character. It is what gets chosen, for llama.cpp keeps probabilities to itself
             while a character lacks bytes; those reported are the model's own all the same.
 
@@ -28,12 +30,14 @@ class LlamaCpp:
         ModelError: llama.cpp refuses the file. MissingExtraError: it is not installed.
     """
 
-    def __init__(self, path: Path, *, context: int, vocab_size: int, spelled: int, adapter: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, socket: Path, context: int, vocab_size: int, spelled: int, adapter: Path | None = None
+    ) -> None:
         num_threads = min(4, torch.get_num_threads())
         self._server = LlamaServer(
-            path, context=max(context + 8, 64), num_threads=num_threads, adapter=adapter, exact=True
+            path, context=max(context + 8, 64), num_threads=num_threads, adapter=adapter, exact=True, socket=socket
         )
-        self.path, self.vocab_size, self.spelled = path, vocab_size, spelled
+        self.path, self.vocab_size, self.spelled, self.socket = path, vocab_size, spelled, socket
 
     def next_logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
         """float32 [V]: the natural logarithm of each token's probability after these, at temperature 1.
@@ -56,10 +60,19 @@ class LlamaCpp:
             raise ModelError(what, where=str(self.path))
         return out
 
-    def num_tokens(self, text: str) -> int:
-        """How many tokens llama.cpp makes of a text in which control tokens are read as such."""
-        answer = self._server.complete({"prompt": text, "max_tokens": 1, "temperature": 0.0})
-        return int(answer["usage"]["prompt_tokens"])
+    def tokens(self, text: str) -> list[int]:
+        """What llama.cpp makes of a prompt in which control tokens are read as such, its own BOS included.
+
+        Raises:
+            ModelError: llama.cpp does not answer.
+        """
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), timeout=60) as client:
+                answer = client.post("http://llama.cpp/tokenize", json=asked).json()
+            return [int(token) for token in answer["tokens"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"llama.cpp does not say what tokens a text is ({error})", where=str(self.path)) from error
 
     def stops_at(self, tokens: Sequence[int], token: int) -> bool:
         """Whether generation ends when the model, asked to go on with these, chooses this token.

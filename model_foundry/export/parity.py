@@ -63,7 +63,7 @@ BOUNDS: dict[str, Bounds] = {name: _rounded(unit) for name, unit in _UNITS.items
     "q5_1": Bounds(0.05, 0.25, 0.5), "q5_0": Bounds(0.05, 0.25, 0.5),
     "q5_k_m": Bounds(0.05, 0.25, 0.5), "q5_k_s": Bounds(0.05, 0.25, 0.5),
     "q4_1": Bounds(0.15, 0.75, 0.25), "q4_0": Bounds(0.15, 0.75, 0.25),
-    "q4_k_m": Bounds(0.15, 0.75, 0.25), "q4_k_s": Bounds(0.15, 0.75, 0.25), "q3_k_m": Bounds(0.4, 2.0, 0.0),
+    "q4_k_m": Bounds(0.15, 0.75, 0.25), "q4_k_s": Bounds(0.15, 0.75, 0.25), "q3_k_m": Bounds(0.4, 2.0, 0.25),
 }  # fmt: skip
 WEIGHT_ERRORS: dict[str, float] = {name: unit**2 for name, unit in _UNITS.items()} | {
     "q8_0": 2e-4, "q6_k": 1e-3, "q5_1": 4e-3, "q5_0": 6e-3, "q5_k": 4e-3, "q4_1": 2e-2, "q4_0": 2e-2, "q4_k": 2e-2,
@@ -312,7 +312,11 @@ def compare_tokens(
     missing = [stop for stop in renderer.stop_token_ids[:3] if stop not in stop_token_ids]
     texts = [renderer.tokenizer.decode([stop]) for stop in missing]
     evidence_stops = f"{', '.join(map(repr, texts))} would not stop" if missing else f"stops at {list(stop_token_ids)}"
-    ids = [] if tokenizer is None else [_token_ids(renderer, tokenizer, prompts, stage=stage)]
+    ids = []
+    if tokenizer is not None:
+        written = [renderer.text(prompt, add_generation_prompt=True) for prompt in prompts]
+        mine, theirs = ([each.scan(text)[0] for text in written] for each in (renderer.tokenizer, tokenizer))
+        ids = [compare_ids(mine, theirs, stage=stage)]
     return [
         Check(f"{stage}: chat template", same, "same" if same else "differs", "the renderer's bytes", evidence),
         *ids,
@@ -320,15 +324,15 @@ def compare_tokens(
     ]
 
 
-def _token_ids(renderer: Renderer, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, stage: str) -> Check:
-    differing, evidence = 0, f"{len(prompts)} prompts, token for token"
-    for number, prompt in enumerate(prompts):
-        text = renderer.text(prompt, add_generation_prompt=True)
-        mine, theirs = renderer.tokenizer.scan(text)[0], tokenizer.scan(text)[0]
+def compare_ids(wanted: Sequence[Sequence[int]], found: Sequence[Sequence[int]], *, stage: str) -> Check:
+    """Token ids of the same texts, one list a text; the first that differs is named."""
+    differing, evidence = 0, f"{len(wanted)} texts, token for token"
+    for number, (mine, theirs) in enumerate(zip(wanted, found, strict=True)):
         if mine == theirs:
             continue
-        at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), 0)
+        pairs = enumerate(zip(mine, theirs, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
         if not differing:
-            evidence = f"prompt {number}, token {at}: {theirs[at : at + 3]} instead of {mine[at : at + 3]}"
+            evidence = f"text {number}, token {at}: {theirs[at : at + 3]} instead of {mine[at : at + 3]}"
         differing += 1
-    return Check(f"{stage}: token ids", not differing, differing, "no prompt differs", evidence)
+    return Check(f"{stage}: token ids", not differing, differing, "no text differs", evidence)

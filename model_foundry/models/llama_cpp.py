@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +22,10 @@ from model_foundry.errors import MissingExtraError, ModelError
 
 OnAnswer = Callable[[Any], bool]
 """Told every piece of an answer; true ends it."""
+
+
+LONGEST_SOCKET = 90
+"""Bytes of a socket's path that every system takes; they are 104 to 108, with the zero at the end."""
 
 
 def is_installed() -> bool:
@@ -35,6 +41,8 @@ class LlamaServer:
         num_threads: default all cores.
         adapter: a LoRA adapter as a GGUF, on top.
         exact: keys and values in float32 and plain attention, so that only the weights' precision is measured.
+        socket: where its own HTTP routes can be reached, see `private_socket`; by default nowhere. Its server opens
+            them in any case, and they know no key and no limit.
 
     Raises:
         ModelError: llama.cpp refuses the file. MissingExtraError: it is not installed.
@@ -49,6 +57,7 @@ class LlamaServer:
         num_threads: int | None = None,
         adapter: Path | None = None,
         exact: bool = False,
+        socket: Path | None = None,
     ) -> None:
         try:
             library: Any = import_module("xllamacpp")  # compiled, so no type is known
@@ -69,7 +78,10 @@ class LlamaServer:
             parameters.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.path = path
         try:
-            self._server: Any = library.Server(parameters)
+            # Its socket's folder is gone when it runs, unless somebody wants to speak to it there.
+            with private_socket() if socket is None else nullcontext(socket) as listening:
+                parameters.hostnames = [str(listening)]
+                self._server: Any = library.Server(parameters)
         except RuntimeError as error:
             what = "it" if adapter is None else f"it with {adapter.name} on top"
             hint = "It may be cut short or damaged: compare its size, or fetch it again." if adapter is None else None
@@ -88,11 +100,21 @@ class LlamaServer:
         return self._server.handle_completions(dict(asked), on_answer)
 
 
+@contextmanager
+def private_socket() -> Iterator[Path]:
+    """The path for a Unix socket in a folder that no other user can open, which is removed at the end."""
+    parent = tempfile.gettempdir()
+    short = parent if len(os.fsencode(parent)) < LONGEST_SOCKET - 40 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="foundry-llama-", dir=short) as folder:
+        yield Path(folder, "http.sock")
+
+
 _OPEN = """
 import os, sys, xllamacpp
 parameters = xllamacpp.CommonParams()
-parameters.model.path, parameters.n_ctx, parameters.warmup, parameters.verbosity = sys.argv[1], 64, False, 1
-parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in sys.argv[2:]]
+parameters.model.path, parameters.n_ctx, parameters.warmup, parameters.verbosity = sys.argv[2], 64, False, 1
+parameters.hostnames = [sys.argv[1]]
+parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in sys.argv[3:]]
 try:
     xllamacpp.Server(parameters)
 finally:
@@ -102,9 +124,17 @@ finally:
 
 def _reason(path: Path, adapter: Path | None, error: RuntimeError) -> str:
     """What llama.cpp logs while it refuses a file, which its exception keeps to itself; asked in a child process."""
-    command = [sys.executable, "-c", _OPEN, str(path), *([] if adapter is None else [str(adapter)])]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+        with private_socket() as socket:
+            command = [
+                sys.executable,
+                "-c",
+                _OPEN,
+                str(socket),
+                str(path),
+                *([] if adapter is None else [str(adapter)]),
+            ]
+            child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return str(error).rstrip(".")
     known = (

@@ -10,12 +10,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
-from model_foundry.checkpoint.store import CheckpointStore
+from model_foundry.checkpoint.store import Checkpoint, CheckpointStore
 from model_foundry.errors import ArchitectureMismatchError, FoundryError, ModelError
 from model_foundry.models.finder import resolve_model
 from model_foundry.models.folder import fingerprint
-from model_foundry.models.runs import checkpoint_of_run, checkpoint_part
+from model_foundry.models.runs import checkpoint_part
 from model_foundry.rendering import Renderer
+from model_foundry.run.directory import is_run
 from model_foundry.run.trained import trained_model_fields
 from model_foundry.server.backends.base import Backend
 from model_foundry.server.catalog import Catalog, ServedModel
@@ -45,6 +46,13 @@ def renderer_for(name: str, tokenizer: Tokenizer, fallback: Renderer) -> Rendere
     """The renderer of the run that trained `name`; the base's where no run did."""
     fields, now = trained_model_fields(name)
     return Renderer(tokenizer, str(fields["template"]), now=now) if "template" in fields else fallback
+
+
+def checkpoint_name(part: Path) -> str | None:
+    """Name of the run's checkpoint whose `adapter` or `model` folder this is; None where it is none of a run."""
+    checkpoint = part.parent
+    is_of_run = checkpoint.parent.name == "checkpoints" and is_run(checkpoint.parent.parent)
+    return checkpoint.name if is_of_run else None
 
 
 class _Leaving:
@@ -107,7 +115,10 @@ class AdapterShelf:
             # One that was removed may still be there under this name, for requests that hold it.
             unique = f"{name}@{next(self._numbers)}"
             await self._backend.add_adapter(unique, adapter)
-            self._catalog.put(ServedModel(name, renderer, adapter=unique, parent=base.name, removable=True))
+            served = ServedModel(
+                name, renderer, adapter=unique, parent=base.name, checkpoint=checkpoint_name(adapter), removable=True
+            )
+            self._catalog.put(served)
 
     async def remove(self, name: str) -> None:
         """Requests for it that run or wait end undisturbed. Raises: Problem."""
@@ -139,11 +150,19 @@ class Follower:
         every_seconds: float,
         go_over: Callable[[Path], Awaitable[None]] | None = None,
     ) -> None:
-        self._run, self._name, self._backend, self._catalog = run, name, backend, catalog
+        self._name, self._backend, self._catalog = name, backend, catalog
         self._every, self._go_over = every_seconds, go_over
         self._leaving = _Leaving(backend, catalog)
-        self._seen = self._tried = _newest(run)
+        self._store = CheckpointStore(run / "checkpoints")
+        self._served = self._opened(catalog)
+        self._seen = self._tried = _identity(self._served)
         self._num_tries = 0
+
+    def _opened(self, catalog: Catalog) -> Checkpoint | None:
+        """The checkpoint that the server began with; None where its name cannot be read there any more."""
+        name = catalog.find(self._name).checkpoint
+        found = [checkpoint for checkpoint in self._store.list() if checkpoint.name == name]
+        return found[0] if found else None
 
     async def run(self, until: Callable[[], bool]) -> None:
         """Look again and again. What cannot be used is said whenever it is tried, and the checkpoint before stays."""
@@ -158,32 +177,48 @@ class Follower:
 
     async def look(self) -> bool:
         """Whether there was a newer one, which is served from now on."""
-        newest = await asyncio.to_thread(_newest, self._run)
+        listed = await asyncio.to_thread(self._store.list)
+        newest = _identity(listed[-1] if listed else None)
         if newest is None or newest == self._seen:
             return False
         self._num_tries = self._num_tries + 1 if newest == self._tried else 1
         self._tried = newest
         if self._num_tries == TRIES:
             self._seen = newest
-        checkpoint, _ = await asyncio.to_thread(checkpoint_of_run, self._run)
-        part, old = checkpoint_part(checkpoint), self._catalog.find(self._name)
-        if part is None or part.name != ("adapter" if self._go_over is None else "model"):
-            raise ModelError("it is of another kind than the checkpoints before it", where=str(checkpoint))
-        if self._go_over is not None:
-            await self._go_over(part)
-            self._catalog.put(replace(old, note=checkpoint.name))
-        else:
-            adapter = f"{self._name}@{newest}"
-            await self._backend.add_adapter(adapter, part)
-            self._catalog.put(replace(old, adapter=adapter, note=checkpoint.name))
-            if old.adapter is not None:
-                self._leaving.add(old.adapter)
-        self._seen = newest
+        passed_over: list[str] = []
+        checkpoint = await asyncio.to_thread(self._store.newest_valid, passed_over.append)
+        for reason in passed_over:
+            logger.warning("%s is not served at its newest: %s", self._name, reason)
+        if checkpoint is None or self._is_no_news(checkpoint, fallen_back=bool(passed_over)):
+            self._seen = newest
+            return False
+        await self._go_to(checkpoint)
+        self._served, self._seen = checkpoint, newest
         logger.info("%s is now %s", self._name, checkpoint.name)
         return True
 
+    def _is_no_news(self, checkpoint: Checkpoint, *, fallen_back: bool) -> bool:
+        """Whether it is served already, or comes before what is, whose successors are damaged."""
+        served = self._served
+        if served is None:
+            return False
+        return _identity(served) == _identity(checkpoint) or (fallen_back and checkpoint.step <= served.step)
 
-def _newest(run: Path) -> str | None:
-    """Name and digest of the newest checkpoint, without reading its contents."""
-    found = CheckpointStore(run / "checkpoints").list()
-    return f"{found[-1].name}-{found[-1].manifest.digest[:8]}" if found else None
+    async def _go_to(self, checkpoint: Checkpoint) -> None:
+        part, old = checkpoint_part(checkpoint.path), self._catalog.find(self._name)
+        if part is None or part.name != ("adapter" if self._go_over is None else "model"):
+            raise ModelError("it is of another kind than the checkpoints before it", where=str(checkpoint.path))
+        if self._go_over is not None:
+            await self._go_over(part)
+            self._catalog.put(replace(old, checkpoint=checkpoint.name))
+            return
+        adapter = f"{self._name}@{_identity(checkpoint)}"
+        await self._backend.add_adapter(adapter, part)
+        self._catalog.put(replace(old, adapter=adapter, checkpoint=checkpoint.name))
+        if old.adapter is not None:
+            self._leaving.add(old.adapter)
+
+
+def _identity(checkpoint: Checkpoint | None) -> str | None:
+    """Name and digest: one that is written anew under its old name is another one."""
+    return None if checkpoint is None else f"{checkpoint.name}-{checkpoint.manifest.digest[:8]}"

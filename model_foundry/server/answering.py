@@ -18,6 +18,7 @@ from model_foundry.errors import FoundryError
 from model_foundry.server.admission import Admission, OverloadedError, Ticket
 from model_foundry.server.backends.base import Backend, BackendError, Piece, PromptRefusedError, TokenRequest
 from model_foundry.server.catalog import Catalog, ServedModel
+from model_foundry.server.closing_time import ClosingTime
 from model_foundry.server.problems import Problem
 from model_foundry.server.stats import Stats
 from model_foundry.server.text import StopStrings
@@ -51,10 +52,16 @@ class Answering:
     """Turns prompts into answers, one at a time for each place in the batch."""
 
     def __init__(
-        self, backend: Backend, catalog: Catalog, admission: Admission, limits: LimitsSection, stats: Stats
+        self,
+        backend: Backend,
+        catalog: Catalog,
+        admission: Admission,
+        limits: LimitsSection,
+        stats: Stats,
+        closing: ClosingTime | None = None,
     ) -> None:
         self.backend, self.catalog, self.admission, self.limits = backend, catalog, admission, limits
-        self.stats = stats
+        self.stats, self.closing = stats, closing or ClosingTime()
 
     async def open(
         self, model: ServedModel, prompts: Sequence[np.ndarray], sampling: Sampling, *, client: str
@@ -70,14 +77,12 @@ class Answering:
         deadline = started + self.limits.request_seconds
         self.catalog.hold(model)
         try:
-            async with asyncio.timeout(self.limits.request_seconds):
+            async with self.closing.until(deadline, seconds=self.limits.request_seconds):
                 ticket = await self.admission.enter(client, len(requests))
         except BaseException as error:
             self.catalog.release(model)
             if isinstance(error, OverloadedError):
                 raise self._overloaded(error) from None
-            if isinstance(error, TimeoutError):
-                raise _too_late(self.limits) from None
             raise
         return Answers(self, model, prompts, requests, sampling, ticket, started=started, deadline=deadline)
 
@@ -164,13 +169,11 @@ class Answers:
         for task in self._tasks:
             task.add_done_callback(self._leave_when_all_are_done)
         left, first = len(self._tasks), True
+        closing, seconds = self._answering.closing, self._answering.limits.request_seconds
         try:
             while left:
-                try:
-                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._seconds_left()):
-                        item = await queue.get()
-                except TimeoutError:
-                    raise _too_late(self._answering.limits) from None
+                async with closing.until(self._deadline, seconds=seconds):
+                    item = await queue.get()
                 if isinstance(item, BaseException):
                     raise _as_problem(item)
                 if first and item.piece.text:
@@ -228,9 +231,6 @@ class Answers:
             self._answering.admission.leave(self._ticket)
             self._answering.catalog.release(self.model)
 
-    def _seconds_left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
-
 
 def _nth_seed(seed: int, number: int) -> int:
     """Seeds of several answers to one prompt; the first is the seed itself."""
@@ -245,7 +245,3 @@ def _as_problem(error: BaseException) -> Problem:
     if isinstance(error, BackendError):
         return Problem(503, f"{error.what}; the request may be sent again", code="backend_failed", retry_after=1.0)
     return Problem(500, "the server failed on this request; its log says why", code="internal_error")
-
-
-def _too_late(limits: LimitsSection) -> Problem:
-    return Problem(504, f"not answered within {limits.request_seconds:g} seconds", code="timeout")

@@ -20,6 +20,7 @@ from model_foundry.server import routes_admin, routes_generate, routes_openai, r
 from model_foundry.server.adapters import AdapterShelf, Follower
 from model_foundry.server.admission import Admission
 from model_foundry.server.answering import Answering
+from model_foundry.server.closing_time import ClosingTime
 from model_foundry.server.guard import LOCAL_NAMES, Guard
 from model_foundry.server.opening import Opened
 from model_foundry.server.problems import Problem, from_validation
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_app(
-    config: ServeConfig, opened: Opened, keys: Keys, *, is_draining: Callable[[], bool] = lambda: False
+    config: ServeConfig, opened: Opened, keys: Keys, *, closing: ClosingTime
 ) -> Callable[..., Awaitable[None]]:
     """An ASGI application for a model that has been opened."""
     stats = Stats()
@@ -39,7 +40,7 @@ def make_app(
     admission = Admission(
         places=opened.backend.num_slots, waiting=limits.waiting, waiting_per_client=limits.waiting_per_client
     )
-    answering = Answering(opened.backend, opened.catalog, admission, limits, stats)
+    answering = Answering(opened.backend, opened.catalog, admission, limits, stats, closing)
     stats.gauge("foundry_running", "Answers being computed", lambda: admission.num_running)
     stats.gauge("foundry_waiting", "Answers waiting for a place", lambda: admission.num_waiting)
     app = FastAPI(
@@ -47,7 +48,7 @@ def make_app(
     )
     _handle_errors(app)
     shelf = AdapterShelf(opened.backend, opened.catalog, base=opened.base, folder=config.access.adapter_folder)
-    app.include_router(routes_status.router(answering, stats, is_draining=is_draining))
+    app.include_router(routes_status.router(answering, stats, is_draining=closing.is_draining))
     app.include_router(routes_generate.router(answering, default_max_tokens=config.default_max_tokens))
     app.include_router(routes_openai.router(answering))
     app.include_router(routes_admin.router(shelf))

@@ -24,14 +24,14 @@ class ServedModel:
         renderer: of the run that trained it, else the base's.
         adapter: what the back end calls its adapter; None for the base.
         parent: the served name of the base, for an adapter.
-        note: what is worth knowing about it, in /v1/models; a checkpoint's name.
+        checkpoint: name of the run's checkpoint that answers; None where it is none of a run.
     """
 
     name: str
     renderer: Renderer
     adapter: str | None = None
     parent: str | None = None
-    note: str | None = None
+    checkpoint: str | None = None
     removable: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 

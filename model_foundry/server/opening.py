@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from model_foundry.models.folder import read_config
 from model_foundry.models.gguf_tokenizer import context_of, tokenizer_of
 from model_foundry.rendering import Renderer
 from model_foundry.run.trained import run_of, trained_model_fields
-from model_foundry.server.adapters import Follower, find_adapter, renderer_for
+from model_foundry.server.adapters import Follower, checkpoint_name, find_adapter, renderer_for
 from model_foundry.server.backends.base import Backend
 from model_foundry.server.backends.llama_cpp import LlamaCppBackend
 from model_foundry.server.backends.one_by_one import OneByOne
@@ -99,6 +99,7 @@ def _open_torch(config: ServeConfig) -> Opened:
             folder = source.adapter if is_own else find_adapter(config.adapters[served.name], source.folder, pull=True)
             assert folder is not None
             backend.add_adapter_now(served.adapter, folder)
+            catalog.put(replace(served, checkpoint=checkpoint_name(folder)))
     follower = _follower(config, section, source, backend, catalog)
     return Opened(backend, catalog, source.folder, follower)
 
@@ -149,7 +150,7 @@ def _facts(engine: TorchEngine, model_id: str) -> dict[str, Any]:
 def _name_models(config: ServeConfig, source: ModelSource, renderer: Renderer) -> list[ServedModel]:
     own = own_name(config)
     if source.adapter is None:
-        base, models = own, [ServedModel(own, renderer)]
+        base, models = own, [ServedModel(own, renderer, checkpoint=checkpoint_name(source.folder))]
     else:
         # The run's own template for the base as well: side by side, only the adapter makes the difference.
         base = base_name(config, source)

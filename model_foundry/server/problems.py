@@ -81,6 +81,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], path: str) -> Response:
         return Problem(
             400, f"the parameter {param!r} is not known here", param=param, code="unknown_parameter"
         ).response(path)
+    if code == "json_invalid":
+        return Problem(400, "the body is not JSON in UTF-8", code=code).response(path)
     message = _plain(first["msg"], 500)
     return Problem(400, f"{param}: {message}" if param else message, param=param, code=code).response(path)
 

@@ -154,4 +154,10 @@ def _plain_prompts(model: ServedModel, body: CompletionRequest) -> list[np.ndarr
 
 
 def _card(model: ServedModel, answering: Answering) -> ModelCard:
-    return ModelCard(id=model.name, created=model.created, parent=model.parent, max_model_len=answering.backend.context)
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        parent=model.parent,
+        checkpoint=model.checkpoint,
+        max_model_len=answering.backend.context,
+    )

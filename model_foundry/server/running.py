@@ -20,6 +20,7 @@ import uvicorn
 from model_foundry.config.serve import ServeConfig
 from model_foundry.errors import UsageError
 from model_foundry.server.app import make_app
+from model_foundry.server.closing_time import ClosingTime
 from model_foundry.server.connections import ConnectionBook
 from model_foundry.server.guard import is_loopback
 from model_foundry.server.opening import open_model
@@ -27,6 +28,8 @@ from model_foundry.server.security import Keys, load_keys
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
+LAST_WORDS_SECONDS = 2.0
+"""After the drain, for answers that were cut off to be written and read."""
 
 
 def serve(config: ServeConfig, environ: Mapping[str, str], *, say: Say) -> None:
@@ -60,9 +63,10 @@ def make_server(config: ServeConfig, opened: Any, keys: Keys) -> Server:
         header_seconds=limits.header_seconds,
         body_seconds=limits.body_seconds,
     )
+    closing = ClosingTime(lambda: server.should_exit)
     server = Server(
         uvicorn.Config(
-            app=lambda: make_app(config, opened, keys, is_draining=lambda: server.should_exit),
+            app=lambda: make_app(config, opened, keys, closing=closing),
             factory=True,
             http=book.protocol,  # pyright: ignore[reportArgumentType]
             ws="none",
@@ -72,14 +76,25 @@ def make_server(config: ServeConfig, opened: Any, keys: Keys) -> Server:
             proxy_headers=False,
             h11_max_incomplete_event_size=limits.header_bytes,
             timeout_keep_alive=int(limits.header_seconds) + 1,
-            timeout_graceful_shutdown=limits.drain_seconds,  # pyright: ignore[reportArgumentType]  it is awaited: fractions count
-        )
+            timeout_graceful_shutdown=limits.drain_seconds + LAST_WORDS_SECONDS,  # pyright: ignore[reportArgumentType]  it is awaited: fractions count
+        ),
+        closing,
+        drain_seconds=limits.drain_seconds,
     )
     return server
 
 
 class Server(uvicorn.Server):
     """uvicorn, whose process ends with 0 after SIGTERM and SIGINT: it did what it was told."""
+
+    def __init__(self, config: uvicorn.Config, closing: ClosingTime, *, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._closing, self._drain_seconds = closing, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answers that run may end; then they are told that they can't, and after that connections are closed."""
+        asyncio.get_running_loop().call_later(self._drain_seconds, self._closing.end)
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -218,6 +218,8 @@ class ModelCard(BaseModel):
     owned_by: str = "model-foundry"
     parent: str | None = None
     """The base model, for an adapter."""
+    checkpoint: str | None = None
+    """The checkpoint that answers, for a run: `follow` goes over to newer ones."""
     max_model_len: int
 
 

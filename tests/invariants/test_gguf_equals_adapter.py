@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from model_foundry.export.llama_cpp import LlamaCpp
 from model_foundry.export.measure import Subject, check_gguf
 from model_foundry.export.merge import Merge, plan_merge
 from model_foundry.export.parity import make_probe
-from model_foundry.types import Check
+from model_foundry.models.llama_cpp import private_socket
+from model_foundry.types import Check, Message
 from tests.tiny_exports import KINDS, make_subject
 
 
@@ -134,7 +136,9 @@ def test_llama_cpp_stops_at_the_tokens_that_the_file_names_and_at_no_other(tmp_p
             tmp_path / f"{len(stops)}.gguf", merge, format="f32", tokenizer=renderer.tokenizer, name="tiny",
             chat_template=renderer.template_text, stop_token_ids=stops,
         )  # fmt: skip
-        model = LlamaCpp(written.path, context=32, vocab_size=renderer.tokenizer.vocab_size, spelled=spelled)
+        with private_socket() as socket:
+            size = renderer.tokenizer.vocab_size
+            model = LlamaCpp(written.path, socket=socket, context=32, vocab_size=size, spelled=spelled)
         start = renderer.prompt(subject.prompts[0]).tolist()
         assert all(model.stops_at(start, stop) for stop in renderer.stop_token_ids)
         assert model.stops_at(start, spelled) == wanted
@@ -148,6 +152,25 @@ def test_a_template_without_its_newline_is_caught(tmp_path: Path) -> None:
     written = write(tmp_path / "template.gguf", subject, merge, "f32", template=template)
     failed = failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
     assert "differs from character" in failed["gguf: chat template"]
+
+
+def test_another_splitting_with_as_many_tokens_is_caught(tmp_path: Path) -> None:
+    """Numbers of tokens were compared: I 'M a and I ' Ma are both three, and another prompt to the model."""
+    made = make_subject(tmp_path, merges=(("'", "M"), ("M", "a")))
+    subject = replace(made, prompts=((Message("user", "I'Ma"),),))
+    merge = plan_merge(subject.base, subject.adapter)
+    probe = make_probe(merge, subject.renderer, subject.prompts)
+    written = write(tmp_path / "split.gguf", subject, merge, "f32")
+    assert failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",))) == {}
+    reader = GGUFReader(written.path, "r+")
+    reader.fields["tokenizer.ggml.pre"].parts[-1][:] = np.frombuffer(b"qwen2", dtype=np.uint8)  # it was gpt-2
+    np.memmap.flush(reader.data)
+    failed = failures(check_gguf(written, subject, merge, probe, readers=("llama.cpp",)))
+    tokenizer = subject.renderer.tokenizer
+    mine, theirs = tokenizer.encode("'Ma"), [tokenizer.backend.token_to_id("'M"), *tokenizer.encode("a")]
+    assert len(mine) == len(theirs)
+    assert f"{theirs}"[:-1] in failed["llama.cpp: token ids"]
+    assert f"instead of {mine}"[:-1] in failed["llama.cpp: token ids"]
 
 
 def test_a_file_cut_in_half_is_one_sentence(tmp_path: Path) -> None:

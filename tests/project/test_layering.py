@@ -46,6 +46,7 @@ MAY_SPEAK_HTTP = (
     "models/fetch",
     "data/hub",
     "export/ollama",
+    "export/llama_cpp",  # asked over a socket of its own
     "evals/served_target",
 )
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}

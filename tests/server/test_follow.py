@@ -49,7 +49,7 @@ def test_the_newest_checkpoint_is_served_as_it_appears(tmp_path: Path, changes: 
             if name != names[1]:
                 shutil.move(later / name, run / "checkpoints" / name)
             until = time.monotonic() + 20
-            while served.opened.catalog.find("run").note != name:
+            while served.opened.catalog.find("run").checkpoint != name:
                 assert time.monotonic() < until
                 time.sleep(0.05)
             texts.append(served.post("/generate", ASK).json()["text"])
@@ -63,6 +63,62 @@ def test_the_newest_checkpoint_is_served_as_it_appears(tmp_path: Path, changes: 
         assert served.post("/generate", ASK).json()["text"] == texts[-1], (
             "a damaged checkpoint does not reach the batch"
         )
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    """The size stays, so that only reading every byte tells."""
+    path = checkpoint / "adapter" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_name_stays_true(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one before was loaded again and said to be the news; damaged ones on both sides led back to an older one."""
+    model = write_tiny_model(tmp_path / "model")
+    saves: dict[str, Any] = {"training__save_steps": 2, "training__save_total_limit": None}
+    project = write_project(tmp_path / "project", model=model, **saves)
+    assert foundry_here("train", project).returncode == 0
+    store, later = CheckpointStore(tmp_path / "project" / "run" / "checkpoints"), tmp_path / "later"
+    later.mkdir()
+    first, second, third, fourth, *_ = (checkpoint.name for checkpoint in store.list())
+    for checkpoint in store.list()[1:]:
+        shutil.move(checkpoint.path, later / checkpoint.name)
+    for damaged in (second, fourth):
+        flip_a_bit(later / damaged)
+
+    def wait_for(said: str) -> None:
+        until = time.monotonic() + 20
+        while said not in caplog.text:
+            assert time.monotonic() < until, caplog.text
+            time.sleep(0.05)
+
+    caplog.set_level("INFO")
+    with serving(tmp_path / "project" / "run", follow="true", follow_seconds=0.1) as served:
+
+        def now() -> tuple[str, str | None]:
+            listed = served.get("/v1/models").json()["data"]
+            return listed[0]["checkpoint"], served.opened.catalog.find("run").adapter
+
+        before = now()
+        assert before[0] == first
+        shutil.move(later / second, store.root / second)
+        wait_for(f"checkpoint {second} cannot be used")
+        time.sleep(0.3)
+        assert now() == before, "nothing was loaded"
+        assert caplog.text.count("cannot be used") == 1, "it is said once, not each time it looks"
+        shutil.move(later / third, store.root / third)
+        wait_for(f"run is now {third}")
+        at_third = now()
+        assert at_third[0] == third
+        flip_a_bit(store.root / third)  # what is in memory is whole
+        shutil.move(later / fourth, store.root / fourth)
+        wait_for(f"checkpoint {fourth} cannot be used")
+        time.sleep(0.3)
+        assert now() == at_third
+    assert caplog.text.count("run is now") == 1
 
 
 def test_adapters_over_weights_that_change_are_refused(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_checkpoint_that_memory_was_short_for_is_tried_again(
         follower = Follower(tmp_path, "run", opened.backend, opened.catalog, every_seconds=0.01, go_over=go_over)
         save("step-1", 1)
         following = asyncio.create_task(follower.run(lambda: False))
-        while opened.catalog.find("run").note != "step-1":
+        while opened.catalog.find("run").checkpoint != "step-1":
             await asyncio.sleep(0.01)
             assert not following.done()
         failing = 3 + TRIES
@@ -168,9 +168,9 @@ def test_a_checkpoint_that_memory_was_short_for_is_tried_again(
         while len(tries) < 3 + TRIES:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
-        assert opened.catalog.find("run").note == "step-1", "the one before stays"
+        assert opened.catalog.find("run").checkpoint == "step-1", "the one before stays"
         save("step-3", 3)
-        while opened.catalog.find("run").note != "step-3":
+        while opened.catalog.find("run").checkpoint != "step-3":
             await asyncio.sleep(0.01)
         following.cancel()
         return tries

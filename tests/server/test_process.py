@@ -59,6 +59,20 @@ def test_sigterm_lets_running_answers_end(endless: Path) -> None:
         assert running.wait(timeout=20) == 0
 
 
+def test_a_stream_that_is_cut_off_by_the_end_says_so(endless: Path) -> None:
+    """Its connection broke in the middle of a piece, which a client cannot tell from a network that failed."""
+    with process(endless, "limits.drain_seconds=0.05") as (running, url):
+        with httpx.stream("POST", f"{url}/generate/stream", json=LONG, timeout=60, trust_env=False) as answer:
+            events = answer.iter_lines()
+            next(events)
+            running.send_signal(signal.SIGTERM)
+            last = [line for line in events if line][-1]
+        assert running.wait(timeout=20) == 0
+    told = json.loads(last.removeprefix("data: "))
+    assert told["status"] == 503
+    assert "the server stops" in told["error"]
+
+
 def test_what_does_not_end_in_time_is_cut_off(endless: Path) -> None:
     # A quiet machine writes the whole answer within a second.
     with process(endless, "limits.drain_seconds=0.05") as (running, url):

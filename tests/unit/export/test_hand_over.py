@@ -109,6 +109,8 @@ def test_an_adapter_that_rounding_swallows_is_refused_and_leaves_nothing(tmp_pat
         export(weak, tmp_path / "out" / "merged", kind="merged", dtype="bfloat16")
     assert list((tmp_path / "out").iterdir()) == []
     assert export(weak, tmp_path / "out" / "merged", kind="merged", dtype="float32")["passed"]
+    with pytest.raises(CheckFailedError, match=r"--quant f32$"):  # minutes of measuring, and no word of the rest
+        export(weak, tmp_path / "out" / "gguf", kind="gguf", quants=("q4_0", "f32"))
 
 
 def test_a_full_disk_leaves_nothing(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model_foundry.errors import ModelError
@@ -41,3 +43,24 @@ def test_a_file_that_is_opened_and_never_asked_is_let_go(gguf: Path) -> None:
     code = "import sys; from pathlib import Path; from model_foundry.models.llama_cpp import LlamaServer; "
     code += "[LlamaServer(Path(sys.argv[1]), context=64) for _ in range(12)]"
     subprocess.run([sys.executable, "-c", code, str(gguf)], timeout=60, check=True)
+
+
+def test_nobody_else_can_ask_what_was_opened(gguf: Path) -> None:
+    """Its server listened on a port of its own: another way to the model, without key and limits."""
+    before = set(Path(tempfile.gettempdir()).glob("foundry-llama-*"))
+    mine = psutil.Process()
+    ports = len(mine.net_connections("inet"))
+    server = LlamaServer(gguf, context=64)
+    assert server.complete({"prompt": "a", "max_tokens": 1})["usage"]["completion_tokens"] == 1
+    assert len(mine.net_connections("inet")) == ports
+    assert set(Path(tempfile.gettempdir()).glob("foundry-llama-*")) == before
+
+
+def test_a_folder_for_temporary_files_with_a_long_name(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a Unix socket has 107 bytes at most; a longer one was a file that llama.cpp cannot load."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert LlamaServer(gguf, context=64).complete({"prompt": "a", "max_tokens": 1})["choices"]
