@@ -46,7 +46,7 @@ class Rendered:
     tokens: np.ndarray
     weights: np.ndarray
     text: str
-    escaped: bool = False
+    escaped: bool
 
 
 class Renderer:
@@ -116,10 +116,9 @@ class Renderer:
             spans = [(0, len(full))]
         elif self.marks_generation:
             spans = marked_spans(marked)
+            spans = spans[-1:] if train_on == "last_assistant" else spans
         else:
             spans = self._assistant_spans(row, full, only_last=train_on == "last_assistant")
-        if train_on == "last_assistant":
-            spans = spans[-1:]
         return self.encode(full, spans, row.escapes)
 
     def prompt(self, messages: Sequence[Message], *, tools: Tools | None = None) -> np.ndarray:
@@ -175,12 +174,11 @@ class Renderer:
         """Control tokens after the answer in a probe conversation."""
         probe = [Message("user", "Question"), Message("assistant", "Answer")]
         try:
-            text = self.unmarked(self.run(self.prepare(probe, None), 2, False))
+            text = self.text(probe)
         except UnsafeTemplateError:
             raise
         except TemplateError:  # some templates insist on a system message
-            probe = [Message("system", "System"), *probe]
-            text = self.unmarked(self.run(self.prepare(probe, None), 3, False))
+            text = self.text([Message("system", "System"), *probe])
         return self._control_of_assistant.ending(text)
 
     def control_of(self, role: str) -> ControlText:

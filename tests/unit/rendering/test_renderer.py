@@ -71,6 +71,29 @@ def test_all_trains_everything(renderer: Renderer) -> None:
     assert renderer.render(TWO_TURNS, train_on="all").weights.min() == 1.0
 
 
+def test_a_single_answer_is_the_last_one_too(renderer: Renderer) -> None:
+    row = renderer.render([ASK, ANSWER], train_on="last_assistant")
+    assert trained(renderer, row) == ["It is Paris.<|im_end|>"]
+
+
+def test_all_begins_with_the_first_character(chatml: Tokenizer, tmp_path: Path) -> None:
+    renderer = custom(chatml, tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = renderer.render([Message("user", "\n\nx")], train_on="all")
+    assert row.weights.all()
+    assert len(row.weights) > 1
+
+
+def test_an_answer_before_a_question_does_not_run_into_it(
+    renderer: Renderer, chatml: Tokenizer, tmp_path: Path
+) -> None:
+    """The last message need not be the assistant's; what follows an answer is nothing that it said."""
+    assert trained(renderer, renderer.render([ASK, ANSWER, ASK])) == ["It is Paris.<|im_end|>"]
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    plain = custom(chatml, tmp_path, template)
+    assert trained(plain, plain.render([ASK, ANSWER, ASK])) == [" It is Paris.\n"]
+
+
 def test_no_assistant_turn_trains_nothing(renderer: Renderer) -> None:
     assert renderer.render([ASK]).weights.sum() == 0
 
@@ -148,6 +171,9 @@ def test_generation_blocks_say_what_is_trained(chatml: Tokenizer, tmp_path: Path
     row = renderer.render([Message("user", f"a{marks}b"), ANSWER, ASK, Message("assistant", f"c{marks}d")])
     assert trained(renderer, row) == ["It is Paris.!", f"c{marks}d!"]
     assert row.text == f"U:a{marks}b\nA:It is Paris.!\nU:{ASK.content}\nA:c{marks}d!\n"
+    turns = [ASK, ANSWER, ASK, ANSWER, ASK, Message("assistant", "Yes")]
+    last = renderer.render(turns, train_on="last_assistant")
+    assert trained(renderer, last) == ["Yes!"]
     assert marks in renderer.text([Message("user", marks)])
 
 
@@ -182,6 +208,66 @@ def test_control_tokens_in_other_fields_and_tools_are_plain_text(chatml: Tokeniz
     row = renderer.render([Message("user", "x", extra)], train_on="all", tools=tools)
     assert row.text.count("<|im_end|>") == 4
     assert chatml.eos_id not in row.tokens
+
+
+WITH_TOOLS = "{{ tools | tojson }}{% for m in messages %}{{ m.content + m.calls | default([]) | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["calls", "tools"])
+def test_one_control_token_anywhere_is_enough_to_look(chatml: Tokenizer, tmp_path: Path, place: str) -> None:
+    """Rows are searched first, and most are encoded the quick way: a field or a tool must not be missed there."""
+    hidden = [{"name": "f", "arguments": {"x": "<|im_end|>"}}]
+    row = custom(chatml, tmp_path, WITH_TOOLS).render(
+        [Message("user", "x", {"calls": hidden} if place == "calls" else {})],
+        train_on="all", tools=hidden if place == "tools" else None,
+    )  # fmt: skip
+    assert row.text.count("<|im_end|>") == 1
+    assert row.escaped
+    assert chatml.eos_id not in row.tokens
+
+
+def test_private_characters_of_tools_stay_what_they_are(chatml: Tokenizer, tmp_path: Path) -> None:
+    """One that stands in for a control token must not be one that a tool uses itself."""
+    private = "".join(chr(0xF0000 + place) for place in range(40))
+    tools = [{"description": private}]
+    row = custom(chatml, tmp_path, "{{ tools[0].description if tools }}{{ messages[0].content }}").render(
+        [Message("user", "<|im_end|>")], train_on="all", tools=tools
+    )
+    assert row.text == f"{private}<|im_end|>"
+
+
+def test_where_tokens_stand_is_told_in_the_text_that_people_wrote(renderer: Renderer) -> None:
+    """A control token after people's own is further on by what those are longer than their escapes."""
+    row = renderer.prepare([Message("user", "<|im_end|>" * 3), ANSWER], None)
+    assert row.escapes is not None
+    marked = renderer.unmarked(renderer.run(row, 2, False))
+    ids, offsets = renderer._encode_escaped(marked, row.escapes)
+    text = row.undo(marked)
+    control = {
+        i: token for token, i in renderer.tokenizer.special_tokens.items() if renderer.tokenizer.is_special(token)
+    }
+    places = [(control[i], text[start:end]) for i, (start, end) in zip(ids, offsets, strict=True) if i in control]
+    assert len(places) == 4
+    assert all(token == there for token, there in places)
+    assert "".join(text[start:end] for start, end in offsets) == text
+
+
+def test_long_rows_may_be_written_out_several_times(chatml: Tokenizer, tmp_path: Path) -> None:
+    """What a template may write grows with the row, its tools included."""
+    long = "word " * 90_000
+    several = "{% for _ in range(6) %}{{ messages[0].content }}{{ tools[0] if tools }}{% endfor %}"
+    renderer = custom(chatml, tmp_path, several)
+    assert len(renderer.text([Message("user", long)])) == 6 * len(long)
+    assert len(renderer.text([Message("user", "x")], tools=[long])) == 6 * len(long) + 6
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_templates_find_reasoning_under_each_of_its_names(chatml: Tokenizer, tmp_path: Path, field: str) -> None:
+    template = "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
+    renderer = custom(chatml, tmp_path, template)
+    assert renderer.text([Message("assistant", "x", {field: "so"})]) == "so|so|x"
+    asks = "{% for m in messages %}{{ 'thinking' in m or 'reasoning_content' in m }}{% endfor %}"
+    assert custom(chatml, tmp_path, asks).text([ANSWER]) == "False"
 
 
 def test_template_functions_on_escaped_text_do_not_cut_it(chatml: Tokenizer, tmp_path: Path) -> None:
@@ -231,6 +317,16 @@ def test_both_ways_of_encoding_agree(renderer: Renderer, sentencepiece: Renderer
         assert offsets == encoding.offsets
 
 
+def test_the_first_word_of_a_conversation_is_encoded_as_such(sentencepiece: Renderer, tmp_path: Path) -> None:
+    """Such vocabularies put a space before it alone, or before every piece of text: the quick way says which."""
+    path = tmp_path / "bare.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    bare = Renderer(sentencepiece.tokenizer, str(path))
+    ids, offsets = bare._encode_escaped("the fox", Escapes(""))
+    encoding = bare.tokenizer.backend.encode("the fox", add_special_tokens=False)
+    assert (ids, offsets) == (encoding.ids, encoding.offsets)
+
+
 # -- prompts, replies, names -------------------------------------------------------------------------------------------
 
 
@@ -256,10 +352,40 @@ def test_stop_tokens_are_the_end_of_turn_and_end_of_text(chatml: Tokenizer) -> N
     assert Renderer(chatml, "llama3").stop_token_ids == (ids["<|eot_id|>"], ids["<|im_end|>"])
 
 
+def test_a_template_that_insists_on_a_system_message_shows_its_end_of_turn(chatml: Tokenizer, tmp_path: Path) -> None:
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template += "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|eot_id|>\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ids = chatml.special_tokens
+    assert custom(chatml, tmp_path, template).stop_token_ids == (ids["<|eot_id|>"], ids["<|im_end|>"])
+
+
+def test_a_template_that_never_renders_is_refused_before_it_is_needed(chatml: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TemplateError, match="never"):
+        custom(chatml, tmp_path, "{{ raise_exception('never') }}")
+
+
+def test_control_tokens_are_found_by_who_may_write_them(chatml: Tokenizer, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ '<think></think>' if false }}"
+    renderer, text = custom(chatml, tmp_path, template), "<think>x</think><|im_end|>"
+    assert set(renderer.control_tokens_in(text)) == {"<think>", "</think>", "<|im_end|>"}
+    assert renderer.control_tokens_in(text, role="assistant") == ("<|im_end|>",)
+
+
+def test_a_text_has_no_fewer_tokens_than_are_told_beforehand(renderer: Renderer, sentencepiece: Renderer) -> None:
+    """Rows that cannot fit are left out unencoded: a number too high would lose rows that do fit."""
+    most = renderer.tokenizer.max_chars_per_token
+    assert most is not None
+    assert [renderer.min_tokens("x" * length) for length in (0, 1, most, most + 1, 2 * most + 1)] == [0, 1, 1, 2, 3]
+    assert sentencepiece.tokenizer.max_chars_per_token is None
+    assert sentencepiece.min_tokens("x" * 1000) == 0
+
+
 def test_reply_ends_at_the_end_of_turn(renderer: Renderer) -> None:
     ids = renderer.tokenizer.encode("It is Paris.")
     assert renderer.reply([*ids, renderer.stop_token_ids[0], *ids]) == "It is Paris."
     assert renderer.reply(np.array(ids, dtype=np.int32)) == "It is Paris."
+    assert renderer.reply([renderer.tokenizer.special_tokens["<|im_start|>"], *ids]) == "It is Paris."
 
 
 def test_text_rows_are_trained_throughout_and_end(renderer: Renderer, sentencepiece: Renderer) -> None:
@@ -269,6 +395,10 @@ def test_text_rows_are_trained_throughout_and_end(renderer: Renderer, sentencepi
     assert row.weights.all()
     assert row.escaped
     assert sentencepiece.text_row("the fox").tokens[0] == sentencepiece.tokenizer.bos_id
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    with_bos = Renderer(Tokenizer(renderer.tokenizer.backend, named=names))
+    assert with_bos.tokenizer.bos_id is not None
+    assert with_bos.tokenizer.bos_id not in with_bos.text_row("the fox").tokens  # it has one and does not add it
 
 
 def test_name_tells_templates_and_tokenizers_apart(chatml: Tokenizer, sentencepiece: Renderer) -> None:
