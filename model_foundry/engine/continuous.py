@@ -348,7 +348,7 @@ class ContinuousBatch:
 
     def _choose(self, due: Sequence[_Sequence]) -> list[TokenEvent]:
         """The next token of everyone whose last hidden state is there."""
-        events = []
+        events: list[TokenEvent] = []
         size = ANSWER_ROWS if self.invariant else self._padded(len(due)) if due else 1
         for first in range(0, len(due), size):
             some = due[first : first + size]
@@ -356,28 +356,31 @@ class ContinuousBatch:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
             owners = [sequence.adapter for sequence in some] + [None] * (size - len(some))
             logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))[: len(some)].float()
-            events += [self._event(sequence, row) for sequence, row in zip(some, logits, strict=True)]
-        for sequence in [s for s, event in zip(due, events, strict=True) if event.finish]:
-            self._running.remove(sequence)
-            self._store.release(sequence.segments)
+            events += [_next_token(sequence, row) for sequence, row in zip(some, logits, strict=True)]
+        # Not before all are there: where memory runs out over one of them, none may have moved on.
+        for sequence, event in zip(due, events, strict=True):
+            sequence.num_generated += 1
+            sequence.last_token, sequence.end = event.token, None
+            if event.finish is not None:
+                self._running.remove(sequence)
+                self._store.release(sequence.segments)
         return events
 
-    def _event(self, sequence: _Sequence, logits: torch.Tensor) -> TokenEvent:
-        """logits: float32 [V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
-        params = sequence.params
-        token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
-        total = torch.logsumexp(logits, dim=0)
-        top: tuple[tuple[int, float], ...] = ()
-        if sequence.top_logprobs:
-            values, tokens = (logits - total).topk(sequence.top_logprobs)
-            top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        sequence.num_generated += 1
-        sequence.last_token, sequence.end = token, None
-        finish = "stop" if token in params.stop_token_ids else None
-        if finish is None and sequence.num_generated == params.max_tokens:
-            finish = "length"
-        cached = sequence.num_cached if sequence.num_generated == 1 else 0
-        return TokenEvent(sequence.number, token, float(logits[token] - total), top, finish, cached)
+
+def _next_token(sequence: _Sequence, logits: torch.Tensor) -> TokenEvent:
+    """logits: float32 [V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
+    params = sequence.params
+    token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
+    total = torch.logsumexp(logits, dim=0)
+    top: tuple[tuple[int, float], ...] = ()
+    if sequence.top_logprobs:
+        values, tokens = (logits - total).topk(sequence.top_logprobs)
+        top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    finish = "stop" if token in params.stop_token_ids else None
+    if finish is None and sequence.num_generated + 1 == params.max_tokens:
+        finish = "length"
+    cached = sequence.num_cached if sequence.num_generated == 0 else 0
+    return TokenEvent(sequence.number, token, float(logits[token] - total), top, finish, cached)
 
 
 def _due(sequence: _Sequence) -> Iterable[bytes]:

@@ -249,27 +249,30 @@ def find_together(num_kv: int, group: int, width: int, *, like: torch.Tensor) ->
     q, cache = _cancelling(num_kv, group, width, like=like)
     num_rows, scale = q.shape[0], width**-0.5
 
-    def answer(size: int, first: int, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-        return _answer(q[first : first + size], cache, call, scale)
+    def answer(rows: slice, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+        return _answer(q[rows], cache, call, scale)
 
-    def alike(found: Sequence[torch.Tensor], want: Sequence[torch.Tensor], first: int) -> bool:
-        return all(torch.equal(a, b[first : first + len(a)]) for a, b in zip(found, want, strict=True))
+    def alike(found: Sequence[torch.Tensor], want: Sequence[torch.Tensor], rows: slice) -> bool:
+        return all(torch.equal(a, b[rows]) for a, b in zip(found, want, strict=True))
 
+    everyone, numbers = slice(0, num_rows), torch.arange(num_rows, device=like.device)
     for num_keys in range(BLOCK_TOKENS, SEGMENT_TOKENS + 1, BLOCK_TOKENS):
         hidden = torch.arange(num_keys) > torch.arange(num_rows)[:, None] + num_keys - num_rows
         mask = like.new_zeros(hidden.shape).masked_fill_(hidden.to(like.device), float("-inf"))[:, None, None]
-        want = answer(num_rows, 0, _Call(slice(None), slice(None), num_keys, mask))
+        want = answer(everyone, _Call(everyone, everyone, num_keys, mask))
         for size in (1, 2, 3, 16, 33):
-            for first in (0, num_rows - size):
-                rows = slice(first, first + size)
-                if not alike(answer(size, first, _Call(rows, rows, num_keys, mask[rows])), want, first):
-                    return Together(1, 1)
+            for rows in (slice(0, size), slice(num_rows - size, num_rows)):
+                for segments in (rows, numbers[rows]):
+                    if not alike(answer(rows, _Call(rows, segments, num_keys, mask[rows])), want, rows):
+                        return Together(1, 1)
     sharing = max(1, QUERY_BLOCK // group)
-    same, sees_all = torch.zeros(sharing, dtype=torch.long, device=like.device), like.new_zeros(1, 1, 1, SEGMENT_TOKENS)
-    want = answer(sharing, 0, _Call(slice(None), same, SEGMENT_TOKENS, sees_all))
-    for size in range(2, sharing + 1):
-        if not alike(answer(size, 0, _Call(slice(None), 0, SEGMENT_TOKENS, None)), want, 0):
-            return Together(num_rows, 1)
+    for segment in (0, num_rows - 1):
+        rows, sees_all = slice(0, sharing), like.new_zeros(1, 1, 1, SEGMENT_TOKENS)
+        want = answer(rows, _Call(rows, torch.full_like(numbers[rows], segment), SEGMENT_TOKENS, sees_all))
+        for size in range(1, sharing + 1):
+            rows = slice(0, size)
+            if not alike(answer(rows, _Call(rows, segment, SEGMENT_TOKENS, None)), want, rows):
+                return Together(num_rows, 1)
     return Together(num_rows, sharing)
 
 

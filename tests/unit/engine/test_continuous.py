@@ -224,6 +224,40 @@ def test_a_step_that_ran_out_of_memory_may_be_repeated(model: LanguageModel, mon
     assert got == want
 
 
+def test_memory_that_runs_out_over_one_answer_costs_the_others_no_token(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose token was there already had moved on, and nobody was ever told which it was."""
+    import model_foundry.engine.continuous as room
+
+    params = SamplingParams(max_tokens=5, temperature=1.0)
+
+    def started() -> tuple[ContinuousBatch, list[int]]:
+        batch = ContinuousBatch(model, device=CPU, max_cache_tokens=4096)
+        return batch, [batch.add(prompt, params) for prompt in prompts(9, 30, 70)]
+
+    batch, numbers = started()
+    events = drain(batch)
+    want, real, calls = [tokens(events[number]) for number in numbers], room.choose, []
+
+    def sometimes(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) % 4 == 2:
+            raise MemoryError
+        return real(*given)
+
+    monkeypatch.setattr(room, "choose", sometimes)
+    batch, numbers = started()
+    got: dict[int, list[int]] = {number: [] for number in numbers}
+    while batch.num_running or batch.num_waiting:
+        try:
+            for event in batch.step():
+                got[event.number].append(event.token)
+        except MemoryError:
+            continue
+    assert [got[number] for number in numbers] == want
+
+
 WRONG: list[tuple[list[int], dict[str, Any], dict[str, Any], str]] = [
     ([], {}, {}, "no tokens"),
     ([VOCAB_SIZE], {}, {}, "vocabulary"),

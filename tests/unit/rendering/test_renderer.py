@@ -255,10 +255,10 @@ def test_where_tokens_stand_is_told_in_the_text_that_people_wrote(renderer: Rend
 def test_long_rows_may_be_written_out_several_times(chatml: Tokenizer, tmp_path: Path) -> None:
     """What a template may write grows with the row, its tools included."""
     long = "word " * 90_000
-    several = "{% for _ in range(6) %}{{ messages[0].content }}{{ tools[0] if tools }}{% endfor %}"
+    several = "{% for _ in range(6) %}{{ messages[0].content }}{{ tools[0].text if tools }}{% endfor %}"
     renderer = custom(chatml, tmp_path, several)
     assert len(renderer.text([Message("user", long)])) == 6 * len(long)
-    assert len(renderer.text([Message("user", "x")], tools=[long])) == 6 * len(long) + 6
+    assert len(renderer.text([Message("user", "x")], tools=[{"text": long}])) == 6 * len(long) + 6
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
