@@ -62,7 +62,7 @@ class BatchSection(Section):
     max_cache_tokens: PositiveInt = 65_536
     """Tokens that the key/value cache holds, of all answers together."""
     invariant: bool | None = None
-    """The same answer whatever else is in the batch; null: on a CPU yes, elsewhere no."""
+    """The same answer whatever else is in the batch (torch); null: on a CPU yes, elsewhere no."""
 
 
 class ServeConfig(Section):

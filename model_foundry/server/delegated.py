@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_foundry.config.section import Section
 from model_foundry.config.serve import ServeConfig
 from model_foundry.errors import ModelError, UsageError
 from model_foundry.models.finder import ModelSource, resolve_model
@@ -22,6 +21,7 @@ from model_foundry.rendering import Renderer
 from model_foundry.run.trained import trained_model_fields
 from model_foundry.server.adapters import find_adapter
 from model_foundry.server.guard import is_loopback
+from model_foundry.server.kept_options import refuse_others
 from model_foundry.server.opening import base_name, own_name
 from model_foundry.tokenizer import Tokenizer
 
@@ -81,7 +81,9 @@ def _vllm(config: ServeConfig, source: ModelSource, python: str, environ: Mappin
         arguments += [f"{adapter}={folder}" for adapter, folder in adapters.items()]
     template = _template(config, source)
     if template is not None:
-        arguments += ["--chat-template", str(template)]
+        path = Path(tempfile.mkdtemp(prefix="foundry-template-")) / "template.jinja"
+        path.write_text(template, encoding="utf-8")
+        arguments += ["--chat-template", str(path)]
     key = environ.get("FOUNDRY_API_KEY", "").strip()
     return Command(tuple(arguments), {**environ, **({"VLLM_API_KEY": key} if key else {})})
 
@@ -91,46 +93,32 @@ def _mlx(config: ServeConfig, source: ModelSource, python: str, environ: Mapping
         hint = f"Merge it first: foundry export {config.model.name} --to merged"
         raise ModelError("MLX's server does not read PEFT adapters", where=config.model.name, hint=hint)
     arguments = [python, "-m", "mlx_lm", "server", "--model", str(source.folder)]
-    return Command((*arguments, "--host", config.host, "--port", str(config.port)), environ)
+    arguments += ["--host", config.host, "--port", str(config.port), "--max-tokens", str(config.default_max_tokens)]
+    template = _template(config, source)
+    return Command((*arguments, *(() if template is None else ("--chat-template", template))), environ)
 
 
-def _template(config: ServeConfig, source: ModelSource) -> Path | None:
-    """The chat template that the run was trained with, as a file; None where the model's own is it."""
+def _template(config: ServeConfig, source: ModelSource) -> str | None:
+    """The chat template that the run was trained with, or that was named; None where the model's own is it."""
     fields, now = trained_model_fields(config.model.name)
     chosen = config.model.template
     if "template" not in config.model.model_fields_set:
         chosen = str(fields.get("template", "auto"))
     if chosen == "auto":
         return None
-    text = Renderer(Tokenizer.load(source.folder), chosen, now=now).template_text
-    path = Path(tempfile.mkdtemp(prefix="foundry-template-")) / "template.jinja"
-    path.write_text(text, encoding="utf-8")
-    return path
+    return Renderer(Tokenizer.load(source.folder), chosen, now=now).template_text
 
 
 def _refuse_what_is_missing(config: ServeConfig, environ: Mapping[str, str]) -> None:
     """Raises: UsageError: an option that this engine would not keep to."""
+    refuse_others(config, config.backend)
     has_key = bool(environ.get("FOUNDRY_API_KEY", "").strip())
-    ours = [f"access.{name}" for name in _changed(config.access)] + [
-        f"limits.{name}" for name in _changed(config.limits)
-    ]
-    ours += [f"batch.{name}" for name in _changed(config.batch) if name != "max_sequences" or config.backend == "mlx"]
-    ours += ["follow"] if config.follow else []
-    if ours:
-        hint = "Leave it out, or use backend=torch."
-        raise UsageError(f"{config.backend}'s own server does not know this option", where=ours[0], hint=hint)
     if config.backend == "mlx" and has_key:
         raise UsageError("MLX's server knows no keys", where="FOUNDRY_API_KEY", hint="Unset it, or use backend=torch.")
     if not is_loopback(config.host) and not has_key:
         hint = "Set FOUNDRY_API_KEY." if config.backend == "vllm" else "Use backend=torch with a key."
         what = "others can reach this address, so it is not served without a key"
         raise UsageError(what, where=config.host, hint=hint)
-
-
-def _changed(section: Section) -> list[str]:
-    """The fields that are not as they are by default."""
-    default = type(section)()
-    return [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
 
 
 def _has_module(python: str, module: str) -> bool:

@@ -29,6 +29,7 @@ from model_foundry.server.backends.llama_cpp import LlamaCppBackend
 from model_foundry.server.backends.one_by_one import OneByOne
 from model_foundry.server.backends.torch_batch import TorchBackend
 from model_foundry.server.catalog import Catalog, ServedModel
+from model_foundry.server.kept_options import refuse_others
 from model_foundry.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def open_model(config: ServeConfig) -> Opened:
         ModelError: it cannot be found, read or served so. UsageError: options contradict each other.
     """
     if choose_backend(config) == "llama.cpp":
+        refuse_others(config, "llama.cpp")
         return _open_gguf(config)
     # OpenMP keeps helpers for every thread that computes. Those of a thread that is gone go with it; were they still
     # there beside the batch's, there would be more threads than cores, and then none waits awake for the next product.
@@ -195,9 +197,6 @@ async def _go_over(config: ServeConfig, section: ModelSection, backend: TorchBac
 
 def _open_gguf(config: ServeConfig) -> Opened:
     path = Path(config.model.name).expanduser()
-    if config.adapters or config.follow:
-        what = "a GGUF file is served as it is"
-        raise UsageError(what, where="adapters" if config.adapters else "follow", hint="Use backend=torch.")
     if not path.is_file():
         raise ModelError("there is no such file", where=str(path))
     tokenizer_folder = tokenizer_of(path)

@@ -18,6 +18,7 @@ from model_foundry.errors import FoundryError, ModelError, UsageError
 from model_foundry.export.hand_over import export
 from model_foundry.models import llama_cpp
 from model_foundry.server.delegated import command_for
+from model_foundry.server.kept_options import KEPT
 from model_foundry.server.opening import choose_backend, open_model
 from tests.serving import Served, serving
 from tests.tiny_exports import make_subject
@@ -169,7 +170,17 @@ def test_vllm_is_started_in_its_own_words(tiny: Path, engine_python: Path) -> No
 def test_mlx_is_started_in_its_own_words(tiny: Path, engine_python: Path) -> None:
     environ = {"PATH": os.environ["PATH"]}
     seen = started(engine_python, {"model": {"name": str(tiny / "base")}, "backend": "mlx", "port": 8112}, environ)
-    assert seen["argv"] == ["server", "--model", str(tiny / "base"), "--host", "127.0.0.1", "--port", "8112"]
+    expected = ["server", "--model", str(tiny / "base"), "--host", "127.0.0.1", "--port", "8112"]
+    assert seen["argv"] == [*expected, "--max-tokens", "256"]
+
+
+def test_mlx_gets_the_template_that_was_named(tiny: Path, engine_python: Path) -> None:
+    """Its own default would ask the model in words that it was not trained on."""
+    fields = {"model": {"name": str(tiny / "base"), "template": "alpaca"}, "backend": "mlx", "default_max_tokens": 33}
+    seen = started(engine_python, fields, {"PATH": os.environ["PATH"]})
+    pairs = dict(zip(seen["argv"], seen["argv"][1:], strict=False))
+    assert "### Instruction" in pairs["--chat-template"]
+    assert pairs["--max-tokens"] == "33"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +189,9 @@ def test_mlx_is_started_in_its_own_words(tiny: Path, engine_python: Path) -> Non
         ({"access": {"requests_per_minute": 5}}, "access.requests_per_minute"),
         ({"limits": {"max_tokens": 5}}, "limits.max_tokens"),
         ({"follow": True}, "follow"),
+        ({"model": {"quantization": "nf4"}}, "model.quantization"),
+        ({"model": {"device": "cuda"}}, "model.device"),
+        ({"batch": {"invariant": True}}, "batch.invariant"),
         ({"host": "0.0.0.0"}, "without a key"),
     ],
 )
@@ -185,9 +199,32 @@ def test_what_a_delegated_engine_would_not_keep_to_is_refused(
     tiny: Path, engine_python: Path, fields: dict[str, Any], word: str
 ) -> None:
     for backend in ("vllm", "mlx"):
-        named = {"model": {"name": str(tiny / "base")}, "backend": backend, "engine_python": str(engine_python)}
+        named = {**fields, "model": {"name": str(tiny / "base"), **fields.get("model", {})}, "backend": backend}
         with pytest.raises(FoundryError, match=word):
-            command_for(ServeConfig.model_validate(named | fields), {})
+            command_for(ServeConfig.model_validate(named | {"engine_python": str(engine_python)}), {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"model": {"dtype": "float32"}}, "model.dtype"),
+        ({"batch": {"invariant": True}}, "batch.invariant"),
+        ({"access": {"adapter_folder": "adapters"}}, "access.adapter_folder"),
+        ({"adapters": {"lua": "runs/lua"}}, "adapters"),
+    ],
+)
+def test_what_llama_cpp_would_not_keep_to_is_refused(tmp_path: Path, fields: dict[str, Any], word: str) -> None:
+    named = {**fields, "model": {"name": str(tmp_path / "x.gguf"), **fields.get("model", {})}, "backend": "llama.cpp"}
+    with pytest.raises(UsageError, match=f"{word}: llama.cpp does not keep to this option"):
+        open_model(ServeConfig.model_validate(named))
+
+
+def test_every_option_that_a_back_end_keeps_to_is_one() -> None:
+    """A field that is renamed must not drop out of the lists in silence."""
+    names = set(ServeConfig.model_fields)
+    for section in ("model", "access", "limits", "batch"):
+        names |= {f"{section}.{name}" for name in type(getattr(ServeConfig(), section)).model_fields}
+    assert frozenset[str]().union(*KEPT.values()) <= names
 
 
 def test_an_engine_that_is_not_installed_is_told_with_the_command(tiny: Path, tmp_path: Path) -> None:
