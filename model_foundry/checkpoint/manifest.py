@@ -1,7 +1,7 @@
 """manifest.json: the size and SHA-256 of every file of a folder, written last, so that its presence means complete.
 
 Knows nothing of what the files mean. Files written through `HashedFile` (or `write_file`) are hashed while they are
-written and not read again; any other file is read once.
+written and not read again; any other file is read once. Verifying reads several at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from model_foundry.errors import CheckpointCorruptError, CheckpointError
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 _BLOCK_BYTES = 1 << 20
+_READ_BYTES = 8 << 20
+"""Two files of 500 MB together, not in the cache: 0.6 s in two threads; 1.1 to 1.5 s in one, in blocks of 1 MB."""
+_NUM_READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,21 @@ def write_file(path: Path, data: bytes | str) -> None:
         file.write(content)
 
 
+def link_file(source: Path, target: Path, *, record: FileRecord) -> None:
+    """Give a file another name, inside a checkpoint that is being saved; it is not read for the manifest.
+
+    Args:
+        record: what the file was just found to be.
+
+    Raises:
+        OSError: the file system has no such names, or the source is gone.
+    """
+    os.link(source, target)
+    current = _recording.get()
+    if current is not None:
+        current.records[os.fspath(target)] = (_identity(target.lstat()), record)
+
+
 def write_manifest(folder: Path, *, fields: Mapping[str, Any] | None = None) -> Manifest:
     """Write `folder`/manifest.json over every file below it. Syncing is the caller's (`atomic_directory` does it).
 
@@ -171,15 +190,20 @@ def verify_manifest(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
-    for name, expected in manifest.files.items():
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        reads = {name: readers.submit(hash_file, folder / name) for name in manifest.files}
         try:
-            found = hash_file(folder / name)
+            for name, expected in manifest.files.items():
+                found = reads[name].result()
+                if found != expected:
+                    what = f"is damaged: expected sha256 {expected.sha256}, found {found.sha256}"
+                    raise CheckpointCorruptError(what, where=str(folder / name))
         except OSError as error:  # a bad sector, or no permission
-            raise CheckpointCorruptError(f"cannot be read ({error.strerror})", where=str(folder / name)) from error
-        if found != expected:
-            raise CheckpointCorruptError(
-                f"is damaged: expected sha256 {expected.sha256}, found {found.sha256}", where=str(folder / name)
-            )
+            where = str(error.filename or folder)
+            raise CheckpointCorruptError(f"cannot be read ({error.strerror})", where=where) from error
+        finally:
+            for read in reads.values():
+                read.cancel()
     return manifest
 
 
@@ -211,7 +235,7 @@ def hash_file(path: Path) -> FileRecord:
     digest = hashlib.sha256()
     size_bytes = 0
     with open(path, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        buffer = memoryview(bytearray(min(_READ_BYTES, os.fstat(file.fileno()).st_size + 1)))
         while num_read := file.readinto(buffer):
             digest.update(buffer[:num_read])
             size_bytes += num_read

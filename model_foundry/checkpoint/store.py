@@ -11,10 +11,11 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model_foundry.checkpoint import atomic
@@ -23,6 +24,7 @@ from model_foundry.checkpoint.manifest import (
     Manifest,
     Recording,
     check_sizes,
+    link_file,
     read_manifest,
     recording,
     verify_manifest,
@@ -64,6 +66,26 @@ class Checkpoint:
     def verify(self) -> None:
         """Read every file; CheckpointCorruptError names the one that differs."""
         verify_manifest(self.path)
+
+    def link_into(self, folder: Path, parts: Collection[str]) -> bool:
+        """Put these parts into another checkpoint that is being saved, as further names of the same files.
+
+        What was just verified is neither read nor written again. No file of a checkpoint is ever changed: it is
+        replaced or deleted by its name, and stays whole under the other one.
+
+        Returns:
+            False where the file system has no such names, or this checkpoint is gone by now; nothing is left then.
+        """
+        try:
+            for name, record in self.manifest.files.items():
+                if PurePosixPath(name).parts[0] in parts:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    link_file(self.path / name, folder / name, record=record)
+        except OSError:
+            for part in parts:
+                shutil.rmtree(folder / part, ignore_errors=True)
+            return False
+        return True
 
 
 class CheckpointStore:

@@ -108,16 +108,17 @@ class Executor:
         if request.base_model is not None:
             self.check_base(request.base_model)
         if request.model_id is not None:
-            resident = self.host.resident(self.model(operation))
-            self.host.load(resident, checkpoint, optimizer=request.optimizer)
-            # Before it is answered: the checkpoint may be gone by the time that this would be done again.
-            resident.seq = int(operation.seq or 0)
-            self.host.snapshot(operation.lane)
+            model, seq = self.model(operation), int(operation.seq or 0)
+            self.host.load(model, checkpoint, optimizer=request.optimizer, seq=seq)
             return _json(reply)
         facts = {**checkpoint.facts["lora"], "user_metadata": request.user_metadata}
         model = self.named(operation, facts)
-        self.host.create(model, checkpoint=checkpoint, optimizer=request.optimizer)
-        self.host.snapshot(model.model_id)
+        self.host.create(model)
+        try:
+            self.host.load(model, checkpoint, optimizer=request.optimizer, seq=0)
+        except BaseException:
+            self.host.drop(model.model_id)
+            raise
         return self.created(model, reply)
 
     def check_base(self, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,8 @@ class Host:
         snapshot_seconds: work after which a model is written down.
         max_bytes: that models of clients take together, with gradients and moments; a single one may take more.
         shares_passes: do short passes of several models as one, where this base and machine give each the same bits.
+        linked_from_bytes: of a checkpoint this large, the snapshot taken right after its load shares the files: writing
+            them again takes longer than a client wants to wait. A smaller one is on the disk twice from then on.
 
     Attributes:
         kept: models that stay in memory for what is being done.
@@ -76,6 +79,7 @@ class Host:
         snapshot_seconds: float,
         max_bytes: float = math.inf,
         shares_passes: bool = True,
+        linked_from_bytes: float = 200e6,
     ) -> None:
         if source.adapter is not None:
             hint = "Merge it first: foundry export RUN; then serve the merged folder."
@@ -90,6 +94,7 @@ class Host:
         self.facts = engine.describe(self.base_id)
         self.architecture = str(read_config(source.folder).get("model_type"))
         self.kept: set[str] = set()
+        self.linked_from_bytes = linked_from_bytes
         self._residents: OrderedDict[str, Resident] = OrderedDict()
         self._samplers: OrderedDict[tuple[str, float], str] = OrderedDict()
 
@@ -120,27 +125,52 @@ class Host:
             raise DataError(what, where="lora_config", hint="Leave train_attn and train_mlp true.")
         return LoraConfig(r=int(model.facts["rank"]), lora_alpha=LORA_ALPHA, target_modules=targets)
 
-    def create(self, model: Model, *, checkpoint: Checkpoint | None = None, optimizer: bool = False) -> Resident:
-        """A new model, fresh or from a checkpoint; nothing is left behind where that fails."""
+    def create(self, model: Model) -> None:
+        """A new model; nothing is left behind where that fails."""
         self._make_room()
         resident = self._resident(model, seq=0)
         resident.is_dirty = True
-        if checkpoint is not None:
-            try:
-                self.load(resident, checkpoint, optimizer=optimizer)
-            except BaseException:
-                self.engine.delete_model(resident.engine_id)
-                raise
         self._residents[model.model_id] = resident
         self._keep_within(model.model_id)
-        return resident
 
-    def load(self, resident: Resident, checkpoint: Checkpoint, *, optimizer: bool) -> None:
-        """Put a checkpoint into a model. Every byte is verified first; where it fails, nothing was changed."""
+    def load(self, model: Model, checkpoint: Checkpoint, *, optimizer: bool, seq: int) -> None:
+        """Put a checkpoint into a model, and write the model down: the checkpoint may be gone when it is needed again.
+
+        Args:
+            seq: of the operation that asks for it.
+
+        Raises:
+            FoundryError: it is damaged or does not fit, or the disk is full; the model is as it was.
+        """
+        resident = self.resident(model)
+        stored = self._load(resident, checkpoint, optimizer=optimizer)
+        resident.seq = seq
+        try:
+            self._snapshot(model.model_id, lambda part: self._write_loaded(resident, stored, optimizer, part))
+        except BaseException:
+            # In memory it is what the journal will say it is not: it comes back from the disk, as it was.
+            self.drop(model.model_id)
+            snapshot = self.snapshots(model.model_id).path(_snapshot_name(seq))
+            if snapshot.is_dir():
+                atomic.remove_directory(snapshot)
+            raise
+
+    def _load(self, resident: Resident, checkpoint: Checkpoint, *, optimizer: bool) -> StoredCheckpoint:
+        """Every byte is verified first; where it fails, nothing was changed."""
         stored = self.open_for_base(checkpoint)
         for note in self.engine.load_state(resident.engine_id, stored.path, optimizer=optimizer):
             logger.warning("%s: %s", checkpoint.path, note)
         resident.has_gradients, resident.is_dirty = False, True
+        return stored
+
+    def _write_loaded(self, resident: Resident, stored: StoredCheckpoint, optimizer: bool, folder: Path) -> None:
+        """The state of a model that was just loaded, sharing the files of what it was loaded from where that pays."""
+        parts = ("adapter", "state") if optimizer else ("adapter",)
+        if stored.total_bytes < self.linked_from_bytes or not stored.link_into(folder, parts):
+            self.engine.save_state(resident.engine_id, folder)
+        elif not optimizer:
+            tensors, facts = self.engine.state_tensors(resident.engine_id), self.engine.state_facts(resident.engine_id)
+            self.engine.write_state(resident.engine_id, folder, tensors, facts)
 
     def resident(self, model: Model) -> Resident:
         """The model, brought back where it is not in memory.
@@ -220,15 +250,16 @@ class Host:
         if checkpoint is None or checkpoint.created > operation.created:
             what = f"the snapshot after its load of {request.path} is damaged, and that checkpoint is gone"
             raise CheckpointError(what, where=model.model_id)
-        self.load(resident, checkpoint, optimizer=request.optimizer)
+        self._load(resident, checkpoint, optimizer=request.optimizer)
 
     def snapshot(self, model_id: str) -> None:
         """Write a model down, and forget the bodies that no snapshot needs any more."""
-        resident = self._residents[model_id]
-        store = self.snapshots(model_id)
-        store.save(
-            f"seq-{resident.seq:010d}", resident.seq, lambda part: self.engine.save_state(resident.engine_id, part)
-        )
+        engine_id = self._residents[model_id].engine_id
+        self._snapshot(model_id, lambda part: self.engine.save_state(engine_id, part))
+
+    def _snapshot(self, model_id: str, write: Callable[[Path], None]) -> None:
+        resident, store = self._residents[model_id], self.snapshots(model_id)
+        store.save(_snapshot_name(resident.seq), resident.seq, write)
         store.prune(keep=2)
         kept = store.list()
         if len(kept) > 1:
@@ -264,13 +295,17 @@ class Host:
             return
         if resident.is_dirty and not resident.has_gradients:
             self.snapshot(model_id)
-        self.engine.delete_model(self._residents.pop(model_id).engine_id)
+        self.drop(model_id)
 
-    def forget(self, model_id: str) -> None:
-        """A model that nobody will ask for again, with its snapshots."""
+    def drop(self, model_id: str) -> None:
+        """Out of memory, with what was done since its last snapshot; that is done again when it comes back."""
         resident = self._residents.pop(model_id, None)
         if resident is not None:
             self.engine.delete_model(resident.engine_id)
+
+    def forget(self, model_id: str) -> None:
+        """A model that nobody will ask for again, with its snapshots."""
+        self.drop(model_id)
         if self.snapshots(model_id).root.is_dir():
             atomic.remove_directory(self.snapshots(model_id).root)
 
@@ -338,6 +373,10 @@ class Host:
             raise
         except CheckpointError as error:
             raise CheckpointCorruptError("its folder is gone", where=checkpoint.path) from error
+
+
+def _snapshot_name(seq: int) -> str:
+    return f"seq-{seq:010d}"
 
 
 def stored_checkpoints(state_dir: Path, run_id: str, kind: str) -> CheckpointStore:

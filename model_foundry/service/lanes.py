@@ -97,9 +97,9 @@ class Lanes:
             lane = other if self._used[other.owner] <= self._used[lane.owner] + SLACK_SECONDS else lane
         return lane.take()
 
-    def take_like(self, kind: str, besides: set[str]) -> Operation | None:
-        """The next operation of this kind, of whoever has used least, from another lane than `besides`."""
-        ready = [lane for lane in self._ready(samples=False) if lane.name not in besides]
+    def take_like(self, kind: str, is_welcome: Callable[[str], bool]) -> Operation | None:
+        """The next operation of this kind, of whoever has used least among the models that are welcome."""
+        ready = [lane for lane in self._ready(samples=False) if is_welcome(lane.name)]
         ready = [lane for lane in ready if lane.head is not None and lane.head.kind == kind]
         return min(ready, key=self._turn).take() if ready else None
 

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from model_foundry.errors import DataError
 
 MAX_RANK = 512
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 86400
-CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+def _as_checkpoint_name(value: str) -> str:
+    if not _CHECKPOINT_NAME.fullmatch(value):
+        what = "must be 1 to 200 letters, digits, '.', '_' and '-', a letter or digit first"
+        raise ValueError(f"{what} (it is {value!r})")
+    return value
+
+
+CheckpointName = Annotated[str, AfterValidator(_as_checkpoint_name)]
 TtlSeconds = Annotated[int, Field(ge=MIN_TTL_SECONDS, le=MAX_TTL_SECONDS)]
 
 
@@ -301,5 +321,10 @@ def read_request(kind: str, values: dict[str, Any]) -> Any:
         for problem in error.errors():
             where = ".".join(str(part) for part in problem["loc"])
             got = "" if isinstance(problem["input"], dict | list) else f" (it is {problem['input']!r})"
-            told.append(f"{where} {_SENTENCES.get(problem['type'], problem['msg'].lower() + got)}")
+            told.append(f"{where} {_SENTENCES.get(problem['type']) or _sentence(problem['msg'], got)}")
         raise DataError("; ".join(dict.fromkeys(told)), where=kind) from error
+
+
+def _sentence(message: str, got: str) -> str:
+    own = message.removeprefix("Value error, ")
+    return own if own != message else message[0].lower() + message[1:] + got

@@ -33,6 +33,8 @@ from model_foundry.service.tensors import Pass
 _RETRY_SECONDS = 1.0
 GATHER_SECONDS = 0.015
 """How long a pass waits for others to share it with, where the one before was shared: their next is about to come."""
+STEPS_SECONDS = 0.05
+"""So long the first of several steps waits for the others, that its reply is written down with theirs."""
 logger = logging.getLogger(__name__)
 
 
@@ -209,6 +211,9 @@ class Worker:
             self._places = self.executor.samples.owners()
 
     def _do(self, operation: Operation) -> None:
+        if operation.kind == "optim_step":
+            self._do_steps(operation)
+            return
         self._current, self._since, self._spent = operation, time.perf_counter(), 0.0
         outcome: Outcome | Exception
         try:
@@ -250,14 +255,44 @@ class Worker:
                 self._lanes.charge(done, seconds * share)
                 self._lanes.settle(done)
 
+    def _do_steps(self, operation: Operation | None) -> None:
+        """A step, with those of other models in memory that wait for theirs: their replies are one transaction."""
+        done: list[tuple[Operation, Outcome | Exception, float]] = []
+        stepped: set[str] = set()
+        began = since = time.perf_counter()
+        while operation is not None:
+            outcome: Outcome | Exception
+            try:
+                outcome = self.executor.execute(operation)
+            except Exception as error:
+                outcome = error
+            now = time.perf_counter()
+            done.append((operation, outcome, now - since))
+            stepped.add(operation.lane)
+            since, operation = now, None
+            if now - began < STEPS_SECONDS:
+                with self._changed:
+                    operation = self._lanes.take_like("optim_step", lambda lane: self._steps_too(lane, stepped))
+        self._finish(done)
+        shared = (time.perf_counter() - since) / len(done)
+        with self._changed:
+            for each, _, seconds in done:
+                self._lanes.charge(each, seconds + shared)
+                self._lanes.settle(each)
+
+    def _steps_too(self, lane: str, stepped: set[str]) -> bool:
+        """One that is not in memory would drive another out, whose step is not in the journal yet."""
+        return lane not in stepped and self.executor.host.is_resident(lane)
+
     def _gather(self, operation: Operation, asked: Pass) -> list[tuple[Operation, Pass]]:
         """Passes of as many models as one piece holds; those of the group before are waited for, a moment."""
         host = self.executor.host
-        group, left = [(operation, asked)], (host.engine.micro_batch_tokens or 0) - _num_tokens(asked)
+        group, lanes = [(operation, asked)], {operation.lane}
+        left = (host.engine.micro_batch_tokens or 0) - _num_tokens(asked)
         deadline = time.perf_counter() + GATHER_SECONDS
         while left > 0 and len(group) < host.max_models:
             with self._changed:
-                found = self._lanes.take_like(operation.kind, {each.lane for each, _ in group})
+                found = self._lanes.take_like(operation.kind, lambda lane: lane not in lanes)
                 if found is None:
                     remaining = deadline - time.perf_counter()
                     if len(group) >= self._last_group or remaining <= 0 or not self._is_open:
@@ -281,6 +316,7 @@ class Worker:
                     self._lanes.put_back(found)
                 break
             group.append((found, other))
+            lanes.add(found.lane)
             left -= _num_tokens(other)
         self._last_group = len(group)
         return group

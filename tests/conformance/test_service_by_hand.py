@@ -172,6 +172,39 @@ def one_step(api: httpx.Client, model: str, seq: int) -> dict[str, Any]:
     return finish(api, api.post("optim_step", json=step_body(model, seq + 1)))
 
 
+def test_steps_that_wait_together_are_each_their_models_own(api: httpx.Client, service: Service) -> None:
+    """They are written down together: one that is refused must not take the others with it, nor change its model."""
+
+    def step_of(model: str, rate: float) -> httpx.Response:
+        return api.post("optim_step", json={**step_body(model, 2), "adam_params": {"learning_rate": rate}})
+
+    def loss_of(model: str, seq: int) -> float:
+        return finish(api, api.post("forward_backward", json=pass_body(model, seq, forward_only=True)))["metrics"][
+            "loss:sum"
+        ]
+
+    models = [new_model(api, service) for _ in range(4)]
+    alone, rates = new_model(api, service), (0.01, 0.02, -1.0, 0.03)
+    for model in (alone, *models):
+        finish(api, api.post("forward_backward", json=pass_body(model, 1)))
+    want = finish(api, step_of(alone, 0.02))["metrics"]
+    # Sent while something is done that takes longer than to send them.
+    long = pass_body(alone, 3)
+    row = long["forward_backward_input"]["data"][0]
+    row["model_input"]["chunks"][0]["tokens"] = [5] * 2000
+    for name, value in (("target_tokens", 6), ("weights", 1.0)):
+        row["loss_fn_inputs"][name] |= {"data": [value] * 2000, "shape": [2000]}
+    first = api.post("forward_backward", json=long)
+    sent = [step_of(model, rate) for model, rate in zip(models, rates, strict=True)]
+    finish(api, first)
+    answers = [finish(api, each) for each in sent]
+    assert answers[2]["category"] == "user"
+    assert [answers[place]["metrics"] for place in (0, 1, 3)] == [want] * 3
+    losses = [loss_of(model, 3) for model in models]
+    assert len(set(losses)) == 4
+    assert losses[1] == loss_of(alone, 4)
+
+
 def test_a_damaged_snapshot_costs_time_alone_and_a_copied_folder_goes_on(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -121,6 +121,34 @@ def test_saving_again_replaces_and_an_error_in_it_does_not(store: CheckpointStor
     assert {path.name for path in store.root.iterdir()} == {step_name(1), ".lock"}
 
 
+def test_a_checkpoint_that_shares_files_keeps_them(store: CheckpointStore, fill: Fill, tmp_path: Path) -> None:
+    """Prevents a copy that changes or goes with what it was made of, and one that is read again to be hashed."""
+    save_steps(store, fill, 1)
+    source, other = store.open(step_name(1)), CheckpointStore(tmp_path / "other")
+
+    def link(folder: Path) -> None:
+        assert source.link_into(folder, ("adapter", "state"))
+
+    other.save("copy", 1, link)
+    want = {path.name: path.read_bytes() for path in source.path.rglob("*.bin")}
+    assert (other.path("copy") / "adapter" / "weights.bin").samefile(source.path / "adapter" / "weights.bin")
+    store.save(step_name(1), 1, fill("again"))
+    store.save(step_name(2), 2, fill("later"))
+    store.prune(1)
+    assert not source.path.exists()
+    copy = other.open("copy")
+    assert copy.manifest.files == source.manifest.files
+    assert {path.name: path.read_bytes() for path in copy.path.rglob("*.bin")} == want
+
+    def link_what_is_gone(folder: Path) -> None:
+        assert not source.link_into(folder, ("adapter", "state"))
+        assert list(folder.iterdir()) == []
+        fill("written instead")(folder)
+
+    other.save("copy", 2, link_what_is_gone)
+    assert b"instead" in (other.open("copy").path / "adapter" / "weights.bin").read_bytes()
+
+
 def test_a_replacement_cut_short_is_readable_before_anyone_repairs_it(store: CheckpointStore, fill: Fill) -> None:
     """Prevents a reader (chat, runs) from finding neither the old nor the new, or from writing to heal it."""
     save_steps(store, fill, 1)

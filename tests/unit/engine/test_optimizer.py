@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_foundry.engine.optimizer import FlatAdamW
+from model_foundry.engine.optimizer import FlatAdamW, norm_of
 from model_foundry.errors import ArchitectureMismatchError, EngineError
 from model_foundry.types import AdamParams
 
@@ -104,6 +104,14 @@ def test_large_finite_gradients_are_clipped_and_not_skipped() -> None:
     output = optimizer.apply(AdamParams(grad_clip_norm=1.0))
     assert not output.skipped
     assert torch.isfinite(optimizer.flat).all()
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 5000, 3_000_000])
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e25, 0.0])
+def test_a_norm_is_that_of_float64(size: int, scale: float) -> None:
+    """In float32 that of millions is off by 1e-5, and squares of 1e-25 are nothing and those of 1e25 infinite."""
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)) * scale
+    assert norm_of(values) == pytest.approx(float(torch.linalg.vector_norm(values.double())), rel=1e-7)
 
 
 def test_state_goes_from_one_optimizer_to_another_bit_by_bit() -> None:

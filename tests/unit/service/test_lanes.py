@@ -114,13 +114,13 @@ def test_what_is_put_back_is_next_and_only_other_models_are_joined() -> None:
             lanes.add(operation(name, seq, name), next_seq=3)
     first = lanes.take()
     assert first is not None
-    found = lanes.take_like("forward", {first.lane})
+    found = lanes.take_like("forward", lambda lane: lane != first.lane)
     assert found is not None
     assert found.lane != first.lane
-    assert lanes.take_like("forward", {"a", "b"}) is None
-    assert lanes.take_like("optim_step", set()) is None
+    assert lanes.take_like("forward", lambda lane: False) is None
+    assert lanes.take_like("optim_step", lambda lane: True) is None
     lanes.put_back(found)
-    again = lanes.take_like("forward", {first.lane})
+    again = lanes.take_like("forward", lambda lane: lane != first.lane)
     assert again is found
 
 
