@@ -91,8 +91,13 @@ def require_optimizer(facts: Mapping[str, Any], kind: OptimizerKind, *, where: s
         )  # fmt: skip
 
 
-def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, Adaptable]) -> LoraConfig:
+def agreed_lora(
+    adapter: Path, asked: LoraConfig | None, linears: Mapping[str, Adaptable], *, may_lack: bool = False
+) -> LoraConfig:
     """The stored adapter's shape, with the dropout asked for; what the two say about the function must agree.
+
+    Args:
+        may_lack: the stored one may leave out layers.
 
     Raises:
         ModelError: the adapter's configuration cannot be used.
@@ -110,7 +115,8 @@ def agreed_lora(adapter: Path, asked: LoraConfig | None, linears: Mapping[str, A
             )
     layers = select_targets(linears, stored.target_modules, every_target=False)
     wanted = select_targets(linears, asked.target_modules)
-    if differing := sorted(set(layers) ^ set(wanted)):
+    differing = sorted(set(layers) - set(wanted) if may_lack else set(layers) ^ set(wanted))
+    if differing:
         which = "adapts" if differing[0] in layers else "leaves out"
         raise ArchitectureMismatchError(
             f"the adapter {which} {differing[0]}, other than the target_modules asked for", where=str(adapter),

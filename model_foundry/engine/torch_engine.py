@@ -381,8 +381,11 @@ class TorchEngine:
         """The optimizer's part of `save_state` from tensors copied earlier; another thread may call it."""
         write_state(folder, tensors, facts)
 
-    def load_state(self, model_id: str, folder: Path, *, optimizer: bool) -> tuple[str, ...]:
+    def load_state(self, model_id: str, folder: Path, *, optimizer: bool, may_lack: bool = False) -> tuple[str, ...]:
         """Read a verified checkpoint folder. Pending gradients are forgotten.
+
+        Args:
+            may_lack: layers that only the model adapts stay as they are; otherwise both must adapt the same.
 
         Returns:
             Sentences on what differs from the machine that wrote it, so that the bits may differ from here on.
@@ -395,7 +398,7 @@ class TorchEngine:
         state, counter = _optimizer(model), model.passes.counter
         moments, facts = read_state(folder) if optimizer else ({}, {})
         scale = None if model.passes.loss_scale is None else LossScale.of_facts(facts.get("loss_scale"), str(folder))
-        pairs = self._fitting_weights(model, folder)
+        pairs = self._fitting_weights(model, folder, may_lack=may_lack)
         if optimizer:
             require_optimizer(facts, state.kind, where=str(folder))
             pairs += state.fitting_state(moments, where=str(folder / "state"))
@@ -411,13 +414,15 @@ class TorchEngine:
         model.passes.max_piece_tokens = facts.get("max_piece_tokens")
         return differences(facts, self.state_facts(model_id))
 
-    def _fitting_weights(self, model: _Model, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _fitting_weights(
+        self, model: _Model, folder: Path, *, may_lack: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of (weight, stored value), everything checked and nothing changed."""
         if model.lora is None:
             return model.language_model.fitting_weights(folder / "model")
         linears, part = model.language_model.linears(), folder / "adapter"
-        agreed_lora(part, model.lora, linears)
-        return fitting_adapter(linears, read_adapter_tensors(part), where=str(part))
+        agreed_lora(part, model.lora, linears, may_lack=may_lack)
+        return fitting_adapter(linears, read_adapter_tensors(part), where=str(part), may_lack=may_lack)
 
     def delete_model(self, model_id: str) -> None:
         self._get(model_id)

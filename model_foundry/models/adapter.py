@@ -161,15 +161,20 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fitting_adapter(
-    linears: Mapping[str, Adaptable], tensors: Mapping[str, torch.Tensor], *, where: str
+    linears: Mapping[str, Adaptable], tensors: Mapping[str, torch.Tensor], *, where: str, may_lack: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of (adapter tensor of the layers, stored value); nothing is changed.
+
+    Args:
+        may_lack: tensors of layers may be missing; those are in no pair.
 
     Raises:
         ArchitectureMismatchError: names or shapes differ.
     """
     mine = adapter_tensors(linears)
     missing, extra = sorted(mine.keys() - tensors.keys()), sorted(tensors.keys() - mine.keys())
+    if may_lack:
+        mine, missing = {name: value for name, value in mine.items() if name in tensors}, []
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which this model's adapter does not have"
         raise ArchitectureMismatchError(f"the adapter {what}", where=where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,14 @@ from model_foundry.checkpoint import atomic
 from model_foundry.checkpoint.store import Checkpoint as StoredCheckpoint
 from model_foundry.checkpoint.store import CheckpointStore
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import CheckpointCorruptError, CheckpointError, DataError, EngineError, ModelError
+from model_foundry.errors import (
+    ArchitectureMismatchError,
+    CheckpointCorruptError,
+    CheckpointError,
+    DataError,
+    EngineError,
+    ModelError,
+)
 from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.finder import ModelSource
 from model_foundry.models.folder import fingerprint, read_config
@@ -31,6 +38,8 @@ from model_foundry.types import LoraConfig
 LORA_ALPHA = 32.0
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+TRAINED = ("train_attn", "train_mlp", "train_unembed")
+"""What of a model is trained, as its facts have it."""
 _BODY_BYTES = 64_000_000
 """Bodies kept for doing a model's operations again; with more, a snapshot is taken sooner."""
 logger = logging.getLogger(__name__)
@@ -136,6 +145,9 @@ class Host:
     def load(self, model: Model, checkpoint: Checkpoint, *, optimizer: bool, seq: int) -> None:
         """Put a checkpoint into a model, and write the model down: the checkpoint may be gone when it is needed again.
 
+        Layers that the checkpoint's model was asked not to train, and this one is, begin afresh: so where nothing has
+        been done to the model, and no optimizer comes with the weights.
+
         Args:
             seq: of the operation that asks for it.
 
@@ -143,10 +155,11 @@ class Host:
             FoundryError: it is damaged or does not fit, or the disk is full; the model is as it was.
         """
         resident = self.resident(model)
-        stored = self._load(resident, checkpoint, optimizer=optimizer)
+        stored, is_whole = self._load(resident, model, checkpoint, optimizer=optimizer)
+        parts = () if not is_whole else ("adapter", "state") if optimizer else ("adapter",)
         resident.seq = seq
         try:
-            self._snapshot(model.model_id, lambda part: self._write_loaded(resident, stored, optimizer, part))
+            self._snapshot(model.model_id, lambda folder: self._write_loaded(resident, stored, parts, folder))
         except BaseException:
             # In memory it is what the journal will say it is not: it comes back from the disk, as it was.
             self.drop(model.model_id)
@@ -155,20 +168,37 @@ class Host:
                 atomic.remove_directory(snapshot)
             raise
 
-    def _load(self, resident: Resident, checkpoint: Checkpoint, *, optimizer: bool) -> StoredCheckpoint:
-        """Every byte is verified first; where it fails, nothing was changed."""
-        stored = self.open_for_base(checkpoint)
-        for note in self.engine.load_state(resident.engine_id, stored.path, optimizer=optimizer):
+    def _load(
+        self, resident: Resident, model: Model, checkpoint: Checkpoint, *, optimizer: bool
+    ) -> tuple[StoredCheckpoint, bool]:
+        """Every byte is verified first; where it fails, nothing was changed.
+
+        Returns:
+            The checkpoint, and whether it holds every layer of the model.
+        """
+        stored, theirs = self.open_for_base(checkpoint), checkpoint.facts["lora"]
+        may_lack = not optimizer and resident.seq == 0 and any(model.facts[key] and not theirs[key] for key in TRAINED)
+        try:
+            notes = self.engine.load_state(
+                resident.engine_id, stored.path, optimizer=optimizer, may_lack=may_lack
+            )  # fmt: skip
+        except ArchitectureMismatchError as error:
+            hint = "A client made from the checkpoint's path has the checkpoint's shape."
+            raise ArchitectureMismatchError(error.what, where=checkpoint.path, hint=hint) from error
+        for note in notes:
             logger.warning("%s: %s", checkpoint.path, note)
         resident.has_gradients, resident.is_dirty = False, True
-        return stored
+        return stored, not may_lack
 
-    def _write_loaded(self, resident: Resident, stored: StoredCheckpoint, optimizer: bool, folder: Path) -> None:
-        """The state of a model that was just loaded, sharing the files of what it was loaded from where that pays."""
-        parts = ("adapter", "state") if optimizer else ("adapter",)
-        if stored.total_bytes < self.linked_from_bytes or not stored.link_into(folder, parts):
+    def _write_loaded(self, resident: Resident, stored: StoredCheckpoint, parts: Sequence[str], folder: Path) -> None:
+        """The state of a model that was just loaded.
+
+        Args:
+            parts: what is the same as in the checkpoint that it was loaded from; shared with it where that pays.
+        """
+        if not parts or stored.total_bytes < self.linked_from_bytes or not stored.link_into(folder, parts):
             self.engine.save_state(resident.engine_id, folder)
-        elif not optimizer:
+        elif "state" not in parts:
             tensors, facts = self.engine.state_tensors(resident.engine_id), self.engine.state_facts(resident.engine_id)
             self.engine.write_state(resident.engine_id, folder, tensors, facts)
 
@@ -250,7 +280,7 @@ class Host:
         if checkpoint is None or checkpoint.created > operation.created:
             what = f"the snapshot after its load of {request.path} is damaged, and that checkpoint is gone"
             raise CheckpointError(what, where=model.model_id)
-        self._load(resident, checkpoint, optimizer=request.optimizer)
+        self._load(resident, model, checkpoint, optimizer=request.optimizer)
 
     def snapshot(self, model_id: str) -> None:
         """Write a model down, and forget the bodies that no snapshot needs any more."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model_foundry.engine.torch_engine import TorchEngine
-from model_foundry.errors import CheckpointError
+from model_foundry.errors import ArchitectureMismatchError, CheckpointError
 from model_foundry.models.finder import resolve_model
 from model_foundry.service.books import Books, Checkpoint, Model, Session
 from model_foundry.service.host import Host
@@ -45,11 +46,16 @@ def put(host: Host, *items: Session | Model | Checkpoint) -> None:
         apply()
 
 
-def trained(host: Host, model_id: str, *, seed: int) -> Model:
-    """A model after a step."""
-    facts = {"rank": 4, "seed": seed, "train_unembed": True, "train_mlp": True, "train_attn": True}
-    put(host, Session("s", "me", 0.0, {}), model := Model(model_id, "s", "me", 0.0, 0.0, facts, done_seq=2))
+def created(host: Host, model_id: str, *, seed: int, **facts: bool) -> Model:
+    every = {"rank": 4, "seed": seed, "train_unembed": True, "train_mlp": True, "train_attn": True, **facts}
+    put(host, Session("s", "me", 0.0, {}), model := Model(model_id, "s", "me", 0.0, 0.0, every, done_seq=0))
     host.create(model)
+    return model
+
+
+def trained(host: Host, model_id: str, *, seed: int, **facts: bool) -> Model:
+    """A model after a step."""
+    model = created(host, model_id, seed=seed, **facts)
     step(host, model, seed=seed)
     host.note(model_id, seq=2, seconds=0.0, body_bytes=0)
     return model
@@ -114,3 +120,31 @@ def test_a_load_that_cannot_be_written_down_is_none(make_host: MakeHost, tmp_pat
     assert not host.is_resident(second.model_id)
     put(host, second := Model(second.model_id, "s", "me", 0.0, 0.0, second.facts, done_seq=3))
     assert state_of(host, second, tmp_path / "after") == want
+
+
+@pytest.mark.parametrize("linked_from", [0.0, 1e9], ids=["linked", "copied"])
+def test_layers_that_a_checkpoint_leaves_out_begin_afresh_in_a_new_model(
+    linked_from: float, make_host: MakeHost, tmp_path: Path
+) -> None:
+    """Clients up to 0.6 make a model that trains everything, and then load into it whatever there is."""
+    host = make_host(linked_from)
+    first = trained(host, "s:train:0", seed=1, train_unembed=False, train_mlp=False)
+    checkpoint, fresh = saved(host, first), created(host, "s:train:1", seed=2)
+    began = host.engine.trained_tensors(host.resident(fresh).engine_id)
+    began = {name: tensor.clone() for name, tensor in began.items()}
+    with pytest.raises(ArchitectureMismatchError, match=r"tinker://s:train:0/weights/a: .*leaves out"):
+        host.load(fresh, checkpoint, optimizer=True, seq=1)
+    host.load(fresh, checkpoint, optimizer=False, seq=1)
+    theirs = host.engine.trained_tensors(host.resident(first).engine_id)
+    for name, tensor in host.engine.trained_tensors(host.resident(fresh).engine_id).items():
+        assert torch.equal(tensor, theirs.get(name, began[name])), name
+    want = state_of(host, fresh, tmp_path / "want")
+    host.drop(fresh.model_id)
+    put(host, fresh := Model(fresh.model_id, "s", "me", 0.0, 0.0, fresh.facts, done_seq=1))
+    assert state_of(host, fresh, tmp_path / "back") == want
+    used = trained(host, "s:train:2", seed=3)
+    with pytest.raises(ArchitectureMismatchError, match="leaves out"):
+        host.load(used, checkpoint, optimizer=False, seq=3)
+    narrow = created(host, "s:train:3", seed=4, train_attn=False)
+    with pytest.raises(ArchitectureMismatchError, match="adapts"):
+        host.load(narrow, checkpoint, optimizer=False, seq=1)
