@@ -326,5 +326,6 @@ def read_request(kind: str, values: dict[str, Any]) -> Any:
 
 
 def _sentence(message: str, got: str) -> str:
+    """A validator's own sentence as it is; one of pydantic's, and what it is about."""
     own = message.removeprefix("Value error, ")
     return own if own != message else message[0].lower() + message[1:] + got

@@ -23,6 +23,8 @@ _NUMPY = {
     DTYPES["float32"]: "<f4", DTYPES["int64"]: "<i8", DTYPES["int32"]: "<i4", DTYPES["bfloat16"]: "<u2",
 }  # fmt: skip
 _INPUT_TYPES = {"target_tokens": np.int32, "weights": np.float32, "logprobs": np.float32, "advantages": np.float32}
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+"""The protocol's; the engine's others are of rows that it cannot carry."""
 MAX_CELLS = 64_000_000
 """Sparse tensors of a few bytes may claim any shape, and one row with many targets widens all; a request lays out no
 more than this."""
@@ -94,6 +96,8 @@ Row = tuple[np.ndarray, dict[str, np.ndarray]]
 def _pass(
     model_id: str, seq_id: int | None, rows: list[Row], loss_fn: str, config: Mapping[str, Any], forward_only: bool
 ) -> Pass:
+    if loss_fn not in LOSSES:
+        raise DataError(f"no loss {loss_fn!r}", hint=f"There is: {', '.join(LOSSES)}; and forward_backward_custom.")
     if not rows:
         raise DataError("there are no rows in the data")
     for number, (_, inputs) in enumerate(rows):

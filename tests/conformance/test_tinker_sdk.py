@@ -220,6 +220,7 @@ def test_sampling_stops_where_it_is_told(client: tinker.ServiceClient, service: 
 
 REFUSED: dict[str, Any] = {
     "gspo": lambda model: model.forward_backward(batch(0), "gspo"),
+    "and forward_backward_custom": lambda model: model.forward_backward(batch(0), "dpo_orpo"),
     "clip takes no settings": lambda model: model.forward_backward(batch(0), "cross_entropy", {"clip": 1.0}),
     "not in the vocabulary": lambda model: model.forward_backward(
         [types.Datum(types.ModelInput.from_ints([10**6]), inputs(target_tokens=[1], weights=[1.0]))], "cross_entropy"
