@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -191,20 +191,36 @@ def verify_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        reads = {name: readers.submit(hash_file, folder / name) for name in manifest.files}
+        reads = {name: _begin_hash(readers, folder / name) for name in manifest.files}
         try:
             for name, expected in manifest.files.items():
-                found = reads[name].result()
-                if found != expected:
-                    what = f"is damaged: expected sha256 {expected.sha256}, found {found.sha256}"
-                    raise CheckpointCorruptError(what, where=str(folder / name))
-        except OSError as error:  # a bad sector, or no permission
-            where = str(error.filename or folder)
-            raise CheckpointCorruptError(f"cannot be read ({error.strerror})", where=where) from error
+                _check_hash(folder / name, reads[name], expected)
         finally:
             for read in reads.values():
                 read.cancel()
     return manifest
+
+
+def _begin_hash(readers: ThreadPoolExecutor, path: Path) -> Future[FileRecord]:
+    try:
+        return readers.submit(hash_file, path)
+    except RuntimeError:  # the interpreter is ending, and starts no thread any more; what it still does is done here
+        done: Future[FileRecord] = Future()
+        try:
+            done.set_result(hash_file(path))
+        except OSError as error:
+            done.set_exception(error)
+        return done
+
+
+def _check_hash(path: Path, read: Future[FileRecord], expected: FileRecord) -> None:
+    try:
+        found = read.result()
+    except OSError as error:  # a bad sector, or no permission
+        raise CheckpointCorruptError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    if found != expected:
+        what = f"is damaged: expected sha256 {expected.sha256}, found {found.sha256}"
+        raise CheckpointCorruptError(what, where=str(path))
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

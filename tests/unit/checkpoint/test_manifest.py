@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +136,18 @@ def test_hashing_while_writing_equals_hashing_afterwards(
         for block in blocks:
             file.write(block)
     assert [record for _, record in recorded.records.values()] == [hash_file(path)]
+
+
+def test_a_folder_is_verified_at_the_end_of_the_process_too(tmp_path: Path) -> None:
+    """What is still saved and loaded then must not fail because no thread can be started any more."""
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    write_manifest(folder)
+    code = (
+        "import atexit, pathlib, sys; from model_foundry.checkpoint.manifest import verify_manifest;"
+        "atexit.register(lambda: print(len(verify_manifest(pathlib.Path(sys.argv[1])).files)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")
