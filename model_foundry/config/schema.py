@@ -17,6 +17,7 @@ from model_foundry.config.section import (
     RowsPath,
     Section,
     TemplateName,
+    asked_for,
     broken_rule,
 )
 
@@ -233,7 +234,17 @@ class TrainConfig(Section):
             raise broken_rule("training.optimizer", "muon trains whole matrices, and lora.enabled is true")
         if self.training.eval_steps and self.data.validation_file is None:
             raise broken_rule("training.eval_steps", "training.eval_steps needs data.validation_file")
+        for name, needed in self.unmeasured_criteria().items():
+            if asked_for(self.criteria, name):
+                raise broken_rule(f"criteria.{name}", f"criteria.{name} needs {needed}; null does not check it")
         return self
+
+    def unmeasured_criteria(self) -> dict[str, str]:
+        """Criteria that nothing in this run can measure, each with what it needs."""
+        needs = {} if self.evaluation.file is not None else {"answers_improved": "evaluation.file"}
+        if not self.lora.enabled:
+            needs |= dict.fromkeys(("memory_saving", "parameters_changed"), "lora.enabled: true")
+        return {name: needed for name, needed in needs.items() if getattr(self.criteria, name) is not None}
 
 
 class EvaluateConfig(Section):

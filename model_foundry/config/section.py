@@ -48,6 +48,16 @@ class Section(BaseModel):
         return value
 
 
+def asked_for(section: Section, name: str) -> bool:
+    """Whether somebody asked for what a field says.
+
+    A section with every field in it was written out by us, as a run keeps it: its defaults were asked for by nobody.
+    """
+    fields, value = type(section).model_fields, getattr(section, name)
+    is_own = value != fields[name].default or section.model_fields_set < set(fields)
+    return name in section.model_fields_set and value is not None and is_own
+
+
 def broken_rule(field: str, message: str) -> PydanticCustomError:
     """A rule between fields that does not hold; `field` (dotted from another section) is where the error points."""
     return PydanticCustomError("rule", "{message}", {"field": field, "message": message})

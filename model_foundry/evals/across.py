@@ -15,7 +15,7 @@ from model_foundry.errors import DataError
 from model_foundry.evals.measures import value_text
 from model_foundry.evals.page import interval_drawing, page_of
 from model_foundry.evals.results import SuiteResult, read_result
-from model_foundry.evals.verdict import Change, changes
+from model_foundry.evals.verdict import Change, change_of
 from model_foundry.run.charts import escape
 
 
@@ -25,8 +25,8 @@ class Beside:
 
     Attributes:
         values: of each run; None where it has none.
-        unlike: runs whose value is of other rows or other decoding than the first's, and cannot be compared.
-        against_first: how each further run differs from the first.
+        unlike: runs whose value is of other rows or other decoding than the first one's, and cannot be compared.
+        against_first: how each further run differs from the first that has the metric.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Beside:
             return "–"
         text = value_text(self.values[place], self.unit)
         if self.unlike[place]:
-            return f"{text} (other rows)"
+            return f"{text} (other rows or decoding)"
         change = self.against_first[place]
         return text if change is None else f"{text} {change.verdict}"
 
@@ -68,8 +68,16 @@ def results_of(run: Path) -> dict[str, SuiteResult]:
             ) from error
         suites = values.get("suites") if isinstance(values, dict) else None
         for name, suite in (suites or {}).items():
-            found[name] = read_result(suite["after"], where=str(path))
+            result = read_result(suite["after"], where=str(path))
+            if not _is_of_a_part(run, result):
+                found[name] = result
     return found
+
+
+def _is_of_a_part(run: Path, result: SuiteResult) -> bool:
+    """Whether a result is of a checkpoint or an adapter in the run's folder, and not of the run."""
+    asked = Path(str(result.target.get("name", ""))).expanduser()
+    return asked.exists() and run.resolve() in asked.resolve().parents
 
 
 def side_by_side(runs: Sequence[Mapping[str, SuiteResult]]) -> tuple[Beside, ...]:
@@ -78,30 +86,24 @@ def side_by_side(runs: Sequence[Mapping[str, SuiteResult]]) -> tuple[Beside, ...
     for suite in dict.fromkeys(suite for run in runs for suite in run):
         results = [run.get(suite) for run in runs]
         metrics = dict.fromkeys(metric for each in results if each is not None for metric in each.metrics)
-        against = _against_first(results)
-        found += [_beside(results, against, suite, metric) for metric in metrics]
+        found += [_beside(results, suite, metric) for metric in metrics]
     return tuple(found)
 
 
-def _against_first(results: Sequence[SuiteResult | None]) -> list[Mapping[str, Change]]:
-    """What each result changes on the first, where the two are of the same rows."""
-    first = results[0]
-    return [
-        changes(first, each) if place and first is not None and each is not None and each.digest == first.digest else {}
-        for place, each in enumerate(results)
-    ]
-
-
-def _beside(
-    found: Sequence[SuiteResult | None], against: Sequence[Mapping[str, Change]], suite: str, metric: str
-) -> Beside:
-    own = [None if each is None or metric not in each.metrics else each.metrics[metric] for each in found]
-    first = found[0] if own[0] is not None else None
-    same = [first is not None and each is not None and each.digest == first.digest for each in found]
-    unit = next(each.measure.unit for each in own if each is not None)
-    values = tuple(None if each is None or each.value != each.value else each.value for each in own)
-    unlike = tuple(first is not None and each is not None and not same[place] for place, each in enumerate(own))
-    return Beside(f"{suite}.{metric}", unit, values, unlike, tuple(each.get(metric) for each in against))
+def _beside(results: Sequence[SuiteResult | None], suite: str, metric: str) -> Beside:
+    """One metric of the runs, each held against the first that has it."""
+    having = [each if each is not None and metric in each.metrics else None for each in results]
+    place, first = next((place, each) for place, each in enumerate(having) if each is not None)
+    values = [None if each is None else each.metrics[metric].value for each in having]
+    unlike = tuple(each is not None and each.digest != first.digest for each in having)
+    against = tuple(
+        None if each is None or unlike[index] or index == place else change_of(first, each, metric)
+        for index, each in enumerate(having)
+    )
+    return Beside(
+        f"{suite}.{metric}", first.metrics[metric].measure.unit,
+        tuple(None if value is None or value != value else value for value in values), unlike, against,
+    )  # fmt: skip
 
 
 def render_comparison(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -48,6 +48,8 @@ DEFAULT_BOUNDS: Mapping[str, str] = {
     "grade": "< 15 grade",
 }
 """Bounds of the metrics that a suite measures and sets none for; null sets none."""
+QUESTIONS, QUESTION_METRICS = "questions", ("exact", "f1", "contains")
+"""What the questions of `evaluation.file` are called, and what is measured of them."""
 _KEYS = (
     "about", "kind", "rows", "metrics", "thresholds", "guard", "decoding", "system", "language", "max_rows", "tasks",
 )  # fmt: skip
@@ -139,7 +141,7 @@ def questions_suite(path: Path, *, system: str | None, max_new_tokens: int) -> S
     rows = read_suite_rows(path, "answers", system=system, language=None)
     digest = questions_digest(path, system=system, max_new_tokens=max_new_tokens)
     return Suite(
-        "questions", "answers", rows, ("exact", "f1", "contains"), f"The questions of {path}",
+        QUESTIONS, "answers", rows, QUESTION_METRICS, f"The questions of {path}",
         decoding=Decoding(max_new_tokens=max_new_tokens), digest=digest,
     )  # fmt: skip
 
@@ -184,7 +186,7 @@ def _suite(values: Mapping[str, Any], path: Path) -> Suite:
         decoding=decoding,
         tasks=_tasks(values, kind, where),
         max_rows=max_rows,
-        digest=_digest(values, rows_path),
+        digest=_digest(values, decoding, rows_path),
     )
 
 
@@ -302,8 +304,12 @@ def _whole(values: Mapping[str, Any], name: str, where: str) -> int | None:
     return value
 
 
-def _digest(values: Mapping[str, Any], rows: Path | None) -> str:
-    """What is asked: not what is said about it, nor the bounds it must meet."""
-    asked = {key: value for key, value in values.items() if key not in ("about", "thresholds", "guard", "rows")}
+def _digest(values: Mapping[str, Any], decoding: Decoding, rows: Path | None) -> str:
+    """What is asked and how: not what is measured of it or said about it, nor the bounds that it must meet.
+
+    `max_rows` decides only where it cuts, which `Suite.limited` adds.
+    """
+    asked = {key: values.get(key) for key in ("kind", "system", "language", "tasks")} | {"decoding": asdict(decoding)}
+    asked["kind"] = asked["kind"] or "answers"
     data = json.dumps(asked, sort_keys=True).encode() + (b"" if rows is None else rows.read_bytes())
     return hashlib.sha256(data).hexdigest()

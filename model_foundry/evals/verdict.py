@@ -65,7 +65,16 @@ class Change:
 
 
 def changes(before: SuiteResult, after: SuiteResult) -> dict[str, Change]:
-    """How each metric that both have differs; resampled by the seed of what is after.
+    """How each metric that both have differs.
+
+    Raises:
+        DataError: the results are not of the same rows.
+    """
+    return {name: change_of(before, after, name) for name in after.metrics if name in before.metrics}
+
+
+def change_of(before: SuiteResult, after: SuiteResult, metric: str) -> Change:
+    """How a metric that both have differs; resampled by the seed of what is after.
 
     Raises:
         DataError: the results are not of the same rows.
@@ -73,12 +82,8 @@ def changes(before: SuiteResult, after: SuiteResult) -> dict[str, Change]:
     if before.digest != after.digest or len(before.rows) != len(after.rows):
         what = f"the two results of {after.suite} are not of the same rows and decoding"
         raise DataError(what, hint="Evaluate both with the same suite, then compare.")
-    noise = {name: max(before.noise.get(name, 0.0), after.noise.get(name, 0.0)) for name in after.metrics}
-    return {
-        name: _change(before.metrics[name], metric, noise=noise[name], seed=after.seed)
-        for name, metric in after.metrics.items()
-        if name in before.metrics
-    }
+    noise = max(before.noise.get(metric, 0.0), after.noise.get(metric, 0.0))
+    return _change(before.metrics[metric], after.metrics[metric], noise=noise, seed=after.seed)
 
 
 def _change(before: Measured, after: Measured, *, noise: float, seed: int) -> Change:

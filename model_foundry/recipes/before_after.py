@@ -13,7 +13,7 @@ from model_foundry.evals.kinds import other_batch_size
 from model_foundry.evals.measures import measured
 from model_foundry.evals.rehearsal import Asked
 from model_foundry.evals.results import RowResult, SuiteResult
-from model_foundry.evals.suite import Suite, questions_digest
+from model_foundry.evals.suite import QUESTION_METRICS, QUESTIONS, Suite, questions_digest
 from model_foundry.evals.targets import RowTooLongError
 from model_foundry.evals.text_scores import ANSWER_SCORES, Wanted
 from model_foundry.models.folder import read_config
@@ -21,10 +21,8 @@ from model_foundry.recipes.preparation import context_of
 from model_foundry.recipes.session import Session
 from model_foundry.recipes.suites import (
     FOLDER,
-    Assessment,
     ask_suite,
     assess,
-    changed,
     keep_result,
     kept_result,
     load_suites,
@@ -38,7 +36,6 @@ from model_foundry.run.directory import RunDirectory
 from model_foundry.types import Check
 
 logger = logging.getLogger(__name__)
-QUESTIONS, QUESTION_METRICS = "questions", ("exact", "f1", "contains")
 Bounds = Mapping[str, Mapping[str, Bound]]
 
 
@@ -50,8 +47,10 @@ def suites_of(config: RunConfig) -> tuple[tuple[Suite, ...], Bounds]:
     """
     if not isinstance(config, TrainConfig):
         return (), {}
-    suites = load_suites(config.evaluation.suites, max_rows=config.evaluation.max_rows)
-    return suites, metric_bounds(config.criteria.metrics, suites)
+    has_questions = config.evaluation.file is not None
+    suites = load_suites(config.evaluation.suites, max_rows=config.evaluation.max_rows, with_questions=has_questions)
+    own = (Suite(QUESTIONS, "answers", (), QUESTION_METRICS),) if has_questions else ()
+    return suites, metric_bounds(config.criteria.metrics, (*own, *suites))
 
 
 def rehearsed(work: Work, suites: Sequence[Suite]) -> Asked:
@@ -78,7 +77,8 @@ def rehearsed(work: Work, suites: Sequence[Suite]) -> Asked:
 
 def _nobody_asked(config: TrainConfig) -> bool:
     """Whether the suites are those that every run is asked."""
-    return config.evaluation.suites == DEFAULT_SUITES and not config.criteria.metrics
+    bounded = any(not title.startswith(f"{QUESTIONS}.") for title in config.criteria.metrics)
+    return config.evaluation.suites == DEFAULT_SUITES and not bounded
 
 
 def suite_results(
@@ -131,16 +131,15 @@ def assess_run(
         answers: to the held-out questions, before and after.
         checks: those that were made already.
     """
-    assessment = assess(suites, after=after, before=before, bounds=bounds, further=checks)
-    results, config = ({}, {}), session.work.config
+    config = session.work.config
     if answers is not None and isinstance(config, TrainConfig):
-        results = tuple({QUESTIONS: _questions_result(session.work, config, texts)} for texts in answers)
-    if not (after or results[0]):
+        first, last = ({QUESTIONS: _questions_result(session.work, config, texts)} for texts in answers)
+        before, after = first | dict(before), last | dict(after)
+    assessment = assess(suites, after=after, before=before, bounds=bounds, further=checks)
+    if not after:
         return assessment.checks, None
-    found = changed(results[0], results[1]) | dict(assessment.changes)
-    shown = Assessment(results[1] | dict(after), results[0] | dict(before), found, assessment.checks)
     facts = {"model": run.run_id, "against": session.work.source.name}
-    return assessment.checks, write_assessment(run.path / FOLDER, facts, shown)
+    return assessment.checks, write_assessment(run.path / FOLDER, facts, assessment)
 
 
 def _questions_result(work: Work, config: TrainConfig, texts: Sequence[str]) -> SuiteResult:

@@ -21,6 +21,7 @@ import numpy as np
 
 from model_foundry.checkpoint.lock import FileLock, LockHeldError
 from model_foundry.config.pretrain import ExperimentConfig
+from model_foundry.config.section import asked_for
 from model_foundry.data.files import local_path
 from model_foundry.data.shards.build import PackProgress, build_shards
 from model_foundry.data.shards.format import INDEX_NAME
@@ -369,11 +370,12 @@ def _require_room(prepared: PreparedCorpus, context: int | None) -> None:
 
 def _require_unmeasured(config: ExperimentConfig) -> None:
     """A bound on held-out text is refused where there is none, before the run rather than after."""
-    if config.criteria.bits_per_byte is not None:
-        raise ConfigError(
-            "there is no held-out text to measure it on", where="criteria.bits_per_byte",
-            hint="Set data.validation_file or data.validation_share (packed shards are not split), or it to null.",
-        )  # fmt: skip
+    for name in ("bits_per_byte", "below_unigram"):
+        if asked_for(config.criteria, name):
+            raise ConfigError(
+                "there is no held-out text to measure it on", where=f"criteria.{name}",
+                hint="Set data.validation_file or data.validation_share (packed shards are not split), or it to null.",
+            )  # fmt: skip
     logger.warning("no text is held out: the loss on text that is not trained on will not be known")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from model_foundry.run.logs import run_logging
 logger = logging.getLogger(__name__)
 ALL, BASE, NONE = "all", "base", "none"
 MAX_NAME_CHARS = 80
+TRAINING_NAMES, TRAINING_PREFIXES = ("evaluation", "before", "again", "after"), ("before-", "after-")
+"""What training calls its own files in the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def evaluate_model(config: EvaluateConfig) -> Evaluation:
         suites = _suites(evaluation, path)
         if "seed" in config.model_fields_set:
             suites = tuple(suite.seeded(config.seed) for suite in suites)
-        bounds = metric_bounds(config.criteria.metrics, suites)
+        bounds = metric_bounds(_criteria(config, suites), suites)
         against = _against(config)
         size, noise = evaluation.batch_size, evaluation.noise
         before = {}
@@ -70,9 +73,7 @@ def evaluate_model(config: EvaluateConfig) -> Evaluation:
         after = ask_suites(suites, target, batch_size=size, again=noise and not before)
         assessment = assess(suites, after=after, before=before, bounds=bounds)
         facts = {"model": config.model.name, "against": None if against is None else against[0].name}
-        # Another evaluation of a run must not take the place of the one that its training left.
-        name = "evaluation" if config.out is not None else "+".join(after)[:MAX_NAME_CHARS]
-        page = write_assessment(_folder(config), facts, assessment, name=name)
+        page = write_assessment(_folder(config), facts, assessment, name=_name(config, list(after)))
     return Evaluation(facts["model"] or "", facts["against"], assessment, page)
 
 
@@ -99,13 +100,31 @@ def _asked(config: EvaluateConfig) -> tuple[EvaluationSection, Path | None]:
     return merged, None if file is None else started_in / file if "file" in own else Path(file)
 
 
+def _criteria(config: EvaluateConfig, suites: Sequence[Suite]) -> dict[str, str]:
+    """The bounds that were given, else those of the run's own criteria on what is asked."""
+    run, metrics = run_of(config.model.name), config.criteria.metrics
+    if run is None or "metrics" in config.criteria.model_fields_set:
+        return metrics
+    stored = (RunDirectory.read(run).facts.get("config") or {}).get("criteria") or {}
+    own: dict[str, str] = stored.get("metrics") or {}
+    kept = {title: text for title, text in own.items() if any(_measures(suite, title) for suite in suites)}
+    if left := own.keys() - kept.keys():
+        logger.info("the run's criteria on what is not asked now are left out: %s", ", ".join(sorted(left)))
+    return kept
+
+
+def _measures(suite: Suite, title: str) -> bool:
+    name = title.removeprefix(f"{suite.name}.")
+    return name != title and (suite.kind == "harness" or name in suite.metrics)
+
+
 def _suites(evaluation: EvaluationSection, file: Path | None) -> tuple[Suite, ...]:
     names: Sequence[str] = evaluation.suites
     if file is not None and "suites" not in evaluation.model_fields_set:
         names = ()  # questions alone were asked for
     if ALL in names:
         names = [*dict.fromkeys([*(each for each in names if each != ALL), *builtin_suites()])]
-    suites = load_suites(names, max_rows=evaluation.max_rows)
+    suites = load_suites(names, max_rows=evaluation.max_rows, with_questions=file is not None)
     if file is not None:
         own = questions_suite(file, system=evaluation.system, max_new_tokens=evaluation.max_new_tokens)
         suites = (own, *suites)
@@ -125,9 +144,29 @@ def _against(config: EvaluateConfig) -> tuple[ModelSection, datetime | None] | N
 
 
 def _folder(config: EvaluateConfig) -> Path:
+    """Where the page goes: a run's own folder, or one in it for each of its checkpoints and adapters."""
     if config.out is not None:
         return config.out
-    run = run_of(config.model.name)
-    if run is not None:
-        return run / FOLDER
-    return Path("runs") / FOLDER / (re.sub(r"[^A-Za-z0-9._-]+", "-", config.model.name).strip("-.") or "model")
+    run, name = run_of(config.model.name), config.model.name
+    if run is None:
+        return Path("runs") / FOLDER / _as_name(name)
+    inside = Path(name).expanduser().absolute().relative_to(run.absolute())
+    return run / FOLDER if inside == Path() else run / FOLDER / _as_name(str(inside))
+
+
+def _name(config: EvaluateConfig, suites: Sequence[str]) -> str:
+    """Of the page: another evaluation must not take the place of this one, nor of what training left."""
+    if config.out is not None:
+        return "evaluation"
+    name = "+".join(suites)
+    if name in TRAINING_NAMES or name.startswith(TRAINING_PREFIXES):
+        name = f"suite-{name}"
+    if config.against != BASE:
+        name += f"-against-{_as_name(config.against)}"
+    if len(name) > MAX_NAME_CHARS:
+        name = f"{name[: MAX_NAME_CHARS - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"

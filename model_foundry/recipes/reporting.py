@@ -162,8 +162,11 @@ def _next_commands(work: Work, run: RunDirectory) -> list[str]:
 
 
 def _notes(facts: Mapping[str, Any], session: Session, steps: list[dict[str, Any]]) -> tuple[str, ...]:
-    num_skipped = sum(step["skipped"] for step in steps)
+    num_skipped, config = sum(step["skipped"] for step in steps), session.work.config
     notes = [f"Resumed from step {each['from_step']}." for each in facts.get("resumed", [])]
+    if isinstance(config, TrainConfig) and (unmeasured := config.unmeasured_criteria()):
+        named = ", ".join(f"{name} (needs {needed})" for name, needed in unmeasured.items())
+        notes.append(f"Not checked, for nothing in this run measures it: {named}.")
     gate = session.work.gate
     if gate is not None and gate.failed:
         failed = ", ".join(check.name for check in gate.failed)

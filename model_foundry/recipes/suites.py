@@ -21,7 +21,7 @@ from model_foundry.evals.measures import MEASURES
 from model_foundry.evals.page import render_evaluation
 from model_foundry.evals.rehearsal import Asked, rehearse
 from model_foundry.evals.results import SuiteResult, read_result, run_suite
-from model_foundry.evals.suite import Suite, load_suite
+from model_foundry.evals.suite import QUESTIONS, Suite, load_suite
 from model_foundry.evals.targets import EngineTarget, OnProgress, Target
 from model_foundry.evals.verdict import Change, Verdict, changes, guard_check, judge, threshold_checks
 from model_foundry.rendering import Renderer
@@ -32,8 +32,11 @@ logger = logging.getLogger(__name__)
 FOLDER = "evaluation"
 
 
-def load_suites(names: Sequence[str], *, max_rows: int | None) -> tuple[Suite, ...]:
+def load_suites(names: Sequence[str], *, max_rows: int | None, with_questions: bool = False) -> tuple[Suite, ...]:
     """The suites by name or path, each with its first `max_rows` rows.
+
+    Args:
+        with_questions: the questions of `evaluation.file` are asked as well, as a suite of that name.
 
     Raises:
         ConfigError: there is no such suite, one is broken, two have one name, or `max_rows` has nothing to cut.
@@ -46,6 +49,9 @@ def load_suites(names: Sequence[str], *, max_rows: int | None) -> tuple[Suite, .
     twice = sorted({suite.name for suite in suites if sum(other.name == suite.name for other in suites) > 1})
     if twice:
         raise ConfigError(f"two suites are called {twice[0]}", where="evaluation.suites", hint="Rename one's file.")
+    if with_questions and any(suite.name == QUESTIONS for suite in suites):
+        what = f"a suite is called {QUESTIONS}, and so are those of evaluation.file"
+        raise ConfigError(what, where="evaluation.suites", hint="Rename the suite's file.")
     return suites
 
 
@@ -121,6 +127,8 @@ def assess(
             reasons = {**before[suite.name].missing, **result.missing}
             check = guard_check(suite.name, suite.guard, found[suite.name], reasons=reasons)
             checks += [] if check is None else [check]
+    for name in bounds.keys() - {suite.name for suite in suites}:  # a run's own questions
+        checks += threshold_checks(name, bounds[name], after[name])
     return Assessment(after, before, found, tuple(checks))
 
 
@@ -202,7 +210,8 @@ def kept_result(path: Path, suite: Suite) -> SuiteResult | None:
     except (ValueError, DataError) as error:
         logger.warning("%s is asked again: %s", suite.name, error)
         return None
-    return result if result.digest == suite.digest else None
+    has_all = set(suite.metrics) <= {*result.metrics, *result.missing}
+    return result if result.digest == suite.digest and has_all else None
 
 
 def keep_result(path: Path, result: SuiteResult) -> None:

@@ -67,6 +67,16 @@ def test_the_environment_chooses_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     assert model_name("FT_TEST_MODEL", "FT_E2E_MODEL_ID") == "mine"
 
 
+def test_the_report_names_the_model_of_each_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tier 2 takes FT_TEST_MODEL first and tier 3 FT_E2E_MODEL_ID, and the report named one for both."""
+    monkeypatch.setenv("FT_TEST_MODEL", "no-such-a")
+    monkeypatch.setenv("FT_E2E_MODEL_ID", "no-such-b")
+    monkeypatch.setenv(ENABLE, "1")
+    assert main(["real-model", "mlx", "--short", "--out", str(tmp_path)]) == 1
+    tiers = json.loads((tmp_path / "report.json").read_text())["tiers"]
+    assert [tier["model"] for tier in tiers] == ["no-such-a", "no-such-b"]
+
+
 def test_every_target_runs_tiers_that_there_are() -> None:
     """A renamed tier would leave a target that fails before it begins."""
     text = (Path(__file__).parents[2] / "Makefile").read_text()

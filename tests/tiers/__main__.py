@@ -66,7 +66,6 @@ def write_report(out: Path, done: Sequence[Tier], *, short: bool) -> Path:
     report: dict[str, Any] = {
         "passed": not any(tier.failures for tier in done),
         "short": short,
-        "model": real_model.model_name("FT_E2E_MODEL_ID", "FT_TEST_MODEL"),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "tiers": [tier.as_dict() for tier in done],
     }

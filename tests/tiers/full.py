@@ -53,7 +53,7 @@ def run_ollama(tier: Tier, *, short: bool) -> None:
 
 
 def _begin(tier: Tier, *, num_questions: int) -> bool:
-    model = model_name("FT_E2E_MODEL_ID", "FT_TEST_MODEL")
+    model = tier.model = model_name("FT_E2E_MODEL_ID", "FT_TEST_MODEL")
     facts = partial(write_facts, tier.folder, num_questions=num_questions)
     return bool(tier.step(f"cache {model}", partial(cache, model)) and tier.step("facts", facts))
 

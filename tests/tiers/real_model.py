@@ -24,7 +24,7 @@ def run(tier: Tier) -> None:
     if os.environ.get(ENABLE) != "1":
         tier.step("permission", lambda: _refuse())
         return
-    model = model_name("FT_TEST_MODEL", "FT_E2E_MODEL_ID")
+    model = tier.model = model_name("FT_TEST_MODEL", "FT_E2E_MODEL_ID")
     if not (tier.step(f"cache {model}", lambda: cache(model)) and tier.step("facts", lambda: write_facts(tier.folder))):
         return
     config = write_config(tier.folder, model, criteria=CRITERIA, max_steps=24, batch_size=8)

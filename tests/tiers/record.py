@@ -40,12 +40,14 @@ class Tier:
     Attributes:
         folder: where its files are; empty at the start.
         limit_seconds: how long it may take on a laptop; reported, not judged, for a busy machine is no fault.
+        model: what it trains, where that is one of a name.
         num_runs: training runs that finished.
     """
 
     name: str
     folder: Path
     limit_seconds: int
+    model: str | None = None
     steps: list[Step] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     num_runs: int = 0
@@ -92,6 +94,7 @@ class Tier:
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "model": self.model,
             "passed": not self.failures,
             "failures": self.failures,
             "missing": self.missing,

@@ -11,11 +11,12 @@ from click.testing import CliRunner, Result
 from model_foundry.checkpoint.store import FINAL
 from model_foundry.cli.runs import command, find_runs, size_text
 from model_foundry.errors import RunError, UsageError
-from model_foundry.evals.suite import Suite
+from model_foundry.evals.suite import Suite, load_suite
 from model_foundry.recipes.suites import assess, write_assessment
 from model_foundry.run.directory import RunDirectory
 from tests.unit.evals.scripted_target import ScriptedTarget
 from tests.unit.evals.test_kinds import ask
+from tests.unit.evals.test_suite import write
 from tests.unit.evals.test_verdict import suite_of
 
 
@@ -110,11 +111,13 @@ def test_comparison_names_the_keys_and_the_final_numbers(tmp_path: Path) -> None
         run("compare", a, tmp_path)
 
 
-def evaluated(run_dir: Path, suite: Suite, num_right: int) -> Path:
+def evaluated(run_dir: Path, suite: Suite, num_right: int, *, part: str = "", name: str = "evaluation") -> Path:
     target = ScriptedTarget(lambda prompt, *_: "yes" if int(prompt[:2]) < num_right else "no")
+    target.name = str(run_dir / part)
     result = ask(suite, target)
-    facts = {"model": str(run_dir), "against": None}
-    write_assessment(run_dir / "evaluation", facts, assess([suite], after={suite.name: result}, before={}, bounds={}))
+    facts, found = {"model": target.name, "against": None}, assess([suite], after={suite.name: result}, before={},
+                                                                   bounds={})  # fmt: skip
+    write_assessment(run_dir / "evaluation", facts, found, name=name)
     return run_dir
 
 
@@ -138,7 +141,7 @@ def test_results_of_other_rows_are_shown_and_not_compared(tmp_path: Path) -> Non
     b = evaluated(make_run(tmp_path / "b"), suite_of(tmp_path, 12), 12)
     c = make_run(tmp_path / "c")
     line = next(line for line in run("compare", a, b, c).output.splitlines() if line.startswith("mine.exact"))
-    assert line.split()[1:] == ["50.0", "%", "100.0", "%", "(other", "rows)", "–"]
+    assert line.split()[1:] == ["50.0", "%", "100.0", "%", "(other", "rows", "or", "decoding)", "–"]
     with pytest.raises(UsageError, match="one run alone"):
         run("compare", a)
 
@@ -148,3 +151,34 @@ def test_results_of_other_rows_are_shown_and_not_compared(tmp_path: Path) -> Non
 )
 def test_sizes_by_example(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+def test_runs_are_held_against_the_first_that_has_the_suite(tmp_path: Path) -> None:
+    """Where the first run lacked a suite, results of 10 and of 12 rows stood side by side without a word."""
+    a = make_run(tmp_path / "a")
+    b = evaluated(make_run(tmp_path / "b"), suite_of(tmp_path, 10), 5)
+    c = evaluated(make_run(tmp_path / "c"), suite_of(tmp_path, 12), 12)
+    d = evaluated(make_run(tmp_path / "d"), suite_of(tmp_path, 10), 10)
+    line = next(line for line in run("compare", a, b, c, d).output.splitlines() if line.startswith("mine.exact"))
+    assert line.split()[1:] == ["–", "50.0", "%", "100.0", "%", "(other", "rows", "or", "decoding)", "100.0", "%",
+                                "better"]  # fmt: skip
+
+
+def test_more_metrics_of_the_same_rows_are_the_same_rows(tmp_path: Path) -> None:
+    """One metric more in a suite made all of it incomparable."""
+    rows = [{"prompt": f"{n:02d}?", "answer": "yes"} for n in range(10)]
+    a = evaluated(make_run(tmp_path / "a"), load_suite(str(write(tmp_path, rows, metrics=["exact"]))), 5)
+    b = evaluated(make_run(tmp_path / "b"), load_suite(str(write(tmp_path, rows, metrics=["exact", "f1"]))), 5)
+    lines = [line.split() for line in run("compare", a, b).output.splitlines() if line.startswith("mine.")]
+    assert lines == [["mine.exact", "50.0", "%", "50.0", "%", "same"], ["mine.f1", "–", "50.0", "%"]]
+
+
+def test_a_checkpoint_s_result_is_not_the_run_s(tmp_path: Path) -> None:
+    """What step 10 answered was shown as what the run answers, since it was asked last."""
+    suite = suite_of(tmp_path, 10)
+    a = evaluated(make_run(tmp_path / "a"), suite, 8)
+    (a / "checkpoints" / "step-10").mkdir()
+    evaluated(a, suite, 1, part="checkpoints/step-10", name="mine")
+    b = evaluated(make_run(tmp_path / "b"), suite, 8)
+    line = next(line for line in run("compare", a, b).output.splitlines() if line.startswith("mine.exact"))
+    assert line.split()[1:] == ["80.0", "%", "80.0", "%", "same"]

@@ -118,6 +118,12 @@ def test_the_first_rows_alone_are_another_suite_and_what_is_left_out_is_counted(
         str(write(tmp_path, [ROW | {"prompt": f"{n}?"} for n in range(5)], thresholds={"f1": "> 0.1"}))
     )
     assert bounded.digest == suite.digest  # a bound changes no question
+    same: list[dict[str, Any]] = [{"metrics": ["f1", "exact"]}, {"decoding": {"temperature": 0}}, {"max_rows": 9}]
+    for more in same:
+        assert load_suite(str(write(tmp_path, rows, **more))).digest == suite.digest, more
+    other: list[dict[str, Any]] = [{"decoding": {"temperature": 1}}, {"system": "Be brief."}, {"language": "lua"}]
+    for more in other:
+        assert load_suite(str(write(tmp_path, rows, **more))).digest != suite.digest, more
 
 
 def test_questions_take_every_training_format(tmp_path: Path) -> None:
