@@ -188,10 +188,12 @@ class ContinuousBatch:
         adapter: str | None = None,
         top_logprobs: int = 0,
         copy: int = 0,
+        client: str = "",
     ) -> int:
         """Queue a prompt int32 [T], T ≥ 1; returns the sequence's number.
 
-        `copy` tells samples of one prompt and seed apart, which are drawn differently.
+        `copy` tells samples of one prompt and seed apart, which are drawn differently. What one `client` has asked is
+        computed anew for another, who could tell by the time it takes that it was asked before.
 
         Raises:
             EngineError: parameters that mean nothing, a prompt that is empty, too long or outside the vocabulary, one
@@ -206,7 +208,7 @@ class ContinuousBatch:
         if adapter is not None and adapter not in self._adapters:
             raise self._no_adapter(adapter)
         weights = None if adapter is None else self._adapters[adapter]
-        hashes = PromptHashes.of(prompt, 0 if weights is None else weights.number)
+        hashes = PromptHashes.of(prompt, 0 if weights is None else weights.number, client)
         sequence = _Sequence(
             next(self._numbers), prompt, params, weights, top_logprobs, random_source(prompt, copy), hashes
         )

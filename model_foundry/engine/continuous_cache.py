@@ -39,10 +39,10 @@ class PromptHashes:
     whole: bytes
 
     @classmethod
-    def of(cls, prompt: np.ndarray, adapter: int) -> PromptHashes:
-        """prompt: int32 [T]; adapter: a number that no other weights have."""
+    def of(cls, prompt: np.ndarray, adapter: int, client: str = "") -> PromptHashes:
+        """prompt: int32 [T]; adapter: a number that no other weights have; client: who alone may find it again."""
         data = np.ascontiguousarray(prompt, dtype="<i4")
-        digest = hashlib.sha256(f"adapter {adapter}".encode()).digest()
+        digest = hashlib.sha256(f"adapter {adapter} {client}".encode()).digest()
         blocks = []
         for first in range(0, len(data) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             digest = hashlib.sha256(digest + data[first : first + BLOCK_TOKENS].tobytes()).digest()

@@ -99,16 +99,17 @@ def ask_reference(subject: Subject, merge: Merge, kind: Kind) -> tuple[Subject, 
     Raises:
         ModelError: no prompt fits the context that the export has. EngineError, TemplateError: as `make_probe`.
     """
-    context = None
+    context, called = None, "context"
     if is_native(merge.config):
         config = ModelConfig.from_hf(merge.config)
         by_llama_cpp = kind in ("gguf", "gguf-adapter", "ollama")
         context = gguf_context(config) if by_llama_cpp else config.max_position_embeddings
+        called = "context" if context == config.max_position_embeddings else "sliding window"
     if context is None:
         return subject, make_probe(merge, subject.renderer, subject.prompts), None
-    prompts = prompts_that_fit(subject.renderer, subject.prompts, context)
+    prompts = prompts_that_fit(subject.renderer, subject.prompts, context, called=called)
     num_left = len(subject.prompts) - len(prompts)
-    note = f"{num_left} of {len(subject.prompts)} prompts do not fit its context of {context} and were not asked"
+    note = f"{num_left} of {len(subject.prompts)} prompts do not fit its {called} of {context} and were not asked"
     probe = make_probe(merge, subject.renderer, prompts, context=context)
     return replace(subject, prompts=prompts), probe, note if num_left else None
 

@@ -119,7 +119,7 @@ def load_with_adapter(base: Path, adapter: Path | None) -> LanguageModel:
 
 
 def prompts_that_fit(
-    renderer: Renderer, prompts: Sequence[Sequence[Message]], context: int
+    renderer: Renderer, prompts: Sequence[Sequence[Message]], context: int, *, called: str = "context"
 ) -> tuple[tuple[Message, ...], ...]:
     """Those that leave room for an answer.
 
@@ -129,7 +129,7 @@ def prompts_that_fit(
     lengths = [len(renderer.prompt(prompt)) for prompt in prompts]
     kept = tuple(tuple(prompt) for prompt, n in zip(prompts, lengths, strict=True) if n + LEAST_ANSWER <= context)
     if not kept:
-        what = f"none of {len(prompts)} prompts fits its context of {context}: the shortest has {min(lengths)} tokens"
+        what = f"none of {len(prompts)} prompts fits its {called} of {context}: the shortest has {min(lengths)} tokens"
         raise ModelError(what, hint="Export the run, whose own questions (evaluation.file) fit, or shorten those.")
     return kept
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ class LlamaServer:
             library: Any = import_module("xllamacpp")  # compiled, so no type is known
         except ImportError as error:
             raise MissingExtraError("xllamacpp", "gguf") from error
+        _try_to_open(path, adapter, context=context, num_slots=num_slots)
         parameters: Any = library.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx = context * num_slots
@@ -83,10 +85,7 @@ class LlamaServer:
                 parameters.hostnames = [str(listening)]
                 self._server: Any = library.Server(parameters)
         except RuntimeError as error:
-            what = "it" if adapter is None else f"it with {adapter.name} on top"
-            hint = "It may be cut short or damaged: compare its size, or fetch it again." if adapter is None else None
-            what = f"llama.cpp does not load {what}: {_reason(path, adapter, error)}"
-            raise ModelError(what, where=str(path), hint=hint) from error
+            raise _refused(path, adapter, str(error)) from error
         self._server.handle_metrics()  # its loop answers; a server that goes before the loop runs waits for it for ever
 
     def complete(self, asked: Mapping[str, Any], on_answer: OnAnswer | None = None) -> Any:
@@ -112,36 +111,54 @@ def private_socket() -> Iterator[Path]:
 _OPEN = """
 import os, sys, xllamacpp
 parameters = xllamacpp.CommonParams()
-parameters.model.path, parameters.n_ctx, parameters.warmup, parameters.verbosity = sys.argv[2], 64, False, 1
-parameters.hostnames = [sys.argv[1]]
-parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in sys.argv[3:]]
+parameters.hostnames, parameters.model.path = [sys.argv[1]], sys.argv[2]
+parameters.n_ctx, parameters.n_parallel = int(sys.argv[3]) * int(sys.argv[4]), int(sys.argv[4])
+parameters.warmup, parameters.verbosity = False, 1
+parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in sys.argv[5:]]
 try:
-    xllamacpp.Server(parameters)
-finally:
-    os._exit(0)
+    kept = xllamacpp.Server(parameters)  # let go, it might wait for its loop for ever
+    kept.handle_completions({"prompt": [0], "max_tokens": 1})
+except RuntimeError as error:
+    sys.stderr.write(f"\\n{error}\\n")
+    sys.stderr.flush()
+    os._exit(3)
+os._exit(0)
 """
+_REASON = re.compile(
+    r" E (?:gguf_init_from_\w+|llama_model_load: error loading model"
+    r"|llama_adapter_lora_init\w*: failed to apply lora adapter): (.+)"
+)
 
 
-def _reason(path: Path, adapter: Path | None, error: RuntimeError) -> str:
-    """What llama.cpp logs while it refuses a file, which its exception keeps to itself; asked in a child process."""
-    try:
-        with private_socket() as socket:
-            command = [
-                sys.executable,
-                "-c",
-                _OPEN,
-                str(socket),
-                str(path),
-                *([] if adapter is None else [str(adapter)]),
-            ]
-            child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return str(error).rstrip(".")
-    known = (
-        r" E (?:llama_model_load: error loading model|llama_adapter_lora_init\w*: failed to apply lora adapter): (.+)"
-    )
-    found = re.search(known, child.stderr)
-    return (str(error) if found is None else found[1].strip()).rstrip(".")
+def _try_to_open(path: Path, adapter: Path | None, *, context: int, num_slots: int) -> None:
+    """Open the file in a child process first, and ask for a token: llama.cpp ends the process that it is in at some
+    damaged files, then or at the first question. What it logs while it refuses one, its exception keeps to itself.
+
+    Raises:
+        ModelError: it does not open there, with llama.cpp's own reason.
+    """
+    with private_socket() as socket:
+        command = [sys.executable, "-c", _OPEN, str(socket), str(path), str(context), str(num_slots)]
+        command += [] if adapter is None else [str(adapter)]
+        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+        try:
+            child = subprocess.run(
+                command, env=environment, capture_output=True, text=True, errors="replace", timeout=600, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _refused(path, adapter, "it was not done within ten minutes") from error
+    if child.returncode == 0:
+        return
+    found, lines = _REASON.search(child.stderr), child.stderr.strip().splitlines()
+    if child.returncode < 0:
+        raise _refused(path, adapter, f"its process ends with {signal.Signals(-child.returncode).name}")
+    raise _refused(path, adapter, found[1] if found else (lines or ["no reason given"])[-1])
+
+
+def _refused(path: Path, adapter: Path | None, reason: str) -> ModelError:
+    what = "it" if adapter is None else f"it with {adapter.name} on top"
+    hint = "It may be cut short or damaged: compare its size, or fetch it again." if adapter is None else None
+    return ModelError(f"llama.cpp does not load {what}: {reason.strip().rstrip('.')}", where=str(path), hint=hint)
 
 
 def refusal(answer: Any) -> str:

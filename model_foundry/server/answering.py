@@ -73,7 +73,7 @@ class Answering:
         """
         started = time.monotonic()
         model = self.catalog.find(model.name)  # its prompt took time, and its adapter may be another one by now
-        requests = self._requests(model, prompts, sampling)
+        requests = self._requests(model, prompts, sampling, client=client)
         deadline = started + self.limits.request_seconds
         self.catalog.hold(model)
         try:
@@ -86,7 +86,9 @@ class Answering:
             raise
         return Answers(self, model, prompts, requests, sampling, ticket, started=started, deadline=deadline)
 
-    def _requests(self, model: ServedModel, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[TokenRequest]:
+    def _requests(
+        self, model: ServedModel, prompts: Sequence[np.ndarray], sampling: Sampling, *, client: str
+    ) -> list[TokenRequest]:
         count = sampling.n * len(prompts)
         most = min(self.limits.n, self.admission.places)
         if count > most:
@@ -104,6 +106,7 @@ class Answering:
                 stop_token_ids=model.renderer.stop_token_ids,
                 adapter=model.adapter,
                 top_logprobs=sampling.top_logprobs,
+                client=client,
             )
             requests += [replace(request, seed=_nth_seed(first_seed, number)) for number in range(sampling.n)]
         return requests

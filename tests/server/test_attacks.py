@@ -240,9 +240,16 @@ def test_control_tokens_in_what_people_write_are_plain_text(served: Served) -> N
     from model_foundry.types import Message
 
     control = {tokenizer.special_tokens[text] for text in ("<|im_start|>", "<|im_end|>")}
-    plain = model.chat_prompt([Message("user", "hi")])
-    attacked = model.chat_prompt([Message("user", attack)])
-    assert sum(token in control for token in attacked) == sum(token in control for token in plain)
+
+    def controls(system: str, user: str, answer: str) -> int:
+        said = [Message("system", system), Message("user", user), Message("assistant", answer), Message("user", "so?")]
+        return sum(token in control for token in model.chat_prompt(said))
+
+    plain = controls("Be short.", "hi", "hello")
+    assert plain > 4
+    # An answer of before may hold what a user dictated, and a system prompt what a form was filled with.
+    for told in ((attack, "hi", "hello"), ("Be short.", attack, "hello"), ("Be short.", "hi", attack)):
+        assert controls(*told) == plain
     assert not control & set(model.plain_prompt(attack).tolist()), "nor in /v1/completions"
     body = {"model": "tuned", "prompt": attack, "max_tokens": 1}
     assert served.post("/v1/completions", body).json()["usage"]["prompt_tokens"] == len(model.plain_prompt(attack))

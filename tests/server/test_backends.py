@@ -20,6 +20,7 @@ from model_foundry.models import llama_cpp
 from model_foundry.server.delegated import command_for
 from model_foundry.server.kept_options import KEPT
 from model_foundry.server.opening import choose_backend, open_model
+from model_foundry.server.security import add_key
 from tests.serving import Served, serving
 from tests.tiny_exports import make_subject
 from tests.tiny_runs import assert_one_paragraph, foundry_here
@@ -60,6 +61,20 @@ def test_a_gguf_answers_as_the_adapter_that_it_was_made_from(by_llama_cpp: Serve
     assert [each["text"] for each in theirs] == [each["text"] for each in ours]
     for one, other in zip(theirs, ours, strict=True):
         assert one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_llama_cpp_keeps_no_prompts_where_several_ask(gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its slots are anybody's: what one key had asked was there for another, in a shorter time and a larger count."""
+    names = ("ann", "ben")
+    keys = [add_key(tmp_path / "keys.json", name, rate=None, burst=None, admin=False) for name in names]
+    secret = {"prompt": "The merger will be announced on Monday. " * 6, "max_tokens": 1}
+    with serving(gguf[0], access__keys_file=tmp_path / "keys.json", batch__max_sequences=1) as served:
+        answers = [served.post("/generate", secret, key=key).json() for key in (*keys[:1], *keys[:1], *keys)]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached[1] > 0, "one's own is found while nobody else asks"
+    assert (cached[0], *cached[3:]) == (0, 0)
 
 
 @needs_llama_cpp

@@ -106,6 +106,18 @@ def test_a_key_over_its_rate_gets_429_and_others_do_not(guarded: Served, keys: d
         client.models.list()
 
 
+def test_nobody_can_tell_what_another_key_has_asked(guarded: Served, keys: dict[str, str]) -> None:
+    """vLLM CVE-2025-46570: a prompt that another client had sent was answered sooner, and counted as cached."""
+    secret = {"prompt": "The merger of A and B will be announced on Monday. " * 12, "max_tokens": 1}
+
+    def cached(name: str) -> int:
+        usage = guarded.post("/generate", secret, key=keys[name]).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert (cached("alice"), cached("root")) == (0, 0)
+    assert cached("alice") > 64, "one's own is found"
+
+
 def test_adapters_come_and_go_by_an_admins_word(guarded: Served, keys: dict[str, str]) -> None:
     root = keys["root"]
     assert guarded.post("/adapters", {"name": "third"}, key=keys["alice"]).status_code == 403

@@ -35,6 +35,7 @@ class TokenRequest:
         max_tokens: at least 1; prompt and answer fit the context.
         adapter: the adapter on top of the base, or None.
         top_logprobs: how many alternatives to report with each token; None reports no probabilities.
+        client: who asks. A prompt that is computed already is not found by others.
     """
 
     prompt: np.ndarray
@@ -46,6 +47,7 @@ class TokenRequest:
     stop_token_ids: tuple[int, ...]
     adapter: str | None = None
     top_logprobs: int | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,13 @@ class LlamaCppBackend:
         self._server = LlamaServer(path, context=context, num_slots=num_slots, num_threads=num_threads)
         self._threads = ThreadPoolExecutor(num_slots, thread_name_prefix="foundry-llama")
         self._closed = False
+        self._clients: set[str] = set()
 
     async def stream(self, request: TokenRequest) -> AsyncGenerator[Piece, None]:
         loop = asyncio.get_running_loop()
+        self._clients.add(request.client)
+        # Its slots are anybody's: where several clients ask, what one has sent must not be found for another.
+        asked = _asked(request) | {"cache_prompt": len(self._clients) == 1}
         answers: asyncio.Queue[Any] = asyncio.Queue()
         stopped = False
 
@@ -45,7 +49,7 @@ class LlamaCppBackend:
 
         def ask() -> None:
             try:
-                self._server.complete(_asked(request), on_answer)
+                self._server.complete(asked, on_answer)
             except Exception as error:
                 loop.call_soon_threadsafe(answers.put_nowait, error)
             loop.call_soon_threadsafe(answers.put_nowait, None)

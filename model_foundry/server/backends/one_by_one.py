@@ -44,7 +44,13 @@ class OneByOne:
         self._numbers = itertools.count()
 
     def add(
-        self, prompt: np.ndarray, params: SamplingParams, *, adapter: str | None = None, top_logprobs: int = 0
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        top_logprobs: int = 0,
+        client: str = "",
     ) -> int:
         """Raises: EngineError: an adapter, or other tokens' probabilities, which are not to be had this way."""
         if adapter is not None:

@@ -46,7 +46,13 @@ class Batch(Protocol):
     """What is needed of `ContinuousBatch`; one thread calls it."""
 
     def add(
-        self, prompt: np.ndarray, params: SamplingParams, *, adapter: str | None = None, top_logprobs: int = 0
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        top_logprobs: int = 0,
+        client: str = "",
     ) -> int: ...
     def cancel(self, number: int) -> None: ...
     def step(self) -> Any: ...
@@ -238,7 +244,11 @@ class TorchBackend:
         )
         try:
             number = self._batch.add(
-                request.prompt, params, adapter=request.adapter, top_logprobs=request.top_logprobs or 0
+                request.prompt,
+                params,
+                adapter=request.adapter,
+                top_logprobs=request.top_logprobs or 0,
+                client=request.client,
             )
         except FoundryError as error:
             _tell(stream.loop, [(stream, PromptRefusedError(error.what, hint=error.hint))])

@@ -85,6 +85,9 @@ def test_a_short_context_asks_the_prompts_that_fit_and_says_so(subject: Subject,
     assert any(note.startswith("1 of 4 prompts do not fit its context") for note in certificate["notes"])
     with pytest.raises(ModelError, match=f"none of 1 prompts fits its context of {context}"):
         export(replace(short, prompts=prompts[3:]), tmp_path / "out-2", kind="merged")
+    sliding = make_subject(tmp_path / "sliding", "mistral-full", sliding_window=context)
+    with pytest.raises(ModelError, match=f"fits its sliding window of {context}"):
+        export(replace(sliding, prompts=prompts[3:]), tmp_path / "out-3", kind="gguf", quants=("f16",))
 
 
 def test_an_adapter_is_handed_over_with_its_tokenizer(subject: Subject, tmp_path: Path) -> None:
