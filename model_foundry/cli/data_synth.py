@@ -7,8 +7,12 @@ from pathlib import Path
 
 import click
 
+from model_foundry.errors import UsageError
+
 # The kinds of data/synth/writing.py, spelt out so that --help reads no data module; a test compares them.
 KINDS = ("chat", "instruction", "preference", "kto", "text", "geography", "arithmetic", "pattern")
+
+USUAL_HELDOUT = 40
 
 
 @click.command()
@@ -17,10 +21,10 @@ KINDS = ("chat", "instruction", "preference", "kto", "text", "geography", "arith
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which rows.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Where they go.")
 @click.option("--heldout", type=click.Path(path_type=Path), metavar="FILE", help="Where questions to hold out go.")
-@click.option("--heldout-rows", type=click.IntRange(min=1), default=40, show_default=True, help="How many questions.")
+@click.option("--heldout-rows", type=click.IntRange(min=1), help="How many questions; default 40.")
 @click.option("--json", "as_json", is_flag=True, help="Print what a program would read.")
 def command(
-    kind: str, num_rows: int, seed: int, out: Path, heldout: Path | None, heldout_rows: int, as_json: bool
+    kind: str, num_rows: int, seed: int, out: Path, heldout: Path | None, heldout_rows: int | None, as_json: bool
 ) -> None:
     """Write synthetic rows of KIND for tests and demonstrations.
 
@@ -30,7 +34,10 @@ def command(
     """
     from model_foundry.data.synth.writing import write_synthetic
 
-    done = write_synthetic(kind, out, num_rows=num_rows, seed=seed, heldout=heldout, num_heldout=heldout_rows)
+    if heldout_rows is not None and heldout is None:
+        raise UsageError("--heldout-rows says how many questions, and --heldout not where", hint="Add --heldout FILE.")
+    number = USUAL_HELDOUT if heldout_rows is None else heldout_rows
+    done = write_synthetic(kind, out, num_rows=num_rows, seed=seed, heldout=heldout, num_heldout=number)
     if as_json:
         facts = {"kind": kind, "seed": seed, "out": str(out), "rows": done.num_rows}
         facts |= {"heldout": None if heldout is None else str(heldout), "heldout_rows": done.num_heldout}

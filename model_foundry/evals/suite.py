@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -251,6 +252,9 @@ def _guard(values: Mapping[str, Any], metrics: Sequence[str], where: str) -> dic
     for name, borne in given.items():
         if isinstance(borne, bool) or not isinstance(borne, int | float) or not borne >= 0:
             raise ConfigError(f"{borne!r} is no amount", where=f"{where}: guard.{name}", hint="Write 0 or more.")
+        if math.isinf(borne) or (borne > 1 and find_measure(name, where=where).span):
+            hint = "Metrics from 0 to 1 lose 1 at most: 5 % are 0.05."
+            raise ConfigError(f"{borne!r} guards nothing", where=f"{where}: guard.{name}", hint=hint)
     return {name: float(borne) for name, borne in given.items()}
 
 

@@ -214,7 +214,7 @@ class Verdict:
 def judge(checks: Sequence[Check]) -> Verdict:
     """Ship where every check held."""
     if not checks:
-        return Verdict(None, ("no bound and no guarded metric was asked for",))
+        return Verdict(None, ("there is no bound, and no guarded metric with something to compare it with",))
     failed = [check for check in checks if not check.passed]
     reasons = tuple(f"{check.name}: {check.evidence} Wanted: {check.bound}." for check in failed)
     return Verdict(not failed, reasons or (f"all {len(checks)} checks held",))

@@ -11,7 +11,7 @@ from model_foundry.cli import data_synth
 from model_foundry.cli.data import command
 from model_foundry.data.synth.writing import KINDS
 from model_foundry.data.writers import WRITERS
-from model_foundry.errors import DataError
+from model_foundry.errors import DataError, UsageError
 
 
 def invoke(*arguments: object) -> Result:
@@ -58,6 +58,9 @@ def test_questions_come_with_the_sets_whose_answers_are_known(tmp_path: Path) ->
         "kind": "pattern", "seed": 0, "out": str(rows), "rows": 50, "heldout": str(questions), "heldout_rows": 7,
     }  # fmt: skip
     assert len(questions.read_text().splitlines()) == 7
+    refused = invoke("synth", "pattern", "--out", tmp_path / "more.jsonl", "--heldout-rows", 7)
+    assert isinstance(refused.exception, UsageError), "a number of questions was passed over where no file was named"
+    assert not (tmp_path / "more.jsonl").exists()
 
 
 def test_the_help_names_every_kind_and_format() -> None:

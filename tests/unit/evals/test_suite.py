@@ -68,6 +68,8 @@ def test_the_default_bounds_are_the_field_s(tmp_path: Path) -> None:
     ({"thresholds": {"bleu": "> 0.1"}}, ("does not measure bleu",)),
     ({"thresholds": {"f1": "much"}}, ("'much' is no bound", "thresholds.f1")),
     ({"guard": {"f1": -1}}, ("-1 is no amount",)),
+    ({"guard": {"f1": 5}}, ("5 guards nothing", "5 % are 0.05")),
+    ({"metrics": ["grade"], "guard": {"grade": float("inf")}}, ("inf guards nothing",)),
     ({"treshold": {}}, ("no key 'treshold'", "thresholds")),
     ({"kind": "anwsers"}, ("is no kind of suite",)),
     ({"rows": "missing.jsonl"}, ("no such file", "missing.jsonl")),
