@@ -52,7 +52,8 @@ class ServiceConfig(Section):
     """Memory for adapters being trained, with gradients and moments, in MB; with more, those not used for longest wait
     on the disk. Default: as much as max_resident_models of them take."""
     max_models_per_key: PositiveInt = 64
-    """Models that one key may have; with more, creating one is answered with 429."""
+    """Models that one key may have; with more, creating one is answered with 429. Those of finished and of silent
+    sessions do not count, and beyond this number they are unloaded, longest silent first."""
     max_waiting_per_key: PositiveInt = 4096
     """Operations of one key that may wait; with more, another is answered with 429."""
     max_checkpoint_mb_per_key: PositiveInt | None = None
@@ -62,7 +63,8 @@ class ServiceConfig(Section):
     snapshot_seconds: Seconds = 10.0
     """Work on a model after which it is written down; what was done since is done again after a crash."""
     session_timeout_seconds: Seconds = 600.0
-    """A session that was not heard of for so long gives up its memory; it goes on when it is heard of again."""
+    """A session that was not heard of for so long gives up its memory; it goes on when it is heard of again. So
+    long after a session was finished, its models are unloaded."""
     result_hours: Annotated[float, Field(gt=0)] = 24.0
     """Hours for which the result of an operation can be asked for again."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

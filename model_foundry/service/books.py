@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,19 @@ class Operation:
     is_cancelled: bool = False
 
 
+_NOT_NEEDED = b""
+"""In place of the body of an operation that was done and is no part of its model's state. None: it was, and a snapshot
+has it."""
+
+
+def _changes_state(operation: Operation) -> bool:
+    if operation.failed:
+        return False
+    if operation.kind == "forward_backward":
+        return operation.loss is not None
+    return operation.kind in ("optim_step", "load_weights")
+
+
 class TakenError(Exception):
     """A model's id is another's already."""
 
@@ -117,7 +131,11 @@ Effect = Callable[[], None]
 
 
 class Books:
-    """Everything but results, which are read from the journal."""
+    """Everything but results, which are read from the journal.
+
+    Attributes:
+        checkpoints: never changed, always replaced, so any thread may look through it.
+    """
 
     def __init__(self, journal: Journal, *, clock: Callable[[], float] = time.time) -> None:
         self.journal = journal
@@ -126,6 +144,7 @@ class Books:
         self.models: dict[str, Model] = {}
         self.samplers: dict[str, Sampler] = {}
         self.checkpoints: dict[tuple[str, str, str], Checkpoint] = {}
+        self._changing = threading.Lock()
         journal.read(self._read)
 
     def _read(self, connection: Connection) -> None:
@@ -151,11 +170,12 @@ class Books:
         return self.journal.read(read)
 
     def done_after(self, model_id: str, seq: int) -> list[Operation]:
-        """A model's operations after `seq` that were done and not refused, in order: its state is made of them."""
+        """A model's operations after `seq` that its state is made of, in order; without a body where it is not kept."""
 
         def read(connection: Connection) -> list[Operation]:
             table = tables.operations
-            wanted = (table.c.lane == model_id, table.c.seq > seq, table.c.finished.is_not(None), ~table.c.failed)
+            wanted = (table.c.lane == model_id, table.c.seq > seq, table.c.finished.is_not(None), ~table.c.failed,
+                      table.c.body.is_(None) | (table.c.body != _NOT_NEEDED))  # fmt: skip
             return [_operation(row) for row in connection.execute(select(table).where(*wanted).order_by(table.c.seq))]
 
         return self.journal.read(read)
@@ -202,7 +222,8 @@ class Books:
         return write
 
     def answer(self, operation: Operation, *changes: Work[Any]) -> Work[None]:
-        """Write an operation's reply, together with what it changed."""
+        """Write an operation's reply, together with what it changed; its body goes unless it may be done again."""
+        body = {} if _changes_state(operation) else {"body": _NOT_NEEDED}
 
         def write(connection: Connection) -> None:
             for change in changes:
@@ -218,6 +239,7 @@ class Books:
                     reply=operation.reply,
                     loss=operation.loss,
                     num_tokens=operation.num_tokens,
+                    **body,
                 )
             )
 
@@ -237,50 +259,70 @@ class Books:
 
         return self.journal.read(read)
 
-    def drop_bodies(self, model_id: str, seq: int) -> Work[None]:
-        """Forget the bodies of operations up to `seq`: no snapshot that is kept needs them."""
+    def drop_bodies(self, model_id: str, seq: int | None = None) -> Work[None]:
+        """Forget the bodies of operations that were done, up to `seq`: no snapshot that is kept needs them."""
 
         def write(connection: Connection) -> None:
             table = tables.operations
-            old = (table.c.lane == model_id, table.c.seq <= seq, table.c.finished.is_not(None))
+            old = [table.c.lane == model_id, table.c.finished.is_not(None), table.c.body != _NOT_NEEDED]
+            if seq is not None:
+                old.append(table.c.seq <= seq)
             connection.execute(update(table).where(*old).values(body=None))
 
         return write
 
     def put(self, item: Session | Model | Sampler | Checkpoint) -> tuple[Work[None], Effect]:
         """Write a new or changed item, and what to do in memory when that is committed."""
-        table, home, key = self._home(item)
+        table, key = _place_of(item)
 
         def write(connection: Connection) -> None:
             connection.execute(_where_key(delete(table), table, key))
             connection.execute(insert(table).values(**_row(item)))
 
         def apply() -> None:
-            home[_in_memory(key)] = item
+            match item:
+                case Session():
+                    self.sessions[item.session_id] = item
+                case Model():
+                    self.models[item.model_id] = item
+                case Sampler():
+                    self.samplers[item.sampler_id] = item
+                case Checkpoint():
+                    with self._changing:
+                        self.checkpoints = {**self.checkpoints, item.key: item}
 
         return write, apply
 
-    def remove(self, item: Session | Model | Sampler | Checkpoint) -> tuple[Work[None], Effect]:
-        table, home, key = self._home(item)
+    def change(self, found: Checkpoint, **values: Any) -> tuple[Work[bool], Effect]:
+        """Change some of a checkpoint's columns. The work finds False, and changes nothing, where that checkpoint is
+        deleted by then, or another has its name.
+        """
+        table = tables.checkpoints
 
-        def write(connection: Connection) -> None:
-            connection.execute(_where_key(delete(table), table, key))
+        def write(connection: Connection) -> bool:
+            return connection.execute(_where_it_is(update(table), found).values(**values)).rowcount > 0
 
         def apply() -> None:
-            home.pop(_in_memory(key), None)
+            with self._changing:
+                now = self.checkpoints.get(found.key)
+                if now is not None and now.created == found.created:
+                    self.checkpoints = {**self.checkpoints, found.key: replace(now, **values)}
 
         return write, apply
 
-    def _home(self, item: Any) -> tuple[Any, dict[Any, Any], tuple[str, ...]]:
-        match item:
-            case Session():
-                return tables.sessions, self.sessions, (item.session_id,)
-            case Model():
-                return tables.models, self.models, (item.model_id,)
-            case Sampler():
-                return tables.samplers, self.samplers, (item.sampler_id,)
-            case _:
-                return tables.checkpoints, self.checkpoints, item.key
+    def remove(self, found: Checkpoint) -> tuple[Work[bool], Effect]:
+        """Forget a checkpoint; as `change` where another has its name by then."""
+
+        def write(connection: Connection) -> bool:
+            return connection.execute(_where_it_is(delete(tables.checkpoints), found)).rowcount > 0
+
+        def apply() -> None:
+            with self._changing:
+                now = self.checkpoints.get(found.key)
+                if now is not None and now.created == found.created:
+                    self.checkpoints = {key: each for key, each in self.checkpoints.items() if key != found.key}
+
+        return write, apply
 
     def checkpoint_at(self, path: str, owner: str | None) -> Checkpoint | None:
         """By `tinker://RUN/KIND/NAME`, where `owner` (None: anybody's) may see it."""
@@ -307,8 +349,23 @@ def model_facts(connection: Connection, model_id: str) -> dict[str, Any] | None:
     return None if row is None else json.loads(row.facts)
 
 
-def _in_memory(key: tuple[str, ...]) -> Any:
-    return key if len(key) > 1 else "".join(key)
+def _place_of(item: Any) -> tuple[Any, tuple[str, ...]]:
+    """An item's table, and its primary key there."""
+    match item:
+        case Session():
+            return tables.sessions, (item.session_id,)
+        case Model():
+            return tables.models, (item.model_id,)
+        case Sampler():
+            return tables.samplers, (item.sampler_id,)
+        case _:
+            return tables.checkpoints, item.key
+
+
+def _where_it_is(statement: Any, found: Checkpoint) -> Any:
+    """That checkpoint, and not another that took its name meanwhile."""
+    table = tables.checkpoints
+    return _where_key(statement, table, found.key).where(table.c.created == found.created)
 
 
 def _where_key(statement: Any, table: Any, key: tuple[str, ...]) -> Any:

@@ -35,6 +35,8 @@ async def copy_weights(front: Front, request: Request) -> Response:
         raise _taken(run_id)
     copy = _copy_of(front, source, run_id, session, asked)
     if known is None or copy.key not in front.books.checkpoints:
+        if copy.key in front.being_removed:
+            raise Refusal(409, f"{copy.path} is being deleted; ask again", {"Retry-After": "1"})
         try:
             front.executor.check_quota(copy.owner, where="copy_weights")
         except DataError as error:
@@ -66,9 +68,11 @@ async def _reserve(front: Front, source: Checkpoint, copy: Checkpoint, session: 
         for work, _ in puts:
             work(connection)
 
-    await front.commit(write)
-    for _, apply in puts:
-        apply()
+    def then() -> None:
+        for _, apply in puts:
+            apply()
+
+    await front.commit(write, then=then)
 
 
 def _taken(run_id: str) -> Refusal:

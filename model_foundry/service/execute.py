@@ -278,7 +278,24 @@ class Executor:
         model = self.model(operation)
         self.host.forget(model.model_id)
         self.curves.forget(model.model_id)
-        return self.created(replace(model, state="unloaded"), {"model_id": model.model_id, "type": "unload_model"})
+        outcome = self.created(replace(model, state="unloaded"), {"model_id": model.model_id, "type": "unload_model"})
+        outcome.changes.append(self.books.drop_bodies(model.model_id))
+        return outcome
+
+    def let_go(self, model_id: str) -> None:
+        """Unload a model whose client has gone.
+
+        Raises:
+            FoundryError, SQLAlchemyError: the disk is full, say; it is there as it was.
+        """
+        model = self.books.models[model_id]
+        if model.state != "live":
+            return
+        (put, apply), drop = self.books.put(replace(model, state="unloaded")), self.books.drop_bodies(model_id)
+        self.books.journal.run(lambda connection: [work(connection) for work in (put, drop)]).result()
+        apply()
+        self.host.forget(model_id)
+        self.curves.forget(model_id)
 
     def begin_sample(self, operation: Operation) -> Outcome | None:
         """Let samples into the batch; what is known at once comes back, the rest from `step_samples`.

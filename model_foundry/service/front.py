@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from model_foundry.service.bodies import PROTOBUF, Refusal, parse_json, read_bytes, reply, text, whole_number
-from model_foundry.service.books import Books, Model, Operation, Sampler, Session, TakenError
+from model_foundry.service.books import Books, Effect, Model, Operation, Sampler, Session, TakenError
 from model_foundry.service.execute import Executor
 from model_foundry.service.journal import Work
 from model_foundry.service.keys import Keys, Tenant
@@ -37,6 +37,7 @@ class Limits:
     body_bytes: int
     waiting_operations: int
     models: int
+    silent_seconds: float
 
 
 @dataclass(slots=True)
@@ -47,6 +48,8 @@ class Front:
         open: operations that are not answered, or whose answer nobody has fetched yet.
         arrivals: sampler -> set when it is asked for another sample; there while somebody waits for that.
         seen: session -> when it was heard of last.
+        being_removed: checkpoints that are forgotten, and whose files are there a moment longer.
+        coming: operations that are being journaled, with the model that each makes.
     """
 
     books: Books
@@ -58,6 +61,8 @@ class Front:
     open: dict[str, Operation] = field(default_factory=dict)
     arrivals: dict[str, asyncio.Event] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
+    being_removed: set[tuple[str, str, str]] = field(default_factory=set)
+    coming: dict[Operation, Model | None] = field(default_factory=dict)
 
     def tenant(self, request: Request) -> Tenant:
         tenant = self.keys.tenant(request.headers.get("x-api-key"))
@@ -93,22 +98,32 @@ class Front:
             raise Refusal(404, f"there is no sampling session {sampler_id}")
         return sampler
 
-    async def commit(self, work: Work[Any], *, durable: bool = True) -> Any:
+    async def commit(self, work: Work[Any], *, durable: bool = True, then: Effect | None = None) -> Any:
         """Wait for the journal.
+
+        Args:
+            then: what to do in memory where the work found anything but False; done also where whoever waits for this
+                is cancelled meanwhile: what is in the journal is so in memory.
 
         Raises:
             Refusal: it cannot be written; the client tries again.
         """
+        waiting = self._commit(work, durable, then)
+        return await (waiting if then is None else asyncio.shield(waiting))
+
+    async def _commit(self, work: Work[Any], durable: bool, then: Effect | None) -> Any:
         try:
-            return await asyncio.wrap_future(self.books.journal.run(work, durable=durable))
+            found = await asyncio.wrap_future(self.books.journal.run(work, durable=durable))
         except SQLAlchemyError as error:
             what = f"the journal cannot be written ({getattr(error, 'orig', error)})"
             raise Refusal(503, what, {"Retry-After": "5"}) from error
+        if then is not None and found is not False:
+            then()
+        return found
 
     async def put(self, item: Any) -> None:
         work, apply = self.books.put(item)
-        await self.commit(work)
-        apply()
+        await self.commit(work, then=apply)
 
     async def submit(self, request: Request, kind: str) -> Response:
         """Accept an operation on a model."""
@@ -142,11 +157,11 @@ class Front:
         if number is None:
             raise Refusal(422, "model_seq_id is missing")
         model_id = f"{session.session_id}:train:{number}"
-        mine = sum(model.owner == session.owner and model.state == "live" for model in self.books.models.values())
+        now = self.books.clock()
+        mine = self._num_models(session.owner, now)
         if mine >= self.limits.models and model_id not in self.books.models:
             what = f"this key has {mine} models, the most that it may have; unload some, or finish their sessions"
             raise Refusal(429, what, {"Retry-After": "30"})
-        now = self.books.clock()
         model = Model(model_id, session.session_id, session.owner, created=now, last_request=now, facts={})
         operation = _operation(model_id, 0, session.owner, kind, "json", data)
         try:
@@ -172,6 +187,23 @@ class Front:
         # An id a sample; a number that is refused later has none.
         ids = [f"{operation.request_id}:{index}" for index in range(min(number, 1024))]
         return reply({"request_id": operation.request_id, "sample_sequence_ids": ids})
+
+    def _num_models(self, owner: str, now: float) -> int:
+        """Models that a key trains, those that are being journaled with them; not those whose clients have gone."""
+        live = (model for model in self.books.models.values() if model.owner == owner and model.state == "live")
+        coming = (model for model in self.coming.values() if model is not None and model.owner == owner)
+        return len({model.model_id for model in live if not self.is_over(model, now)} | {m.model_id for m in coming})
+
+    def heard(self, model: Model) -> float:
+        """When a model's session was heard of last, as far as is known here."""
+        session = self.books.sessions[model.session_id]
+        return max(self.seen.get(session.session_id, session.created), model.created, model.last_request)
+
+    def is_over(self, model: Model, now: float, *, since: float = 0.0) -> bool:
+        """Whether a model's session is finished or silent; nobody can have been heard of before `since`."""
+        if self.books.sessions[model.session_id].finished is not None:
+            return True
+        return now - max(self.heard(model), since) > self.limits.silent_seconds
 
     def arrival(self, lane: str) -> asyncio.Event:
         """An event of the next operation in a lane."""
@@ -204,15 +236,24 @@ class Front:
         """
         if operation.request_id in self.open:
             return False
-        if self.worker.num_waiting(operation.owner) >= self.limits.waiting_operations:
+        waiting = self.worker.num_waiting(operation.owner) + sum(o.owner == operation.owner for o in self.coming)
+        if waiting >= self.limits.waiting_operations:
             what = f"{self.limits.waiting_operations} operations of this key are waiting already"
             raise Refusal(429, what, {"Retry-After": "2"})
-        if not await self.commit(self.books.accept(operation, model)):
-            return False
-        if model is not None:
-            self.books.models[model.model_id] = model
-        self.open[operation.request_id] = operation
-        self.worker.submit(operation)
+        # It counts from here on, for others come while the journal is waited for; it is done though its client goes.
+        self.coming[operation] = model
+        return await asyncio.shield(self._journaled(operation, model))
+
+    async def _journaled(self, operation: Operation, model: Model | None) -> bool:
+        try:
+            if not await self.commit(self.books.accept(operation, model)):
+                return False
+            if model is not None:
+                self.books.models[model.model_id] = model
+            self.open[operation.request_id] = operation
+            self.worker.submit(operation)
+        finally:
+            del self.coming[operation]
         if (arrived := self.arrivals.pop(operation.lane, None)) is not None:
             arrived.set()
         return True

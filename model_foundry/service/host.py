@@ -177,7 +177,7 @@ class Host:
             The checkpoint, and whether it holds every layer of the model.
         """
         stored, theirs = self.open_for_base(checkpoint), checkpoint.facts["lora"]
-        may_lack = not optimizer and resident.seq == 0 and any(model.facts[key] and not theirs[key] for key in TRAINED)
+        may_lack = not optimizer and resident.seq <= 0 and any(model.facts[key] and not theirs[key] for key in TRAINED)
         try:
             notes = self.engine.load_state(
                 resident.engine_id, stored.path, optimizer=optimizer, may_lack=may_lack
@@ -273,6 +273,8 @@ class Host:
             elif operation.kind == "load_weights":
                 self._load_again(model, resident, operation)
             resident.seq, resident.is_dirty = int(operation.seq or 0), True
+        # What changed nothing is not done again.
+        resident.seq = max(resident.seq, model.done_seq)
 
     def _load_again(self, model: Model, resident: Resident, operation: Operation) -> None:
         request: LoadWeights = read_request("load_weights", orjson.loads(operation.body))

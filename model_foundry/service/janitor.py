@@ -1,15 +1,21 @@
-"""What is done now and then: expired checkpoints go, old results go, silent sessions give up their memory."""
+"""What is done now and then: expired checkpoints go, old results go, silent sessions give up their memory.
+
+A finished session's models are unloaded when nothing was asked of them for a while. A silent one's may be asked for
+again, and stay on the disk, but for those that their key has too many of.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, delete, update
 
 from model_foundry.errors import FoundryError
 from model_foundry.service import journal as tables
 from model_foundry.service.bodies import Refusal
+from model_foundry.service.books import Model
 from model_foundry.service.front import Front
 from model_foundry.service.listing import remove_checkpoint
 
@@ -22,13 +28,11 @@ class Janitor:
     """Looks every few seconds.
 
     Args:
-        session_timeout: seconds of silence after which a session's models leave the memory.
         result_seconds: how long a result can be asked for again.
     """
 
-    def __init__(self, front: Front, *, session_timeout: float, result_seconds: float) -> None:
-        self.front = front
-        self.session_timeout, self.result_seconds = session_timeout, result_seconds
+    def __init__(self, front: Front, *, result_seconds: float) -> None:
+        self.front, self.result_seconds = front, result_seconds
         self._began = front.books.clock()
         self._is_out: set[str] = set()
 
@@ -45,34 +49,47 @@ class Janitor:
     async def look(self) -> None:
         front, now = self.front, self.front.books.clock()
         await asyncio.to_thread(front.keys.reload)
-        for item in list(front.books.checkpoints.values()):
+        for key in list(front.books.checkpoints):
+            # As it is now: each removal takes a moment.
+            if (item := front.books.checkpoints.get(key)) is None:
+                continue
             session = front.books.sessions.get(front.books.models[item.run_id].session_id)
             is_over = item.facts["is_ephemeral"] and session is not None and session.finished is not None
             if is_over or (item.expires is not None and item.expires <= now):
                 await remove_checkpoint(front, item)
-        self._evict_silent(now)
+        models = [model for model in front.books.models.values() if model.state == "live"]
+        self._evict_silent(models, now)
+        self._unload_over(models, now)
         for request_id, operation in list(front.open.items()):
             # Nobody has asked for it; it is in the journal.
             if operation.done.is_set() and now - operation.created > _KEPT_OPEN_SECONDS:
                 del front.open[request_id]
         await front.commit(lambda connection: self._drop_results(connection, now), durable=False)
 
-    def _evict_silent(self, now: float) -> None:
-        for model in list(self.front.books.models.values()):
-            session = self.front.books.sessions[model.session_id]
-            heard = max(self.front.seen.get(model.session_id, self._began), model.last_request)
-            if session.finished is None and now - heard <= self.session_timeout:
+    def _evict_silent(self, models: list[Model], now: float) -> None:
+        for model in models:
+            if not self.front.is_over(model, now, since=self._began):
                 self._is_out.discard(model.model_id)
             elif model.model_id not in self._is_out:
                 self._is_out.add(model.model_id)
                 self.front.worker.call(lambda name=model.model_id: self.front.executor.host.evict(name))
 
+    def _unload_over(self, models: list[Model], now: float) -> None:
+        front, left = self.front, Counter(model.owner for model in models)
+        for model in sorted(models, key=front.heard):
+            if not front.is_over(model, now, since=self._began):
+                continue
+            is_finished = front.books.sessions[model.session_id].finished is not None
+            is_quiet = now - front.heard(model) > front.limits.silent_seconds
+            if (is_finished and is_quiet) or left[model.owner] > front.limits.models:
+                left[model.owner] -= 1
+                self._is_out.discard(model.model_id)
+                front.worker.unload(model.model_id)
+
     def _drop_results(self, connection: Connection, now: float) -> None:
         """Replies go; a model's operations stay as long as a snapshot may need them."""
         table = tables.operations
-        old = table.c.finished < now - self.result_seconds
-        connection.execute(
-            table.update().where(old, table.c.reply_kind != "gone").values(reply=None, reply_kind="gone")
-        )
-        connection.execute(delete(table).where(old, table.c.kind == "asample"))
+        old = (table.c.finished < now - self.result_seconds, tables.IS_KEPT)
+        connection.execute(delete(table).where(*old, table.c.kind == "asample"))
         # Of the others the row stays, a few bytes: it is what a repeat is told from something new by.
+        connection.execute(update(table).where(*old).values(reply=None, reply_kind="gone"))

@@ -41,10 +41,11 @@ from model_foundry.service.databases import database
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _MIGRATIONS: dict[int, tuple[str, ...]] = {
     1: ("ALTER TABLE operations ADD COLUMN loss FLOAT", "ALTER TABLE operations ADD COLUMN num_tokens INTEGER"),
     2: (),
+    3: ("CREATE INDEX by_finished_kept ON operations (finished) WHERE reply_kind != 'gone'",),
 }
 """Version -> what makes the next one of it."""
 _POSTGRES_MIGRATIONS: dict[int, tuple[str, ...]] = {
@@ -56,6 +57,8 @@ _POSTGRES_MIGRATIONS: dict[int, tuple[str, ...]] = {
 """What it takes there besides; every integer of SQLite has 64 bits."""
 logger = logging.getLogger(__name__)
 
+IS_KEPT = text("reply_kind != 'gone'")
+"""Of an operation that was answered: its reply can be asked for. As it stands in the index, which is used for it so."""
 metadata = MetaData()
 meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", String, nullable=False))
 keys = Table(
@@ -97,6 +100,8 @@ operations = Table(
     Column("failed", Boolean, nullable=False), Column("reply_kind", String), Column("reply", LargeBinary),
     Column("loss", Float), Column("num_tokens", Integer),
     Index("by_lane", "lane", "seq"), Index("by_finished", "finished"),
+    # What was let go is never looked through again.
+    Index("by_finished_kept", "finished", sqlite_where=IS_KEPT, postgresql_where=IS_KEPT),
 )  # fmt: skip
 
 
@@ -126,7 +131,10 @@ class Journal:
         self._thread.start()
 
     def run(self, work: Work[T], *, durable: bool = True) -> Future[T]:
-        """Do `work` in a transaction; the future is done when it is committed, and synced where `durable`."""
+        """Do `work` in a transaction; the future is done when it is committed, and synced where `durable`.
+
+        A work that is cancelled before its turn is not done.
+        """
         future: Future[T] = Future()
         self._queue.put((work, durable, future))
         return future
@@ -193,7 +201,8 @@ class Journal:
             while not self._queue.empty():
                 batch.append(self._queue.get())
             is_open = None not in batch
-            works = [item for item in batch if item is not None]
+            # Nobody waits any more for one that was cancelled; from here on none can be.
+            works = [item for item in batch if item is not None and item[2].set_running_or_notify_cancel()]
             if works:
                 self._commit(works)
 

@@ -83,6 +83,11 @@ class Lanes:
         lane = self._lanes.get(name)
         return None if lane is None or lane.next_seq is None else max([lane.next_seq - 1, *lane.held])
 
+    def is_ready(self, name: str) -> bool:
+        """Whether something could be done now in a lane."""
+        lane = self._lanes.get(name)
+        return lane is not None and lane.head is not None
+
     def take(self, *, samples: bool = True) -> Operation | None:
         """The next operation of whoever has used least; without `samples`, a model's."""
         ready = self._ready(samples=samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -188,20 +187,38 @@ async def delete_checkpoint(front: Front, request: Request) -> Response:
 async def remove_checkpoint(front: Front, found: Checkpoint) -> None:
     """First from the journal, then from the disk: nothing is ever listed that is not whole."""
     work, apply = front.books.remove(found)
-    await front.commit(work)
-    apply()
     folder = front.executor.host.store(found.run_id, found.kind).path(found.name)
-    front.worker.call(lambda: atomic.remove_directory(folder))
+
+    def remove() -> None:
+        # Another may have been saved under its name meanwhile, and listed; its folder has taken this one's place.
+        try:
+            if found.key not in front.books.checkpoints and folder.is_dir():
+                atomic.remove_directory(folder)
+        finally:
+            front.being_removed.discard(found.key)
+
+    def then() -> None:
+        apply()
+        front.being_removed.add(found.key)
+        front.worker.call(remove)
+
+    await front.commit(work, then=then)
+
+
+async def _change(front: Front, found: Checkpoint, **values: Any) -> Response:
+    work, apply = front.books.change(found, **values)
+    if not await front.commit(work, then=apply):
+        what = f"{found.path} was replaced or deleted meanwhile; ask again"
+        raise Refusal(409, what, {"Retry-After": "1"})
+    return Response(status_code=204)
 
 
 async def publish(front: Front, request: Request) -> Response:
-    await front.put(replace(_own(front, request), public=True))
-    return Response(status_code=204)
+    return await _change(front, _own(front, request), public=True)
 
 
 async def unpublish(front: Front, request: Request) -> Response:
-    await front.put(replace(_own(front, request), public=False))
-    return Response(status_code=204)
+    return await _change(front, _own(front, request), public=False)
 
 
 async def set_ttl(front: Front, request: Request) -> Response:
@@ -209,5 +226,4 @@ async def set_ttl(front: Front, request: Request) -> Response:
     seconds = (await read_body(request, SetTtl, limit=front.limits.body_bytes)).ttl_seconds
     # As it is now: it may have been published, or deleted, while the body was on its way.
     found = _own(front, request)
-    await front.put(replace(found, expires=None if seconds is None else front.books.clock() + seconds))
-    return Response(status_code=204)
+    return await _change(front, found, expires=None if seconds is None else front.books.clock() + seconds)

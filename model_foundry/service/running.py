@@ -75,13 +75,17 @@ async def _at_work(config: ServiceConfig, journal: Journal, every_key: bool) -> 
     signer = Signer(journal)
     front = Front(
         books, worker, executor, Keys(journal, is_open=every_key, signer=signer),
-        Limits(config.max_body_bytes, config.max_waiting_per_key, config.max_models_per_key), signer,
+        Limits(
+            config.max_body_bytes, config.max_waiting_per_key, config.max_models_per_key,
+            silent_seconds=config.session_timeout_seconds,
+        ),
+        signer,
         open={operation.request_id: operation for operation in unfinished},
     )  # fmt: skip
     if unfinished:
         logger.info("%s operations were accepted before and not done; doing them now", len(unfinished))
     worker.start(unfinished)
-    janitor = Janitor(front, session_timeout=config.session_timeout_seconds, result_seconds=config.result_hours * 3600)
+    janitor = Janitor(front, result_seconds=config.result_hours * 3600)
     watching = asyncio.create_task(janitor.run())
     try:
         yield front

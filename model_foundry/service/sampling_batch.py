@@ -75,10 +75,11 @@ class SamplingBatch:
         self._asked: list[Asked] = []
         self._places: dict[int, tuple[Asked, int]] = {}
         self._adapters: OrderedDict[tuple[str, float], str] = OrderedDict()
+        self._lost: list[Finished] = []
 
     @property
     def is_active(self) -> bool:
-        return bool(self._asked)
+        return bool(self._asked or self._lost)
 
     @property
     def may_batch(self) -> bool:
@@ -146,13 +147,24 @@ class SamplingBatch:
         try:
             events = self._batch.step()
         except Exception as error:
-            yield from self._failed(error, num_places)
-            return
+            self._fail(error, num_places)
+            events = []
         for event in events:
-            if (done := self._note(event)) is not None:
+            if event.number not in self._places:
+                # Its operation failed over another of its samples, a moment ago.
+                continue
+            asked, row = self._places[event.number]
+            try:
+                done = self._note(event, asked, row)
+            except Exception as error:
+                self._lose(asked, error)
+                continue
+            if done is not None:
                 yield done
+        lost, self._lost = self._lost, []
+        yield from lost
 
-    def _failed(self, error: Exception, num_places: int) -> Iterator[Finished]:
+    def _fail(self, error: Exception, num_places: int) -> None:
         if is_out_of_memory(error):
             release_memory(self.host.engine.device)
             # The step has lost nothing; without the one that came last the others go on.
@@ -162,12 +174,10 @@ class SamplingBatch:
         else:
             dropped = list(self._asked)
         for asked in dropped:
-            self._drop(asked)
-            yield Finished(asked.operation, asked.prepared, asked.checkpoint, [], error=error)
+            self._lose(asked, error)
 
-    def _note(self, event: TokenEvent) -> Finished | None:
+    def _note(self, event: TokenEvent, asked: Asked, row: int) -> Finished | None:
         assert self._batch is not None
-        asked, row = self._places[event.number]
         tokens, prepared = asked.rows[row], asked.prepared
         tokens.append((event.token, event.logprob))
         stops = event.finish == "stop"
@@ -183,12 +193,13 @@ class SamplingBatch:
         asked.num_done += 1
         if asked.num_done < len(asked.rows):
             return None
-        self._asked.remove(asked)
         sequences = sequences_of(asked.rows, asked.stopped)
+        self._asked.remove(asked)
+        self._let_go()
         return Finished(asked.operation, prepared, asked.checkpoint, sequences)
 
     def _fill(self) -> None:
-        """Give free places away, each to the owner who has fewest."""
+        """Give free places away, each to the owner who has fewest. What cannot have one is lost, and nothing else."""
         held = self.owners()
         while len(self._places) < self.max_sequences:
             waiting = [asked for asked in self._asked if asked.coming and held[asked.owner] < self._most_places]
@@ -196,7 +207,12 @@ class SamplingBatch:
                 return
             # The first of the fewest: an owner's own operations go in their order.
             chosen = min(waiting, key=lambda asked: held[asked.owner])
-            self._place(chosen)
+            try:
+                self._place(chosen)
+            except Exception as error:
+                self._lose(chosen, error)
+                held = self.owners()
+                continue
             held[chosen.owner] += 1
 
     def _place(self, asked: Asked) -> None:
@@ -206,12 +222,15 @@ class SamplingBatch:
         asked.coming.popleft()
         self._places[number] = (asked, row)
 
-    def _drop(self, asked: Asked) -> None:
+    def _lose(self, asked: Asked, error: Exception) -> None:
+        """An operation has failed; it is handed back with the next step."""
         assert self._batch is not None
         for number in [number for number, (other, _) in self._places.items() if other is asked]:
             self._batch.cancel(number)
             del self._places[number]
         self._asked.remove(asked)
+        self._let_go()
+        self._lost.append(Finished(asked.operation, asked.prepared, asked.checkpoint, [], error=error))
 
     def _adapter(self, checkpoint: Checkpoint | None) -> str | None:
         """The batch's name for a checkpoint's weights, read where they are not there yet."""
@@ -224,8 +243,14 @@ class SamplingBatch:
             name = f"{checkpoint.path}@{checkpoint.created!r}"
             self._batch.add_adapter(name, folder)
             self._adapters[key] = name
-            while len(self._adapters) > self.host.max_models:
-                # Samples that are under way with it keep it to their end.
-                self._batch.remove_adapter(self._adapters.popitem(last=False)[1])
+            self._let_go(besides=name)
         self._adapters.move_to_end(key)
         return self._adapters[key]
+
+    def _let_go(self, besides: str | None = None) -> None:
+        """Those adapters not used for longest, where there are too many; none whose samples are not all done."""
+        assert self._batch is not None
+        used = {besides, *(asked.adapter for asked in self._asked)}
+        free = [key for key, name in self._adapters.items() if name not in used]
+        for key in free[: max(0, len(self._adapters) - self.host.max_models)]:
+            self._batch.remove_adapter(self._adapters.pop(key))

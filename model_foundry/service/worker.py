@@ -103,6 +103,17 @@ class Worker:
             self._calls.append(work)
             self._changed.notify()
 
+    def unload(self, model_id: str) -> None:
+        """Let a model go whose client has gone, unless something that was accepted can be done on it."""
+
+        def unload() -> None:
+            with self._changed:
+                is_ready = self._lanes.is_ready(model_id)
+            if not is_ready:
+                self.executor.let_go(model_id)
+
+        self.call(unload)
+
     def stop(self) -> None:
         """Finish what is being done, and write every model down."""
         with self._changed:
@@ -113,7 +124,7 @@ class Worker:
     def _tidy(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except (FoundryError, OSError) as error:
+        except (FoundryError, OSError, SQLAlchemyError) as error:
             logger.warning("tidying up failed: %s", error)
 
     def _run(self) -> None:

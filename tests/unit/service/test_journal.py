@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import Connection, insert
 
 from model_foundry.errors import RunError, UsageError
 from model_foundry.service import journal as tables
@@ -61,6 +62,30 @@ def test_a_work_that_fails_fails_alone(tmp_path: Path) -> None:
     journal.close()
     rows = sqlite3.connect(tmp_path / FILE_NAME).execute("select key from meta where value = '' order by key")
     assert [row[0] for row in rows] == ["a", "b", "c"]
+
+
+def test_work_that_is_not_waited_for_any_more_ends_nothing(tmp_path: Path) -> None:
+    """A result for a future that was cancelled ended the thread that writes: nothing was accepted from then on."""
+    journal = Journal(tmp_path)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> int:
+        begun.set()
+        assert goes_on.wait(30)
+        return 1
+
+    def fail(connection: Connection) -> None:
+        raise AssertionError("nobody waits for this")
+
+    running = journal.run(slow)
+    assert begun.wait(30)
+    queued = journal.run(fail)
+    assert queued.cancel()
+    assert not running.cancel(), "it is under way"
+    goes_on.set()
+    assert running.result(30) == 1
+    assert journal.run(lambda connection: 2).result(30) == 2
+    journal.close()
 
 
 def test_a_journal_that_is_cut_off_or_foreign(tmp_path: Path) -> None:
@@ -126,6 +151,32 @@ def test_keys_are_kept_as_hashes_and_can_be_taken_back(tmp_path: Path) -> None:
     assert secret.encode() not in (tmp_path / FILE_NAME).read_bytes()
 
 
+def test_only_what_may_be_done_again_keeps_its_body(tmp_path: Path) -> None:
+    """Rows that were only looked at stayed in the journal for ever, megabytes each."""
+    journal = Journal(tmp_path)
+    books = Books(journal)
+    kinds = [
+        ("create_model", None, False), ("forward_backward", 1.5, False), ("forward_backward", None, False),
+        ("forward", None, False), ("optim_step", None, True), ("optim_step", None, False),
+        ("save_weights", None, False), ("load_weights", None, False),
+    ]  # fmt: skip
+    for seq, (kind, loss, failed) in enumerate(kinds):
+        asked = Operation(f"m:{seq}", "m", "me", kind, "json", b"rows", 1, seq=seq)
+        assert journal.run(books.accept(asked, None)).result()
+        asked.loss, asked.failed = loss, failed
+        journal.run(books.answer(asked)).result()
+    assert [(found.seq, found.body) for found in books.done_after("m", -1)] == [
+        (1, b"rows"), (5, b"rows"), (7, b"rows")
+    ]  # fmt: skip
+    journal.run(books.accept(operation(8), None)).result()
+    journal.run(books.drop_bodies("m", 5)).result()
+    assert [(found.seq, found.body) for found in books.done_after("m", 0)] == [(1, b""), (5, b""), (7, b"rows")]
+    journal.run(books.drop_bodies("m")).result()
+    assert [found.body for found in books.done_after("m", 0)] == [b""] * 3
+    assert [found.body for found in books.unfinished()] == [b"{}"], "it is still to be done"
+    journal.close()
+
+
 def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
     """Its operations had no losses; one of a newer version is left as it is."""
     journal = Journal(tmp_path)
@@ -133,6 +184,7 @@ def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path) ->
     journal.close()
     raw = sqlite3.connect(tmp_path / FILE_NAME)
     for change in (
+        "drop index by_finished_kept",
         "alter table operations drop column loss",
         "alter table operations drop column num_tokens",
         "update meta set value = '1' where key = 'schema'",
@@ -146,6 +198,7 @@ def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path) ->
     journal.run(books.answer(found)).result()
     assert books.training_so_far() == [("m", "optim_step", 2.5, 5)]
     journal.close()
+    assert raw.execute("select name from sqlite_master where name = 'by_finished_kept'").fetchone()
     raw.execute(f"update meta set value = '{tables.SCHEMA_VERSION + 1}' where key = 'schema'")
     raw.commit()
     with pytest.raises(RunError, match="reads up to"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.errors import EngineError
 from model_foundry.models.finder import resolve_model
-from model_foundry.service.books import Books, Operation
+from model_foundry.service.books import Books, Checkpoint, Operation
 from model_foundry.service.host import Host
 from model_foundry.service.journal import Journal
 from model_foundry.service.sampling import Prepared, Texts, sample_alone
 from model_foundry.service.sampling_batch import SamplingBatch
 from model_foundry.service.scoring import Wanted
-from model_foundry.types import SampledSequence, SamplingParams
+from model_foundry.types import LoraConfig, SampledSequence, SamplingParams
 
 TinyFolder = Callable[[str], Path]
 
@@ -77,6 +78,77 @@ def test_a_thousand_samples_leave_places_for_others(batch: SamplingBatch) -> Non
         steps += 1
         ends.update({done.operation.owner: steps for done in batch.step()})
     assert ends["guest"] <= 8 < ends["hog"]
+
+
+def saved_adapters(batch: SamplingBatch, number: int) -> list[Checkpoint]:
+    host = batch.host
+    lora = LoraConfig(r=4, lora_alpha=32.0, target_modules="all-linear")
+    model = host.engine.create_model(host.source.folder, lora=lora, seed=0)
+    found = []
+    for index in range(number):
+
+        def write(folder: Path) -> None:
+            host.engine.save_weights(model, folder)
+
+        host.store("s:train:0", "sampler").save(f"c{index}", 0, write, {"model": host.fingerprint})
+        found.append(Checkpoint("s:train:0", "sampler", f"c{index}", "me", float(index), 1, {}))
+    return found
+
+
+def test_an_adapter_stays_while_samples_of_it_are_to_come(batch: SamplingBatch) -> None:
+    """Another tenant's checkpoints drove it out: its next sample failed, and the whole service ended with it."""
+    first, *others = saved_adapters(batch, 4)
+    assert batch.can_batch()
+    batch.begin(operation("many"), asked(20), first)
+    for number, checkpoint in enumerate(others):
+        batch.begin(operation("others", number), asked(1, max_tokens=2), checkpoint)
+    done = finish(batch)
+    assert {name: len(rows) for name, rows in done.items()} == {
+        "many:0": 20, "others:0": 1, "others:1": 1, "others:2": 1
+    }  # fmt: skip
+    running = batch._batch
+    assert running is not None
+    assert len(running.adapters) == batch.host.max_models, "those that nobody samples from are let go"
+
+
+def test_what_gets_no_place_is_lost_alone(batch: SamplingBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to whoever came meanwhile, or to nobody: the thread that does everything ended."""
+    assert batch.can_batch()
+    running = batch._batch
+    assert running is not None
+    batch.begin(operation("many"), asked(20), None)
+    while batch.owners()["many"] == 4:
+        assert not list(batch.step())
+    real = running.add
+
+    def add(*arguments: Any, **named: Any) -> int:
+        if named["copy"] > 0:
+            raise EngineError("no place")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(running, "add", add)
+    batch.begin(operation("one"), asked(1), None)
+    (lost,) = batch.step()
+    assert (lost.operation.owner, str(lost.error)) == ("many", "no place")
+    assert {name: len(rows) for name, rows in finish(batch).items()} == {"one:0": 1}
+    assert not batch.owners()
+
+
+def test_a_sample_whose_text_cannot_be_read_ends_its_operation_alone(
+    batch: SamplingBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert batch.can_batch()
+    stops = dataclasses.replace(asked(3), stops=["x"])
+    batch.begin(operation("a"), stops, None)
+    batch.begin(operation("b"), asked(2), None)
+
+    def fail(tokens: Any, texts: Any) -> bool:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(batch.texts, "holds", fail)
+    lost = [done for _ in range(2) for done in batch.step()]
+    assert [(done.operation.owner, str(done.error)) for done in lost] == [("a", "a fault")]
+    assert {name: len(rows) for name, rows in finish(batch).items()} == {"b:0": 2}
 
 
 def test_what_cannot_be_held_is_refused_and_leaves_nothing(batch: SamplingBatch) -> None:
