@@ -26,8 +26,8 @@ from model_foundry.errors import FoundryError, InterruptedRunError, MissingExtra
 EXIT_FAILURE = 3
 
 MACHINE_ERRORS: dict[int, str | None] = {
-    errno.ENOSPC: "Free some space, or put the run on another disk with run_dir=PATH",
-    errno.EDQUOT: "Free some space, or put the run on another disk with run_dir=PATH",
+    errno.ENOSPC: "Free some space, or write to another disk: run_dir=PATH for a run",
+    errno.EDQUOT: "Free some space, or write to another disk: run_dir=PATH for a run",
     errno.EROFS: "Put the run where it can be written with run_dir=PATH",
     errno.EACCES: "Check who may read and write it",
     errno.EPERM: "Check who may read and write it",

@@ -258,6 +258,9 @@ class _Corpus:
         for path in self._paths:
             parser = RowParser()
             for record in iter_records(path):
+                if _is_empty_text(record.value, parser.format):
+                    yield HeldOut(record.source, "")
+                    continue
                 bad = BadRows()
                 parsed = parser.parse(record, bad)
                 if parsed is None:
@@ -279,6 +282,13 @@ class _Corpus:
         if problem is not None:
             raise DataError(problem, where=source, hint=hint)
         bad.raise_if_any(num_rows=1, path=None, hint=hint)
+
+
+def _is_empty_text(value: Any, format: str) -> bool:
+    """Whether a record is a text without a character: nothing to learn from, and no mistake as a row to train on is."""
+    return (
+        isinstance(value, dict) and value.get("text") == "" and (format == "text" or value.keys() <= {"text", "path"})
+    )
 
 
 def _texts(parsed: Parsed) -> Iterator[str]:

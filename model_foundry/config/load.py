@@ -1,6 +1,7 @@
 """Configuration from its layers, with where every value came from.
 
-defaults < inherits < file < environment < key=value. Later layers win key by key; lists and null replace.
+defaults < inherits < file < environment < key=value. Later layers win key by key; lists and null replace. Of fields
+that say one thing in several ways (`Section.alternatives`) the last layer that gives any decides.
 The file format is `yaml_text`, the layers are `sources`, errors are worded in `problems`, output is `dump`.
 """
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from model_foundry.config.dump import config_digest, dump_yaml, json_schema
 from model_foundry.config.fields import FieldSpec, names_file, schema_fields
 from model_foundry.config.problems import problems_of, raise_problems, show
-from model_foundry.config.sources import read_environment, read_file, read_overrides
+from model_foundry.config.sources import lay, read_environment, read_file, read_overrides
 from model_foundry.config.suggest import close
 from model_foundry.config.tree import Branch, Leaf, Origin, find, leaves, map_leaves, merge, to_plain
 from model_foundry.errors import ConfigError
@@ -97,7 +98,7 @@ def load_config(
     from_environment, warnings = read_environment(environ or {}, schema)
     from_overrides, more_warnings = read_overrides(overrides, schema)
     warnings += more_warnings
-    tree = merge(merge(tree, from_environment), from_overrides)
+    tree = lay(lay(tree, from_environment, schema), from_overrides, schema)
     tree = _adapt(tree, schema_fields(schema), warnings)
     try:
         config = schema.model_validate(to_plain(tree))

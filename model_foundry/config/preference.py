@@ -51,7 +51,7 @@ class PairsSection(DataSection):
 
 class DpoTrainingSection(TrainingSection):
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the training pairs; ignored when max_steps is given."""
+    """Passes over the training pairs; a max_steps beside it, or given later, goes before it."""
     batch_size: PositiveInt = 8
     """Pairs a forward and backward pass."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-5

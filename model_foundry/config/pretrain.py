@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -71,8 +71,10 @@ class CorpusSection(Section):
 
 
 class PretrainTrainingSection(TrainingSection):
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the training text; ignored when max_steps or max_tokens is given."""
+    alternatives: ClassVar[tuple[str, ...]] = ("epochs", "max_steps", "max_tokens")
+
+    epochs: Annotated[float, Field(gt=0)] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Passes over the training text; one where max_steps and max_tokens are not given either."""
     max_tokens: PositiveInt | None = None
     """Tokens to train on in all, instead of epochs or max_steps: steps are what they come to, rounded up."""
     batch_size: PositiveInt = 16
@@ -96,8 +98,9 @@ class PretrainTrainingSection(TrainingSection):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if self.max_tokens is not None and self.max_steps is not None:
-            raise broken_rule("max_tokens", "training.max_tokens and training.max_steps both say how long to train")
+        given = [name for name in self.alternatives if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise broken_rule(given[-1], f"training.{given[0]} and training.{given[-1]} both say how long to train")
         return self
 
 

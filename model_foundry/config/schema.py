@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -80,10 +80,12 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
+    alternatives: ClassVar[tuple[str, ...]] = ("epochs", "max_steps")
+
     epochs: Annotated[float, Field(gt=0)] = 3.0
-    """Passes over the training rows; ignored when max_steps is given."""
+    """Passes over the training rows; a max_steps beside it, or given later, goes before it."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps; overrides epochs."""
+    """Optimizer steps, in place of epochs."""
     batch_size: PositiveInt = 8
     """Rows (bins with packing) a forward and backward pass."""
     gradient_accumulation_steps: PositiveInt = 1

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from model_foundry.config.fields import schema_fields, schema_sections
+from model_foundry.config.fields import schema_fields, schema_sections, section_of
+from model_foundry.config.section import Section
 from model_foundry.config.suggest import ALIASES, close
 from model_foundry.config.tree import Branch, Leaf, Node, Origin, find, merge, nested
 from model_foundry.config.yaml_text import read_value, read_yaml
@@ -56,8 +58,31 @@ def read_file(path: Path, schema: type[BaseModel], *, chain: tuple[Path, ...] = 
             raise ConfigError(
                 f"the files inherit each other: {' -> '.join(map(str, [*cycle, parent]))}", where=parents.origin.place
             )
-        below = merge(below, read_file(parent, schema, chain=(*chain, path)))
-    return merge(below, own)
+        below = lay(below, read_file(parent, schema, chain=(*chain, path)), schema)
+    return lay(below, own, schema)
+
+
+def lay(below: Branch, above: Branch, schema: type[BaseModel]) -> Branch:
+    """A layer over another: merged, and what `below` says in another way than `above` does (`Section.alternatives`:
+    so many epochs, so many steps) gives way, remembered as what it hides.
+    """
+    return _settled(merge(below, above), above, schema)
+
+
+def _settled(merged: Branch, above: Branch, schema: type[BaseModel]) -> Branch:
+    children = dict(merged.children)
+    for name, info in schema.model_fields.items():
+        section, node, over = section_of(info.annotation), children.get(name), above.children.get(name)
+        if section is not None and isinstance(node, Branch) and isinstance(over, Branch):
+            children[name] = _settled(node, over, section)
+    names = schema.alternatives if issubclass(schema, Section) else ()
+    given = [name for name in names if isinstance(leaf := above.children.get(name), Leaf) and leaf.value is not None]
+    for name in names:
+        if given and name not in above.children and isinstance(gone := children.pop(name, None), Leaf):
+            leaf = children[given[0]]
+            assert isinstance(leaf, Leaf)
+            children[given[0]] = replace(leaf, hides=(*leaf.hides, gone.origin, *gone.hides))
+    return Branch(children, merged.origin)
 
 
 def _read_text(path: Path) -> str:

@@ -33,7 +33,7 @@ from model_foundry.evals.generation import Question
 from model_foundry.models.finder import ModelSource
 from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.recipes.fresh import fresh_source, work_folder
-from model_foundry.recipes.optimisation import adam_params, learning_rate
+from model_foundry.recipes.optimisation import adam_params, learning_rate, require_saves
 from model_foundry.recipes.preparation import VALIDATION_BATCH_TOKENS, context_of, weighted
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.recipes.work import HeldOutText, TokenLosses
@@ -236,6 +236,7 @@ def prepare_corpus(config: ExperimentConfig, *, now: datetime) -> PreparedCorpus
         _require_unmeasured(config)
     num_chunks = _count_chunks(config, train)
     steps = -(-num_chunks // (config.training.batch_size * config.training.gradient_accumulation_steps))
+    require_saves(config.training, steps)
     prepared = PreparedCorpus(
         config=config,
         source=source,
@@ -390,7 +391,7 @@ def _count_chunks(config: ExperimentConfig, train: PackedShards) -> int:
         return training.max_steps * per_step
     if training.max_tokens is not None:
         return -(-training.max_tokens // train.max_length)
-    return max(1, round(training.epochs * train.num_bins))
+    return max(1, round((training.epochs or 1.0) * train.num_bins))
 
 
 def _summary(name: str, shards: PackedShards) -> dict[str, Any]:

@@ -41,6 +41,20 @@ def count_steps(training: TrainingSection, batches_per_epoch: int) -> tuple[int,
     return num_micro_batches, math.ceil(num_micro_batches / per_step)
 
 
+def require_saves(training: TrainingSection, total_steps: int) -> None:
+    """Refuse saves that will never come.
+
+    Raises:
+        ConfigError: a step of save_at lies beyond the last one.
+    """
+    beyond = [step for step in training.save_at if step > total_steps]
+    if beyond:
+        what = f"step {beyond[0]:,} is beyond the last of {total_steps:,} steps, so nothing would be saved there"
+        raise ConfigError(
+            what, where="training.save_at", hint="Leave it out, or train longer; the end is always saved."
+        )
+
+
 def learning_rate(training: TrainingSection, total_steps: int) -> LearningRate:
     """The schedule over so many steps.
 
@@ -50,7 +64,7 @@ def learning_rate(training: TrainingSection, total_steps: int) -> LearningRate:
     warmup = training.warmup_steps
     if warmup is None:
         warmup = math.ceil(training.warmup_ratio * total_steps)
-    if warmup >= total_steps and total_steps > 1:
+    if warmup >= total_steps and (total_steps > 1 or training.warmup_steps):
         raise ConfigError(
             f"{warmup} warm-up steps leave nothing of {total_steps} steps", where="training.warmup_steps",
             hint="Lower it, or train longer.",

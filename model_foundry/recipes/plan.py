@@ -5,12 +5,15 @@ The longest real batch is tried on the real model, so that a run that cannot fit
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from model_foundry.checkpoint.atomic import free_bytes
 from model_foundry.engine.base import LocalEngine
 from model_foundry.engine.branches import laid_lengths
 from model_foundry.engine.pieces import split_by_tokens
@@ -24,6 +27,7 @@ from model_foundry.recipes.supervised import is_save_due
 from model_foundry.recipes.work import Work
 from model_foundry.run.progress import duration
 
+logger = logging.getLogger(__name__)
 PASS_SHARE_OF_STEP = 0.97
 """The rest of a step is the optimizer and the record."""
 FORWARD_SHARE_OF_PASS = 0.4
@@ -190,6 +194,15 @@ def plan_facts(work: Work, facts: Mapping[str, Any], trial: Trial, memory: Memor
         "save_steps": saves[:20],
         "saves": len(saves) + 1,
     }
+
+
+def warn_of_disk(plan: Mapping[str, Any], run_dir: Path) -> None:
+    """Say before a run begins that its checkpoints will not find room where it is to lie."""
+    free = free_bytes(run_dir)
+    if plan["disk_bytes"] > free:
+        words = "%s: the run writes up to %s, and %s are free there: %s"
+        hint = "free some space, lower training.save_total_limit, or choose another run_dir"
+        logger.warning(words, run_dir, _size(plan["disk_bytes"]), _size(free), hint)
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:

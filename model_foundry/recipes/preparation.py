@@ -27,7 +27,7 @@ from model_foundry.evals.generation import Question, read_questions
 from model_foundry.models.finder import ModelSource, resolve_model
 from model_foundry.models.folder import fingerprint, read_config
 from model_foundry.recipes.gatekeeping import subject_of
-from model_foundry.recipes.optimisation import adam_params, count_steps, learning_rate
+from model_foundry.recipes.optimisation import adam_params, count_steps, learning_rate, require_saves
 from model_foundry.recipes.schedule import LearningRate
 from model_foundry.recipes.work import HeldOutText, TokenLosses
 from model_foundry.rendering import Renderer
@@ -291,6 +291,7 @@ def prepare_as(kind: type[P], config: TrainConfig, *, now: datetime, tokenise: T
         seed=config.seed,
     )
     num_micro_batches, total_steps = count_steps(config.training, batches.num_batches_per_epoch)
+    require_saves(config.training, total_steps)
     gate = judge(
         subject_of(config, reading, renderer, validation=validation_reading, questions=questions, data=train.rendered)
     )

@@ -22,7 +22,7 @@ from model_foundry.recipes import supervised
 from model_foundry.recipes.before_after import assess_run, rehearsed, suite_results, suites_of
 from model_foundry.recipes.interruption import leave_on_signals, stop_on_signals
 from model_foundry.recipes.methods import prepare_work
-from model_foundry.recipes.plan import plan_text
+from model_foundry.recipes.plan import plan_text, warn_of_disk
 from model_foundry.recipes.preparation import require_same_data
 from model_foundry.recipes.proof import held_out_bits
 from model_foundry.recipes.reporting import compared, held_out_answers, make_report, prove
@@ -76,7 +76,9 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         if plan is not None:
             return plan
         work = prepare_work(config, now=utc_now())
-        return open_session(work, asked=rehearsed(work, suites)).plan
+        plan = open_session(work, asked=rehearsed(work, suites)).plan
+        warn_of_disk(plan, config.run_dir)
+        return plan
 
 
 def run_training(
@@ -116,6 +118,7 @@ def run_training(
                 suites, _ = suites_of(config)
                 work = prepare_work(config, now=now or utc_now())
                 session = open_session(work, asked=rehearsed(work, suites), piece_tokens_before=piece_tokens)
+                warn_of_disk(session.plan, config.run_dir)
                 start = _receipt(session.work, digest)
             with RunDirectory.create(config.run_dir, config_yaml=text, digest=digest, receipt=start) as run:
                 return _in_run(run, config, digest, session=session)

@@ -200,6 +200,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[FoundryError], str]] = {
     "a sample beyond the context": (
         {"evaluation": {"prompts": ["the fox"], "max_new_tokens": 30}}, ConfigError, "exceed the model's context",
     ),
+    "two lengths": ({"training__epochs": 2}, ConfigError, "training.epochs and training.max_steps both say"),
+    "a save that would never come": (
+        {"training__save_schedule": "explicit", "training__save_at": [3, 13]}, ConfigError,
+        "training.save_at: step 13 is beyond the last of 12 steps",
+    ),
+    "warm-up of the only step": (
+        {"training__max_steps": None, "training__max_tokens": 32, "training__warmup_steps": 9}, ConfigError,
+        "9 warm-up steps leave nothing of 1 step",
+    ),
     "a separator that is no token": ({"data__separator": "<nothing>"}, DataError, "is not a token of its own"),
     "no tokenizer there": ({"tokenizer__name": "nowhere/at-all/here"}, ModelError, "nowhere"),
     "nothing but one document": ({"data__train_file": "one.jsonl"}, DataError, r"one\.jsonl: no document falls on"),

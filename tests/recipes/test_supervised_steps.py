@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from model_foundry.checkpoint.compare import compare_checkpoints
-from model_foundry.errors import InterruptedRunError
+from model_foundry.errors import ConfigError, InterruptedRunError
 from model_foundry.recipes import session, training_run
 from model_foundry.recipes.preparation import prepare
 from model_foundry.recipes.proof import memory_task
@@ -132,6 +132,15 @@ def test_max_steps_overrides_epochs(
     prepared = prepare(tiny_config(tmp_path, model=model, training__batch_size=4, **changes), now=utc_now())
     assert prepared.total_steps == steps
     assert prepared.positions(steps).stop / prepared.batches.num_batches_per_epoch == last_epoch
+
+
+def test_a_save_beyond_the_end_is_refused(model: Path, tmp_path: Path) -> None:
+    """Prevents a checkpoint that was asked for and never comes, without a word."""
+    config = tiny_config(
+        tmp_path, model=model, training__max_steps=5, training__save_schedule="explicit", training__save_at=[2, 6]
+    )
+    with pytest.raises(ConfigError, match=r"training\.save_at: step 6 is beyond the last of 5 steps"):
+        prepare(config, now=utc_now())
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(model: Path, tmp_path: Path) -> None:

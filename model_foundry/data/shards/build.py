@@ -111,10 +111,8 @@ def build_shards(
     format = "text" if options.kind == "text" else first_format(_all_records(files), options.format)
     encoder = make_encoder(renderer, options, format)
     num_processes = num_processes or _choose_processes(plan.num_bytes)
-    with ShardWriter.opened(out, plan, kind=options.kind, max_length=options.max_length, dtype=encoder.dtype) as (
-        writer,
-        state,
-    ):
+    opened = ShardWriter.opened(out, plan, kind=options.kind, max_length=options.max_length, dtype=encoder.dtype)
+    with _where_writes_fail(out), opened as (writer, state):
         went_on = state.num_parts > 0 or state.has_index
         if went_on:
             say(f"going on after {state.counts.num_records:,} records in {len(state.shards):,} shards")
@@ -132,6 +130,16 @@ def build_shards(
         index = writer.finish(state)
     seconds = time.perf_counter() - started
     return PackReport(index, num_processes, seconds, index.num_tokens - before, build.num_bytes, went_on)
+
+
+@contextmanager
+def _where_writes_fail(out: Path) -> Iterator[None]:
+    """A write to an open file says that the disk is full and not where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(out)
+        raise
 
 
 def make_encoder(renderer: Renderer, options: PackOptions, format: str) -> Encoder:

@@ -145,6 +145,26 @@ def test_bad_input_is_one_paragraph_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_without_a_character_is_counted_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty file among thousands stopped the training of a vocabulary, as a row that cannot be trained on does."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in {"a.txt": "", "b.txt": "\n".join(CORPUS), "c.txt": ""}.items():
+        (folder / name).write_text(text)
+    code, said, _ = run(capsys, "train", folder, "--vocab-size", 300, "--out", tmp_path / "o")
+    assert code == 0
+    assert "2 of 3 texts are empty" in said
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": "a b c"}\n')
+    code, said, _ = run(capsys, "report", tmp_path / "o", tmp_path / "rows.jsonl")
+    assert code == 0
+    assert "2 of 2 texts" in said
+    code, _, err = run(capsys, "train", folder / "a.txt", "--vocab-size", 300, "--out", tmp_path / "p")
+    assert code == 2
+    assert "a.txt: there is no text" in err
+
+
 def test_unreadable_rows_are_counted_where_they_may_be_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_foundry.config.load import Resolved, load_config
+from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import ChatConfig, EvaluateConfig, TrainConfig
 from model_foundry.errors import ConfigError, UsageError
 
@@ -54,6 +55,42 @@ def test_the_layers_lie_in_their_order(tmp_path: Path) -> None:
         f"file {tmp_path / 'base.yaml'}:2",
     )
     assert resolved.warnings == ()
+
+
+LENGTHS: dict[str, tuple[str, tuple[str, ...], dict[str, str], str]] = {
+    "steps over a file's epochs": ("epochs: 3", ("training.max_steps=5",), {}, "max_steps=5"),
+    "epochs over a file's steps": ("max_steps: 5", ("training.epochs=3",), {}, "epochs=3.0"),
+    "tokens over a file's steps": ("max_steps: 5", ("training.max_tokens=900",), {}, "max_tokens=900"),
+    "steps of the environment over a file's tokens": ("max_tokens: 9", (), {"TRAINING_MAX_STEPS": "7"}, "max_steps=7"),
+    "null gives nothing": ("max_tokens: 9", ("training.epochs=null",), {}, "max_tokens=9"),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_the_last_layer_that_says_how_long_to_train_decides(case: str, tmp_path: Path) -> None:
+    """Prevents `training.epochs=3` on the command line being ignored for the max_steps of a file."""
+    written, overrides, environ, wanted = LENGTHS[case]
+    path = write(tmp_path / "a.yaml", f"method: pretrain\ntokenizer: t\ntraining:\n  {written}\n")
+    resolved = load_config(ExperimentConfig, path=path, overrides=overrides, environ=environ)
+    training = resolved.config.training
+    given = [f"{name}={getattr(training, name)}" for name in training.alternatives if getattr(training, name)]
+    assert given == [wanted]
+    if overrides != ("training.epochs=null",):
+        assert f"(over file {path}:4)" in resolved.explain()
+
+
+def test_a_method_that_knows_two_lengths_keeps_its_own_way(tmp_path: Path) -> None:
+    """Fine-tuning takes max_steps over epochs within a layer, and the later layer between two."""
+    both = write(tmp_path / "both.yaml", "training: {max_steps: 5, epochs: 2}\n")
+    assert (load(both).config.training.max_steps, load(both).config.training.epochs) == (5, 2)
+    above = load(write(tmp_path / "above.yaml", "inherits: both.yaml\ntraining: {epochs: 4}\n")).config.training
+    assert (above.max_steps, above.epochs) == (None, 4)
+
+
+def test_two_lengths_in_one_layer_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "method: pretrain\ntokenizer: t\ntraining: {epochs: 2, max_steps: 5}\n")
+    with pytest.raises(ConfigError, match=r"training\.epochs and training\.max_steps both say how long to train"):
+        load_config(ExperimentConfig, path=path)
 
 
 def test_provenance_covers_every_field_and_explain_shows_each() -> None:

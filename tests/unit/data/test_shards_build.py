@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from model_foundry.data.rows import read_rows
-from model_foundry.data.shards.build import PackProgress, build_shards
+from model_foundry.data.shards.build import PackProgress, _where_writes_fail, build_shards
 from model_foundry.data.shards.plan import PackOptions, RendererSource
 from model_foundry.data.shards.reader import PackedShards
 from model_foundry.data.shards.writer import work_folder
@@ -418,3 +418,15 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, chatml_folder: Path)
     assert tokens.dtype == np.int32
     assert tokens.max() >= 1 << 16
     assert not work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """What the kernel says of a write to an open file names no file."""
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        _where_writes_fail(tmp_path / "shards"),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"x")
+    assert caught.value.filename == str(tmp_path / "shards")

@@ -1,14 +1,15 @@
-"""A batch is split where the free memory asks for it, and no further than that."""
+"""A batch is split where the free memory asks for it, and no further than that; a disk that is too small is said."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from model_foundry.models.memory import MemoryEstimate
-from model_foundry.recipes.plan import memory_hint, pieces_that_fit
+from model_foundry.recipes.plan import memory_hint, pieces_that_fit, warn_of_disk
 
 LENGTHS = [300, 200, 100, 100, 100]
 
@@ -37,3 +38,14 @@ def test_the_part_that_makes_the_peak_is_named() -> None:
     assert "data.max_length, or set training.gradient_checkpointing" in hint(unasked=100, unsampled=100)
     large = replace(memory, weights=1000)
     assert "the model itself" in memory_hint(large, unasked=1099, unsampled=1099, gradient_checkpointing=False)
+
+
+def test_checkpoints_that_will_not_find_room_are_said_before_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prevents hours that end in a save that the plan knew to be too large."""
+    warn_of_disk({"disk_bytes": 1}, tmp_path / "not" / "there")
+    assert not caplog.records
+    warn_of_disk({"disk_bytes": 10**18}, tmp_path / "not" / "there")
+    assert "not/there: the run writes up to" in caplog.text
+    assert "lower training.save_total_limit" in caplog.text
