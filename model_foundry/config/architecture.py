@@ -105,3 +105,8 @@ class ArchitectureSection(Section):
         if beyond:
             what = f"layer {beyond[0]} is not one of {self.num_hidden_layers} layers, counted from 0"
             raise broken_rule("mlp_only_layers", what)
+        plain, step = set(self.mlp_only_layers), self.decoder_sparse_step
+        if plain >= {layer for layer in range(self.num_hidden_layers) if (layer + 1) % step == 0}:
+            # transformers, told to balance experts, ends with an error in a model that has none.
+            field = "mlp_only_layers" if step <= self.num_hidden_layers else "decoder_sparse_step"
+            raise broken_rule(field, f"none of the {self.num_hidden_layers} layers has experts; choose qwen3 for that")
