@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from model_foundry.checkpoint.lock import FileLock, LockHeldError
-from model_foundry.config.pretrain import ExperimentConfig
+from model_foundry.config.pretrain import CorpusSection, ExperimentConfig
 from model_foundry.config.section import asked_for
 from model_foundry.data.files import local_path
 from model_foundry.data.shards.build import PackProgress, build_shards
 from model_foundry.data.shards.format import INDEX_NAME
 from model_foundry.data.shards.loader import BinLoader
+from model_foundry.data.shards.overlap import count_shared
 from model_foundry.data.shards.plan import PackOptions, Part, RendererSource, list_inputs, make_plan
 from model_foundry.data.shards.reader import PackedShards
 from model_foundry.errors import ConfigError, DataError
@@ -44,6 +45,7 @@ from model_foundry.types import Datum, LoraConfig, OptimParams, SamplingParams
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 PACKING_TIMEOUT_S = 6 * 3600.0
+_READ_WHEN_PACKING = ("text_field", "separator", "bad_records")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PreparedCorpus(TokenLosses):
         train: packed text; its chunks are the rows of a batch.
         validation: held-out text, or None.
         num_chunks: trained on in the whole run, over all epochs.
+        num_shared: documents that are held out and trained on as well.
     """
 
     config: ExperimentConfig
@@ -64,6 +67,7 @@ class PreparedCorpus(TokenLosses):
     train: PackedShards
     validation: PackedShards | None
     num_chunks: int
+    num_shared: int
     learning_rate: LearningRate
     lora: LoraConfig | None = None
     gate: None = None
@@ -194,7 +198,13 @@ class PreparedCorpus(TokenLosses):
 
     def data_summary(self) -> dict[str, Any]:
         parts = {"train": self.train, "validation": self.validation}
-        return {role: _summary(self._named(role), shards) for role, shards in parts.items() if shards is not None}
+        summary = {role: _summary(self._named(role), shards) for role, shards in parts.items() if shards is not None}
+        if self.validation is not None:
+            measured = min(self._num_measured * self.validation.max_length, self.validation.index.num_tokens)
+            summary["validation"]["measured_tokens"] = measured
+        if self.num_shared:
+            summary["validation"]["trained_on_too"] = self.num_shared
+        return summary
 
     def _named(self, role: str) -> str:
         data = self.config.data
@@ -226,6 +236,7 @@ def prepare_corpus(config: ExperimentConfig, *, now: datetime) -> PreparedCorpus
     corpus = _Corpus(config, source.folder, tokenizer, max_length)
     if corpus.is_packed(config.data.train_file):
         train, validation = corpus.open(config.data.train_file, "all"), None
+        _require_unasked(config.data, corpus)
     else:
         shares = config.data.validation_file is None and config.data.validation_share > 0
         train = corpus.open(config.data.train_file, "train" if shares else "all")
@@ -233,7 +244,7 @@ def prepare_corpus(config: ExperimentConfig, *, now: datetime) -> PreparedCorpus
     if config.data.validation_file is not None:
         validation = corpus.open(config.data.validation_file, "all")
     if validation is None:
-        _require_unmeasured(config)
+        _require_unmeasured(config, is_packed=corpus.is_packed(config.data.train_file))
     num_chunks = _count_chunks(config, train)
     steps = -(-num_chunks // (config.training.batch_size * config.training.gradient_accumulation_steps))
     require_saves(config.training, steps)
@@ -246,6 +257,7 @@ def prepare_corpus(config: ExperimentConfig, *, now: datetime) -> PreparedCorpus
         train=train,
         validation=validation,
         num_chunks=num_chunks,
+        num_shared=_count_shared(train, validation),
         learning_rate=learning_rate(config.training, steps),
     )
     _require_room(prepared, context_of(read_config(source.folder)))
@@ -369,7 +381,17 @@ def _require_room(prepared: PreparedCorpus, context: int | None) -> None:
         raise ConfigError(what, where="evaluation.max_new_tokens", hint="Lower it, or shorten the prompts.")
 
 
-def _require_unmeasured(config: ExperimentConfig) -> None:
+def _require_unasked(data: CorpusSection, corpus: _Corpus) -> None:
+    """Refuse what is read when text is packed where all of it is packed already."""
+    if data.validation_file is not None and not corpus.is_packed(data.validation_file):
+        return
+    for name in _READ_WHEN_PACKING:
+        if getattr(data, name) != CorpusSection.model_fields[name].default:
+            what = f"{name} is read when text is packed, and {data.train_file} is packed already"
+            raise ConfigError(what, where=f"data.{name}", hint="Leave it out, or name the text itself.")
+
+
+def _require_unmeasured(config: ExperimentConfig, *, is_packed: bool) -> None:
     """A bound on held-out text is refused where there is none, before the run rather than after."""
     for name in ("bits_per_byte", "below_unigram"):
         if asked_for(config.criteria, name):
@@ -377,7 +399,19 @@ def _require_unmeasured(config: ExperimentConfig) -> None:
                 "there is no held-out text to measure it on", where=f"criteria.{name}",
                 hint="Set data.validation_file or data.validation_share (packed shards are not split), or it to null.",
             )  # fmt: skip
-    logger.warning("no text is held out: the loss on text that is not trained on will not be known")
+    why = "packed shards are not split, and " if is_packed and config.data.validation_share else ""
+    logger.warning("%sno text is held out: the loss on text that is not trained on will not be known", why)
+
+
+def _count_shared(train: PackedShards, validation: PackedShards | None) -> int:
+    """A split by content shares nothing; a file of its own may be a copy of what is trained on."""
+    if validation is None:
+        return 0
+    shared = count_shared(train, validation)
+    if shared:
+        words = "%s of %s held-out documents are trained on too: what is measured on them is memory"
+        logger.warning(words, f"{shared:,}", f"{validation.index.counts.num_rows:,}")
+    return shared
 
 
 def _count_chunks(config: ExperimentConfig, train: PackedShards) -> int:

@@ -262,7 +262,11 @@ def _text_lines(plan: Mapping[str, Any]) -> list[str]:
     lost = sum(train["lost"].values())
     aside = "none held out"
     if held_out is not None:
-        aside = f"{held_out['documents']:,} held out ({held_out['tokens']:,} tokens)"
+        measured, tokens = held_out["measured_tokens"], held_out["tokens"]
+        first = f"the first {measured:,} of {tokens:,} tokens measured" if measured < tokens else f"{tokens:,} tokens"
+        aside = f"{held_out['documents']:,} held out ({first})"
+        if shared := held_out.get("trained_on_too"):
+            aside += f", of which {shared:,} are trained on too"
     return [
         f"text        {train['documents']:,} documents, {aside}, {lost:,} lost",
         f"tokens      {plan['tokens']:,} over {plan['epochs']:.4g} epochs · {train['tokens']:,} an epoch, "

@@ -175,6 +175,8 @@ def _notes(facts: Mapping[str, Any], session: Session, steps: list[dict[str, Any
     if spikes := find_spikes(losses_of(steps)):
         named = ", ".join(map(str, spikes[:MAX_SPIKES_NAMED])) + (", …" if len(spikes) > MAX_SPIKES_NAMED else "")
         notes.append(f"The loss spiked at {len(spikes)} of {len(steps)} steps: {named}.")
+    if shared := session.work.data_summary().get("validation", {}).get("trained_on_too"):
+        notes.append(f"{shared:,} held-out documents are trained on too: what is measured on them is memory.")
     if session.trial.num_pieces > 1:
         notes.append(f"Memory was short: the longest batch is computed in {session.trial.num_pieces} pieces.")
     return tuple(notes)

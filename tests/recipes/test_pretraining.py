@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from model_foundry.errors import ConfigError, DataError, FoundryError, ModelError
 from model_foundry.recipes.corpus import prepare_corpus
+from model_foundry.recipes.plan import plan_text
 from model_foundry.recipes.training_run import plan_run, run_training
 from model_foundry.run.directory import utc_now
 from model_foundry.run.metrics import comparable_lines, read_metrics
@@ -152,6 +153,24 @@ def test_shards_made_beforehand_are_used_as_they_are(chatml_folder: Path, tmp_pa
     assert not list((tmp_path / "a").glob("work/shards/train*"))
 
 
+def test_what_is_read_when_text_is_packed_is_refused_for_shards(
+    chatml_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prevents a separator that nothing writes, and a share that nothing holds out, without a word."""
+    source = write_jsonl(tmp_path / "text.jsonl", documents(60))
+    pack(source, tmp_path / "shards", chatml_folder, kind="text", max_length=32)
+    shards = {"tokenizer": chatml_folder, "data__train_file": str(tmp_path / "shards")}
+    with pytest.raises(ConfigError, match=r"data\.separator: separator is read when text is packed"):
+        plan_run(tiny_experiment(tmp_path / "a", data__separator="<|im_end|>", **shards))
+    plan_run(tiny_experiment(tmp_path / "b", **shards))
+    assert "packed shards are not split, and no text is held out" in caplog.text
+    mixed = tiny_experiment(
+        tmp_path / "c", data__separator="<|im_end|>", data__validation_file=str(source), **shards,
+        evaluation={"max_tokens": 200},
+    )  # fmt: skip
+    assert "60 held out (the first 192 of " in plan_text(plan_run(mixed))
+
+
 def test_training_goes_on_from_a_model(chatml_folder: Path, tmp_path: Path) -> None:
     """Continued pretraining starts where the first run ended."""
     first = tiny_experiment(tmp_path / "first", tokenizer=chatml_folder)
@@ -188,6 +207,21 @@ def test_a_plan_says_the_text_and_the_steps(chatml_folder: Path, tmp_path: Path)
     assert plan["data"]["train"]["documents"] > plan["data"]["validation"]["documents"] > 0
     assert plan["base_parameters"] == plan["trained_parameters"] > 10_000
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_text_that_is_trained_on_is_said(
+    chatml_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The training text named as validation_file gave splendid bits per byte, and nobody said a word."""
+    write_jsonl(tmp_path / "held.jsonl", [*documents(120)[:3], *documents(4, seed=9)])
+    config = tiny_experiment(
+        tmp_path, tokenizer=chatml_folder, data__validation_file=str(tmp_path / "held.jsonl"), training__max_steps=2
+    )
+    report = run_training(config)
+    assert "3 of 7 held-out documents are trained on too" in caplog.text
+    assert "3 held-out documents are trained on too: what is measured on them is memory." in report.notes
+    assert "7 held out" in caplog.text
+    assert "of which 3 are trained on too" in caplog.text
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[FoundryError], str]] = {

@@ -161,7 +161,7 @@ class PackedShards:
         else:
             bounds = [(0, len(ids) + 1)]
         if self._first_bins is None and number + 1 < self.num_bins:
-            following = self._stream((number + 1) * self.max_length, (number + 1) * self.max_length + 1)
+            following = self.stream_tokens((number + 1) * self.max_length, (number + 1) * self.max_length + 1)
             ids, weights = np.append(ids, following), np.append(weights, np.float32(1))
             if mask_documents and not self._begins_document((number + 1) * self.max_length):
                 bounds[-1] = (bounds[-1][0], len(ids))
@@ -200,15 +200,30 @@ class PackedShards:
         if len(found) == 0 or found[0] > 0:
             found, numbers = np.append(0, found), np.append(self._row_at(start), numbers)
         ones = np.ones(end - start, dtype=np.float32)
-        return Bin(self._stream(start, end), ones, found, numbers, np.zeros(len(found), dtype=np.int64))
+        return Bin(self.stream_tokens(start, end), ones, found, numbers, np.zeros(len(found), dtype=np.int64))
 
-    def _stream(self, start: int, end: int) -> np.ndarray:
+    def stream_tokens(self, start: int, end: int) -> np.ndarray:
         """int32 [end - start]: tokens of the stream, over the borders of shards."""
         parts = [
             self._map(shard)["tokens"][max(start - base, 0) : end - base]
             for shard, base in self._shards_between(start, end)
         ]
         return np.concatenate(parts).astype(np.int32)
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """int32 [N]: the token at each place of a stream of text."""
+        shards = np.searchsorted(self._starts_in_stream, places, side="right") - 1
+        found = np.empty(len(places), dtype=np.int32)
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            found[chosen] = self._map_shard(shard)["tokens"][places[chosen] - int(self._starts_in_stream[shard])]
+        return found
+
+    def document_starts(self) -> np.ndarray:
+        """int64 [documents]: where each document of a text begins in the stream."""
+        bases = self._starts_in_stream[:-1].tolist()
+        parts = [self._map_shard(number)["starts"].astype(np.int64) + base for number, base in enumerate(bases)]
+        return np.concatenate(parts)
 
     def _shards_between(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """The shards that hold tokens of [start, end), each with its place in the stream."""
@@ -279,16 +294,13 @@ class PackedShards:
     def stats(self) -> ShardStats:
         """Counts, and how long rows or documents are (reads where they start)."""
         lengths = [np.zeros(0, dtype=np.int64)]
-        starts = [self._map_shard(number)["starts"] for number in range(len(self.index.shards))]
         if self.index.kind == "rows":
             lengths += [
-                np.diff(starts[number].astype(np.int64), append=shard.num_tokens)
+                np.diff(self._map_shard(number)["starts"].astype(np.int64), append=shard.num_tokens)
                 for number, shard in enumerate(self.index.shards)
             ]
         else:  # a document may go on in the next shard
-            bases = self._starts_in_stream[:-1].tolist()
-            places = np.concatenate([found.astype(np.int64) + base for found, base in zip(starts, bases, strict=True)])
-            lengths.append(np.diff(places, append=self.index.num_tokens))
+            lengths.append(np.diff(self.document_starts(), append=self.index.num_tokens))
         of_all = np.concatenate(lengths)
         percentiles = np.percentile(of_all, [0, 5, 25, 50, 75, 95, 100], method="nearest").astype(int)
         room = self.num_bins * self.max_length

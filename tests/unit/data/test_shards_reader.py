@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model_foundry.data.shards.overlap import count_shared
 from model_foundry.data.shards.reader import PackedShards
 from model_foundry.errors import DataError
 from model_foundry.tokenizer import Tokenizer
@@ -263,3 +264,26 @@ def test_statistics_are_counted(rows: Path, text: Path) -> None:
     assert (of_text.num_tokens, of_text.num_rows) == (len(whole), 1500)
     assert of_text.num_trained_tokens == len(whole)
     assert sum(of_text.lengths) > 0
+
+
+# -- what two sets share ---------------------------------------------------------------------------------------------
+
+
+def test_documents_of_two_sets_are_found_wherever_they_lie(chatml_folder: Path, tmp_path: Path) -> None:
+    """Against a count of texts: over the borders of shards, twice, and beside others of the same length and ends."""
+    lengths = np.random.default_rng(5).integers(1, 30, size=700).tolist()
+    mine = texts(lengths, seed=1)
+    theirs = [*mine[100:130], *texts([12] * 50, seed=2), mine[0], mine[0], mine[-1]]
+    opened = []
+    for name, documents, shard_tokens in (("a", mine, 700), ("b", theirs, 300)):
+        pack(
+            write_rows(tmp_path / f"{name}.jsonl", documents), tmp_path / name, chatml_folder,
+            kind="text", max_length=50, shard_tokens=shard_tokens,
+        )  # fmt: skip
+        opened.append(PackedShards.open(tmp_path / name))
+    a, b = opened
+    assert min(len(a.index.shards), len(b.index.shards)) > 2
+    in_mine, in_theirs = ({each["text"] for each in documents} for documents in (mine, theirs))
+    assert count_shared(a, b) == sum(each["text"] in in_mine for each in theirs) >= 33
+    assert count_shared(b, a) == sum(each["text"] in in_theirs for each in mine)
+    assert [a.at(np.arange(40, 90))[n] for n in range(50)] == stream_of(a)[40:90]
