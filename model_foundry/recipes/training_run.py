@@ -162,6 +162,7 @@ def _in_run(
                 compiling=run.facts.get("compiling") or session.plan["compiling"],
                 piece_tokens=run.facts.get("piece_tokens", session.piece_tokens),
                 total_steps=session.work.total_steps,
+                world_sizes=sorted({*run.facts.get("world_sizes", []), session.engine.world_size}),
             )
             report = _train_and_prove(run, session, digest, resumed=resumed)
         except (KeyboardInterrupt, InterruptedRunError) as error:

@@ -70,7 +70,7 @@ def verify_run(
     """Run it again from its own folder, and compare every bit with what it left.
 
     Raises:
-        RunError: it has not finished, or its data or its model have changed since.
+        RunError: it has not finished, several processes computed it, or its data or its model have changed since.
         CheckpointCorruptError: what it left is damaged.
     """
     recorded = RunDirectory.read(run)
@@ -78,6 +78,10 @@ def verify_run(
     if FINAL not in [checkpoint.name for checkpoint in recorded.checkpoints.list()]:
         raise RunError("has not finished", where=str(run), hint=f"Let it finish first: foundry resume {run}")
     recorded.checkpoints.open(FINAL)
+    if (size := max(facts.get("world_sizes", [1]))) > 1:
+        what = f"{size} processes computed it, and one would end with other last bits"
+        hint = "Train it again under torchrun elsewhere, and put both side by side: foundry runs compare A B"
+        raise RunError(what, where=str(run), hint=hint)
     files = {role: Path(each["path"]) for role, each in facts["receipt"]["data"].items()}
     model_fingerprint = start_fingerprint(config)
     now = receipt(argv=(), config_digest="", data_files=files, model_fingerprint=model_fingerprint)

@@ -78,6 +78,10 @@ def test_a_signal_saves_and_one_process_goes_on(config: Path, straight: Path, tm
     assert resumed.returncode == 0
     assert "world_size was 2 when this was saved and is 1 now" in resumed.stderr
     assert_the_same_run(run, straight)
+    # Run again by one process it has other last bits, which was called a failure of the run.
+    verified = foundry_here("verify", "run", run)
+    assert verified.returncode == 2
+    assert "2 processes computed it, and one would end with other last bits" in verified.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds a rank's process in /proc")
