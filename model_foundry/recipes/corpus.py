@@ -381,13 +381,13 @@ def _require_room(prepared: PreparedCorpus, context: int | None) -> None:
         raise ConfigError(what, where="evaluation.max_new_tokens", hint="Lower it, or shorten the prompts.")
 
 
-def _require_unasked(data: CorpusSection, corpus: _Corpus) -> None:
+def _require_unasked(named: CorpusSection, corpus: _Corpus) -> None:
     """Refuse what is read when text is packed where all of it is packed already."""
-    if data.validation_file is not None and not corpus.is_packed(data.validation_file):
+    if named.validation_file is not None and not corpus.is_packed(named.validation_file):
         return
     for name in _READ_WHEN_PACKING:
-        if getattr(data, name) != CorpusSection.model_fields[name].default:
-            what = f"{name} is read when text is packed, and {data.train_file} is packed already"
+        if getattr(named, name) != CorpusSection.model_fields[name].default:
+            what = f"{name} is read when text is packed, and {named.train_file} is packed already"
             raise ConfigError(what, where=f"data.{name}", hint="Leave it out, or name the text itself.")
 
 

@@ -271,18 +271,18 @@ def test_statistics_are_counted(rows: Path, text: Path) -> None:
 
 def test_documents_of_two_sets_are_found_wherever_they_lie(chatml_folder: Path, tmp_path: Path) -> None:
     """Against a count of texts: over the borders of shards, twice, and beside others of the same length and ends."""
-    lengths = np.random.default_rng(5).integers(1, 30, size=700).tolist()
+    lengths = np.random.default_rng(5).integers(1, 30, size=1700).tolist()
     mine = texts(lengths, seed=1)
-    theirs = [*mine[100:130], *texts([12] * 50, seed=2), mine[0], mine[0], mine[-1]]
+    theirs = [*mine[100:130], *texts([12] * 1200, seed=2), mine[0], mine[0], mine[-1]]
     opened = []
-    for name, documents, shard_tokens in (("a", mine, 700), ("b", theirs, 300)):
+    for name, documents, shard_tokens in (("a", mine, 9000), ("b", theirs, 7000)):
         pack(
             write_rows(tmp_path / f"{name}.jsonl", documents), tmp_path / name, chatml_folder,
             kind="text", max_length=50, shard_tokens=shard_tokens,
         )  # fmt: skip
         opened.append(PackedShards.open(tmp_path / name))
     a, b = opened
-    assert min(len(a.index.shards), len(b.index.shards)) > 2
+    assert min(len(a.index.shards), len(b.index.shards)) > 1
     in_mine, in_theirs = ({each["text"] for each in documents} for documents in (mine, theirs))
     assert count_shared(a, b) == sum(each["text"] in in_mine for each in theirs) >= 33
     assert count_shared(b, a) == sum(each["text"] in in_theirs for each in mine)
