@@ -154,7 +154,7 @@ def test_shards_made_beforehand_are_used_as_they_are(chatml_folder: Path, tmp_pa
 
 
 def test_what_is_read_when_text_is_packed_is_refused_for_shards(
-    chatml_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    chatml_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Prevents a separator that nothing writes, and a share that nothing holds out, without a word."""
     source = write_jsonl(tmp_path / "text.jsonl", documents(60))
@@ -163,7 +163,7 @@ def test_what_is_read_when_text_is_packed_is_refused_for_shards(
     with pytest.raises(ConfigError, match=r"data\.separator: separator is read when text is packed"):
         plan_run(tiny_experiment(tmp_path / "a", data__separator="<|im_end|>", **shards))
     plan_run(tiny_experiment(tmp_path / "b", **shards))
-    assert "packed shards are not split, and no text is held out" in caplog.text
+    assert "packed shards are not split, and no text is held out" in capsys.readouterr().err
     mixed = tiny_experiment(
         tmp_path / "c", data__separator="<|im_end|>", data__validation_file=str(source), **shards,
         evaluation={"max_tokens": 200},
@@ -210,7 +210,7 @@ def test_a_plan_says_the_text_and_the_steps(chatml_folder: Path, tmp_path: Path)
 
 
 def test_held_out_text_that_is_trained_on_is_said(
-    chatml_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    chatml_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The training text named as validation_file gave splendid bits per byte, and nobody said a word."""
     write_jsonl(tmp_path / "held.jsonl", [*documents(120)[:3], *documents(4, seed=9)])
@@ -218,10 +218,11 @@ def test_held_out_text_that_is_trained_on_is_said(
         tmp_path, tokenizer=chatml_folder, data__validation_file=str(tmp_path / "held.jsonl"), training__max_steps=2
     )
     report = run_training(config)
-    assert "3 of 7 held-out documents are trained on too" in caplog.text
+    said = capsys.readouterr().err
+    assert "3 of 7 held-out documents are trained on too" in said
     assert "3 held-out documents are trained on too: what is measured on them is memory." in report.notes
-    assert "7 held out" in caplog.text
-    assert "of which 3 are trained on too" in caplog.text
+    assert "7 held out" in said
+    assert "of which 3 are trained on too" in said
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[FoundryError], str]] = {
