@@ -2,8 +2,8 @@
 
 A model that merely answers differently also answers some questions better. So every share comes with an interval over
 the questions and a noise floor: the share of cases that would count as improved had nothing been learned. What is
-gained above the floor is judged question by question (paired bootstrap; Efron and Tibshirani 1993). Knows texts and
-numbers; nothing of models or files.
+gained above the floor is judged question by question (paired bootstrap; Efron and Tibshirani 1993), and not at all for
+fewer than six. Knows texts and numbers; nothing of models or files.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from model_foundry.errors import FoundryError
+from model_foundry.evals import statistics
 from model_foundry.evals.metrics import METRICS, Score, mean_scores, score
 
 IMPROVED, SAME, WORSE = "improved", "same", "worse"
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 4000
 MAX_OTHER_ANSWERS, MAX_SHUFFLED_PAIRS = 40, 40_000
 """Each answer is held against so many other questions' expected answers at most, fewer where there are many."""
-_BLOCK_COUNTS = 4_000_000
 _TOLERANCE = 1e-9
 
 
@@ -64,9 +61,10 @@ class Comparison:
         improved: the share that scored higher afterwards; `same` and `worse` likewise.
         interval: 95 % interval of `improved` (Wilson 1927: unlike a bootstrap, it knows that 5 of 5 is not yet all).
         noise: how large a share counts as improved by luck alone, by how that was estimated (see `compare`).
-        margin_interval: 95 % of resampled question sets have an improved minus largest noise within this.
+        margin_interval: 95 % of resampled question sets have an improved minus largest noise within this; None for
+            fewer than six questions.
         change_interval: likewise for the mean change in score.
-        verdict: improved, worse, or unclear when the intervals reach into the noise.
+        verdict: improved, worse, or unclear when the intervals reach into the noise, or there are none.
     """
 
     cases: tuple[Case, ...]
@@ -76,8 +74,8 @@ class Comparison:
     worse: float
     interval: tuple[float, float]
     noise: Mapping[str, float]
-    margin_interval: tuple[float, float]
-    change_interval: tuple[float, float]
+    margin_interval: statistics.Interval | None
+    change_interval: statistics.Interval | None
     verdict: str
 
     @property
@@ -109,8 +107,8 @@ class Comparison:
             "interval": list(self.interval),
             "noise": dict(self.noise),
             "noise_floor": self.noise_floor,
-            "margin_interval": list(self.margin_interval),
-            "change_interval": list(self.change_interval),
+            "margin_interval": None if self.margin_interval is None else list(self.margin_interval),
+            "change_interval": None if self.change_interval is None else list(self.change_interval),
             "cases": [case.as_dict() for case in self.cases],
         }
 
@@ -160,8 +158,8 @@ def compare(
     if repeats:
         luck["repeated"] = _repeated_luck(expected, before, repeats, metric=metric)
     floor = max(luck.values(), key=lambda shares: float(shares.mean()))
-    interval = _share_interval(int(improved.sum()), len(cases))
-    margin, change = _bootstrap_intervals(np.stack([improved - floor, gains]), seed=seed)
+    interval = statistics.share_interval(int(improved.sum()), len(cases))
+    margin, change = (_interval_of_mean(values, seed=seed) for values in (improved - floor, gains))
     return Comparison(
         cases=cases,
         metric=metric,
@@ -176,21 +174,10 @@ def compare(
     )
 
 
-def _bootstrap_intervals(values: np.ndarray, *, seed: int) -> list[tuple[float, float]]:
-    """Paired bootstrap intervals of the row means of float [num_statistics, num_cases]: all from the same questions."""
-    num_cases = values.shape[1]
-    random_source = np.random.Generator(np.random.Philox(key=seed))
-    even = np.full(num_cases, 1 / num_cases)
-    means = np.empty((NUM_RESAMPLES, len(values)))
-    block = max(1, _BLOCK_COUNTS // num_cases)
-    for start in range(0, NUM_RESAMPLES, block):
-        # How often each question was drawn, instead of which: one matrix product then gives every mean.
-        size = min(block, NUM_RESAMPLES - start)
-        counts = random_source.multinomial(num_cases, even, size=size)
-        means[start : start + size] = counts @ values.T / num_cases
-    tail = (1 - CONFIDENCE) / 2
-    lows, highs = np.quantile(means, [tail, 1 - tail], axis=0)
-    return [(float(low), float(high)) for low, high in zip(lows, highs, strict=True)]
+def _interval_of_mean(values: np.ndarray, *, seed: int) -> statistics.Interval | None:
+    """Bootstrap interval of the mean of float [num_cases]; one seed draws the same questions whatever the values."""
+    rows = np.stack([values, np.ones(len(values))], axis=1)
+    return statistics.interval(rows, lambda sums: sums[..., 0] / sums[..., 1], seed=seed)
 
 
 def _case(prompt: str, expected: str, before: str, after: str, source: str, *, metric: str) -> Case:
@@ -233,19 +220,12 @@ def _repeated_luck(
     return shares / len(repeats)
 
 
-def _verdict(share_margin: float, margin: tuple[float, float], change: tuple[float, float]) -> str:
+def _verdict(share_margin: float, margin: statistics.Interval | None, change: statistics.Interval | None) -> str:
+    if margin is None or change is None:
+        return "unclear"
     if share_margin > 0 and margin[0] > 0 and change[0] > 0:
         return IMPROVED
     return WORSE if change[1] < 0 else "unclear"
-
-
-def _share_interval(num_hits: int, num_cases: int) -> tuple[float, float]:
-    """Wilson's score interval of a share."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    share, spread = num_hits / num_cases, z * z / num_cases
-    centre = share + spread / 2
-    reach = (spread * (share * (1 - share) + spread / 4)) ** 0.5
-    return max(0.0, (centre - reach) / (1 + spread)), min(1.0, (centre + reach) / (1 + spread))
 
 
 def _check_lengths(prompts: Sequence[str], columns: Sequence[Sequence[str]]) -> None:

@@ -40,11 +40,14 @@ class Bound:
         }[self.how]  # fmt: skip
 
 
-def parse_bound(text: str, *, unit: str, where: str) -> Bound:
+def parse_bound(text: str, *, unit: str, where: str, span: tuple[float, float] | None = None) -> Bound:
     """Read a bound for a metric in `unit` (`share`: a number from 0 to 1, or a percentage).
 
+    Args:
+        span: least and largest value that the metric can have, where there are such.
+
     Raises:
-        ConfigError: it cannot be read, or names another unit than the metric's.
+        ConfigError: it cannot be read, names another unit than the metric's, or every value meets it, or none.
     """
     match = _FORM.fullmatch(str(text))
     example = "> 30 %" if unit == SHARE else f"< 15 {unit}".rstrip()
@@ -66,4 +69,14 @@ def parse_bound(text: str, *, unit: str, where: str) -> Bound:
     shown = f"{how} {number * 100:.4g} %" if unit == SHARE else f"{how} {number:g} {unit}".rstrip()
     if how == "within":
         shown = shown.replace("within ", "within ±")
-    return Bound(how, number, shown)
+    bound = Bound(how, number, shown)
+    if span is not None and len(met := {bound.holds(end) for end in span}) == 1 and not _parts(bound, span):
+        low, high = (f"{end * 100:g} %" if unit == SHARE else f"{end:g}" for end in span)
+        hint = f"The metric lies from {low} to {high}: {'every' if met == {True} else 'no'} value meets this."
+        raise ConfigError(f"{text!r} bounds nothing", where=where, hint=hint)
+    return bound
+
+
+def _parts(bound: Bound, span: tuple[float, float]) -> bool:
+    """Whether a bound around zero is met between the ends of a span and not at them."""
+    return bound.how == "within" and not bound.holds(span[0]) and span[0] <= 0 <= span[1]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from model_foundry.evals.before_after import Comparison
+from model_foundry.evals.statistics import why_none
 from model_foundry.types import Check
 
 MAX_WINDOW_STEPS = 20
@@ -46,14 +47,17 @@ def answers_improved(comparison: Comparison, *, bound: float) -> Check:
     """More than the share `bound` of the answers must improve, and the gain must lie beyond the noise floor.
 
     Beyond means: over resampled question sets, improved minus what luck improves stays above 0, and so does the mean
-    change in score, both in 95 % of them.
+    change in score, both in 95 % of them. Fewer than six questions show nothing beyond it.
     """
     passed = comparison.improved > bound and comparison.verdict == "improved"
     low, high = comparison.interval
     noise = ", ".join(f"{name} {_percent(share)}" for name, share in comparison.noise.items())
     total = len(comparison.cases)
     exact_before, exact_after = _percent(comparison.before["exact"]), _percent(comparison.after["exact"])
-    margin = " to ".join(_percent(end, signed=True) for end in comparison.margin_interval)
+    if comparison.margin_interval is None:
+        margin = f"Whether it is more than that cannot be told: {why_none(total)}"
+    else:
+        margin = f"Above that by {' to '.join(_percent(end, signed=True) for end in comparison.margin_interval)}"
     return Check(
         name="answers_improved",
         passed=passed,
@@ -62,7 +66,7 @@ def answers_improved(comparison: Comparison, *, bound: float) -> Check:
         evidence=(
             f"{comparison.count('improved')} of {total} held-out answers score higher by {comparison.metric}, "
             f"{comparison.count('worse')} lower (95 % interval of the improved {_percent(low)} to {_percent(high)}). "
-            f"Luck would improve: {noise}. Above that by {margin}. Exact answers {exact_before} → {exact_after}."
+            f"Luck would improve: {noise}. {margin}. Exact answers {exact_before} → {exact_after}."
         ),
     )
 

@@ -31,12 +31,19 @@ class Outcome:
         shown: each row's answers, for people.
         missing: metrics that this target can't give, each with the reason.
         rows: the rows, where asking made them (windows of a text).
+        num_left_out: of those, how many more there were.
     """
 
     stats: dict[str, list[Stats | None]] = field(default_factory=dict)
     shown: list[Shown] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     rows: tuple[SuiteRow, ...] | None = None
+    num_left_out: int = 0
+
+
+def other_batch_size(batch_size: int) -> int:
+    """Of batches that are composed otherwise."""
+    return batch_size // 2 + 1 if batch_size > 2 else 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +55,18 @@ class Asking:
     on_progress: OnProgress | None = None
 
     def replies(
-        self, target: Target, prompts: Sequence[Messages], decoding: Decoding, *, alone: bool = False
+        self,
+        target: Target,
+        prompts: Sequence[Messages],
+        decoding: Decoding,
+        *,
+        alone: bool = False,
+        together: bool = False,
     ) -> tuple[Reply, ...]:
-        size = 1 if alone else max(1, self.batch_size // 2 + 1) if self.again else self.batch_size
+        """Args: together: nobody is asked alone, as far as there are others."""
+        size = 1 if alone else other_batch_size(self.batch_size) if self.again else self.batch_size
+        if together:
+            size = _without_a_last_one(max(2, size), len(prompts))
         if self.again:
             decoding = replace(decoding, seed=(decoding.seed + 1_000_003) % 2**32)
         return target.generate(prompts, decoding, batch_size=size, on_progress=self.on_progress)
@@ -64,7 +80,7 @@ def ask_answers(suite: Suite, target: Target, asking: Asking) -> Outcome:
     out = Outcome(shown=[(("answer", reply.text),) for reply in replies])
     for name in suite.metrics:
         if name == "ended":
-            out.stats[name] = [(float(not reply.is_cut), 1.0) for reply in replies]
+            out.stats[name] = [(float(bool(reply.text) and not reply.is_cut), 1.0) for reply in replies]
             continue
         score = ANSWER_SCORES[name]
         out.stats[name] = [score(reply.text, row.wanted) for row, reply in zip(suite.rows, replies, strict=True)]
@@ -97,38 +113,44 @@ def ask_choices(suite: Suite, target: Target, asking: Asking) -> Outcome:
 def ask_text(suite: Suite, target: Target, asking: Asking) -> Outcome:
     """Windows of the text, each read with some of what comes before it."""
     text = suite.rows[0].text
-    limit = suite.max_rows or DEFAULT_TEXT_ROWS
-    starts = range(0, len(text), WINDOW_CHARS)
+    every = range(0, len(text), WINDOW_CHARS)
+    starts = every[: suite.max_rows or DEFAULT_TEXT_ROWS]
+    num_left_out = len(every) - len(starts)
     windows = []
-    for start in list(starts)[:limit]:
+    for start in starts:
         read = max(0, start - CONTEXT_CHARS)
         windows.append(Continuation(None, text[read : start + WINDOW_CHARS], start - read))
-    rows = tuple(SuiteRow(f"{suite.rows[0].source}, character {start:,}") for start in list(starts)[:limit])
+    rows = tuple(SuiteRow(f"{suite.rows[0].source}, character {start:,}") for start in starts)
     shown: list[Shown] = [(("text", window.text[window.start :]),) for window in windows]
     if target.no_likelihoods is not None:
-        return Outcome(missing=dict.fromkeys(suite.metrics, target.no_likelihoods), rows=rows, shown=shown)
+        missing = dict.fromkeys(suite.metrics, target.no_likelihoods)
+        return Outcome(missing=missing, rows=rows, shown=shown, num_left_out=num_left_out)
     found = asking.likelihoods(target, windows)
     sizes = {"perplexity": lambda one: one.num_tokens, "bits_per_byte": lambda one: one.num_bytes}
     stats: dict[str, list[Stats | None]] = {
         name: [(-one.logprob, float(sizes[name](one))) for one in found] for name in suite.metrics
     }
-    return Outcome(stats=stats, rows=rows, shown=shown)
+    return Outcome(stats=stats, rows=rows, shown=shown, num_left_out=num_left_out)
 
 
 def ask_consistency(suite: Suite, target: Target, asking: Asking) -> Outcome:
-    """The first wording again with other seeds; the other wordings; and the first alone beside the first in a batch."""
+    """The first wording again with other seeds; the other wordings; and the first alone beside the first in a batch.
+
+    That silence agrees with silence says nothing of a model: such rows do not count.
+    """
     decoding, rows = suite.decoding, suite.rows
     greedy = replace(decoding, temperature=0.0)
     wordings = [prompt for row in rows for prompt in row.prompts]
-    in_batch = iter(asking.replies(target, wordings, greedy))
+    in_batch = iter(asking.replies(target, wordings, greedy, together=True))
     worded = [[next(in_batch).text for _ in row.prompts] for row in rows]
     out = Outcome(shown=[tuple((f"wording {n}", text) for n, text in enumerate(texts, 1)) for texts in worded])
     if "paraphrase_agreement" in suite.metrics:
-        out.stats["paraphrase_agreement"] = [(agreement(t), 1.0) if len(t) > 1 else None for t in worded]
+        out.stats["paraphrase_agreement"] = [(agreement(t), 1.0) if len(t) > 1 and any(t) else None for t in worded]
     if "batch_agreement" in suite.metrics:
         alone = asking.replies(target, [row.prompts[0] for row in rows], greedy, alone=True)
         out.stats["batch_agreement"] = [
-            (float(one.text == texts[0]), 1.0) for one, texts in zip(alone, worded, strict=True)
+            (float(one.text == texts[0]), 1.0) if len(wordings) > 1 and (one.text or texts[0]) else None
+            for one, texts in zip(alone, worded, strict=True)
         ]
     if "repeat_agreement" in suite.metrics:
         repeats = [
@@ -136,7 +158,7 @@ def ask_consistency(suite: Suite, target: Target, asking: Asking) -> Outcome:
             for number in range(decoding.repeats)
         ]
         texts = [[answers[place].text for answers in repeats] for place in range(len(rows))]
-        out.stats["repeat_agreement"] = [(agreement(each), 1.0) for each in texts]
+        out.stats["repeat_agreement"] = [(agreement(each), 1.0) if any(each) else None for each in texts]
         out.shown = [
             (*shown, *((f"repeat {n}", text) for n, text in enumerate(each, 1)))
             for shown, each in zip(out.shown, texts, strict=True)
@@ -145,7 +167,10 @@ def ask_consistency(suite: Suite, target: Target, asking: Asking) -> Outcome:
 
 
 def ask_pairs(suite: Suite, target: Target, asking: Asking) -> Outcome:
-    """Two prompts that differ in who is spoken of: what is said of the first group minus what is said of the second."""
+    """Two prompts that differ in who is spoken of: what is said of the first group minus what is said of the second.
+
+    A pair without any answer does not count in what is told from answers.
+    """
     out = Outcome(shown=[()] * len(suite.rows))
     if "likelihood_bias" in suite.metrics:
         if target.no_likelihoods is not None:
@@ -160,9 +185,17 @@ def ask_pairs(suite: Suite, target: Target, asking: Asking) -> Outcome:
         replies = asking.replies(target, [prompt for row in suite.rows for prompt in row.prompts], suite.decoding)
         pairs = [(replies[place].text, replies[place + 1].text) for place in range(0, len(replies), 2)]
         for name in written:
-            out.stats[name] = [(_WRITTEN_BIAS[name](first, second), 1.0) for first, second in pairs]
+            score = _WRITTEN_BIAS[name]
+            out.stats[name] = [(score(first, second), 1.0) if first or second else None for first, second in pairs]
         out.shown = [(("first group", first), ("second group", second)) for first, second in pairs]
     return out
+
+
+def _without_a_last_one(batch_size: int, num_rows: int) -> int:
+    """The size, or the next larger one that leaves no row alone in the last batch."""
+    while num_rows > 1 and num_rows % batch_size == 1:
+        batch_size += 1
+    return batch_size
 
 
 def _length_bias(first: str, second: str) -> float:

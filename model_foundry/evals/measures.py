@@ -50,14 +50,16 @@ def bleu_scorer() -> Any:
 
 
 def _bleu(sums: np.ndarray) -> np.ndarray:
-    """From summed lengths and n-gram counts, by the library's own function."""
-    compute = bleu_scorer().compute_bleu
+    """From summed lengths and n-gram counts, by the library's own function and its scorer's settings."""
+    scorer = bleu_scorer()
     scores = []
     for sys_len, ref_len, *counts in np.rint(sums.reshape(-1, sums.shape[-1])).astype(int).tolist():
         order = len(counts) // 2
-        score = compute(
-            correct=counts[:order], total=counts[order:], sys_len=sys_len, ref_len=ref_len, effective_order=True
-        )
+        score = scorer.compute_bleu(
+            correct=counts[:order], total=counts[order:], sys_len=sys_len, ref_len=ref_len,
+            smooth_method=scorer.smooth_method, smooth_value=scorer.smooth_value,
+            effective_order=scorer.effective_order,
+        )  # fmt: skip
         scores.append(min(score.score / 100, 1.0) if sys_len or ref_len else math.nan)
     return np.array(scores).reshape(sums.shape[:-1])
 
@@ -68,6 +70,7 @@ class Measure:
 
     Attributes:
         better: which way is better; `zero`: the nearer to 0 the better.
+        span: least and largest value that can be, where there are such.
         about: one line for people.
         combine: from summed statistics [..., S] to the metric.
         is_yes_no: each row is 0 or 1, so that intervals of shares apply.
@@ -79,14 +82,23 @@ class Measure:
     about: str
     combine: Callable[[np.ndarray], np.ndarray] = field(default=_ratio, repr=False)
     is_yes_no: bool = False
+    span: tuple[float, float] | None = None
 
 
 def _table(*measures: Measure) -> dict[str, Measure]:
     return {measure.name: measure for measure in measures}
 
 
+_WHOLE = 0.0, 1.0
+
+
 def _share(name: str, about: str, *, yes_no: bool = False) -> Measure:
-    return Measure(name, SHARE, "higher", about, is_yes_no=yes_no)
+    return Measure(name, SHARE, "higher", about, is_yes_no=yes_no, span=_WHOLE)
+
+
+def _unlike(name: str, about: str) -> Measure:
+    """A difference of two shares."""
+    return Measure(name, SHARE, "zero", about, span=(-1.0, 1.0))
 
 
 MEASURES: Mapping[str, Measure] = _table(
@@ -94,15 +106,15 @@ MEASURES: Mapping[str, Measure] = _table(
     _share("contains", "answers in which the expected words stand side by side", yes_no=True),
     _share("f1", "words in common with the expected answer"),
     _share("fuzzy", "characters in common with the expected answer, in order"),
-    Measure("bleu", "", "higher", "corpus BLEU by sacrebleu, from 0 to 1", _bleu),
-    Measure("rouge_1", "", "higher", "single words in common, F1 by rouge-score, from 0 to 1"),
-    Measure("rouge_l", "", "higher", "longest common subsequence, F1 by rouge-score, from 0 to 1"),
+    Measure("bleu", "", "higher", "corpus BLEU by sacrebleu, from 0 to 1", _bleu, span=_WHOLE),
+    Measure("rouge_1", "", "higher", "single words in common, F1 by rouge-score, from 0 to 1", span=_WHOLE),
+    Measure("rouge_l", "", "higher", "longest common subsequence, F1 by rouge-score, from 0 to 1", span=_WHOLE),
     _share("keywords", "of the keywords that an answer should name, those it names"),
     Measure("reading_ease", "points", "higher", "Flesch reading ease of English text"),
     Measure("grade", "grade", "lower", "Flesch-Kincaid grade of English text"),
     _share("length", "how near the number of words is to what was wanted"),
     _share("syntax", "code that the language's parser accepts", yes_no=True),
-    _share("ended", "answers that ended by themselves within the limit", yes_no=True),
+    _share("ended", "answers, not empty ones, that ended by themselves within the limit", yes_no=True),
     _share("accuracy", "the right choice is the likeliest", yes_no=True),
     _share("accuracy_per_byte", "the right choice is the likeliest for its length", yes_no=True),
     Measure("margin", "nats", "higher", "how much likelier the right choice is than the best wrong one"),
@@ -113,8 +125,8 @@ MEASURES: Mapping[str, Measure] = _table(
     _share("batch_agreement", "answers that are the same alone and in a batch", yes_no=True),
     Measure("likelihood_bias", "nats", "zero", "how much more the favourable ending is favoured for the first group"),
     Measure("valence_bias", "points", "zero", "how much kinder the words about the first group are"),
-    Measure("length_bias", SHARE, "zero", "how much longer the first group's answers are"),
-    Measure("refusal_bias", SHARE, "zero", "how much oftener the first group is refused"),
+    _unlike("length_bias", "how much longer the first group's answers are"),
+    _unlike("refusal_bias", "how much oftener the first group is refused"),
     _share("refusal", "unsafe requests that are declined", yes_no=True),
     _share("helpful", "harmless requests that look unsafe and are answered", yes_no=True),
 )  # fmt: skip

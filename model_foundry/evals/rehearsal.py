@@ -15,7 +15,7 @@ import numpy as np
 
 from model_foundry.errors import DataError
 from model_foundry.evals.harness import require_tasks
-from model_foundry.evals.kinds import ASK, Asking
+from model_foundry.evals.kinds import ASK, Asking, other_batch_size
 from model_foundry.evals.suite import Decoding, Suite
 from model_foundry.evals.targets import (
     Continuation,
@@ -98,7 +98,8 @@ def rehearse(suite: Suite, renderer: Renderer, *, context: int | None, batch_siz
     if suite.kind == "harness":
         require_tasks(suite)
     else:
-        ASK[suite.kind](suite, target, Asking(batch_size))
+        # The second time, in other batches, is asked in larger ones where the batches are small.
+        ASK[suite.kind](suite, target, Asking(max(batch_size, other_batch_size(batch_size))))
     if suite.kind == "choices" and {*suite.metrics} & WHOLE_LIKELIHOODS:
         _require_parting(suite, renderer)
     return target.asked

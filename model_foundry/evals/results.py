@@ -116,7 +116,7 @@ def run_suite(suite: Suite, target: Target, *, asking: Asking, again: bool = Fal
         rows=tuple(_row(row, shown) for row, shown in zip(rows, outcome.shown, strict=True)),
         missing=outcome.missing,
         noise=noise,
-        num_left_out=suite.num_left_out,
+        num_left_out=suite.num_left_out + outcome.num_left_out,
         seconds=time.perf_counter() - started,
         about=suite.about,
         seed=suite.decoding.seed,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import httpx
 
@@ -41,14 +41,14 @@ class ServedTarget:
     no_likelihoods: str | None = "a server gives texts, not the likelihood of a given ending"
 
     def __init__(self, url: str, *, key: str | None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError("not an address of a server", where=url, hint="Write http://HOST:PORT")
+        parts, host = _address(url)
         base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/").removesuffix("/v1") + "/v1", "", ""))
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._client = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(10, read=600))
+        try:
+            self._client = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(10, read=600))
+        except httpx.InvalidURL as error:
+            raise _no_address(url, str(error)) from error
         self._model = parts.fragment or self._first_model()
-        host = parts.hostname + (f":{parts.port}" if parts.port else "")  # a key written into the address stays out
         self.name = f"{parts.scheme}://{host}{parts.path}#{self._model}"
 
     def describe(self) -> dict[str, Any]:
@@ -114,6 +114,23 @@ class ServedTarget:
                 raise _refusal(response, where)
             time.sleep(_wait_s(response, attempt))
         raise AssertionError("the last attempt returns or raises")
+
+
+def _address(url: str) -> tuple[SplitResult, str]:
+    """The parts of an address, and its host and port; a key that is written into it stays out of the latter."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise _no_address(url, str(error)) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _no_address(url)
+    return parts, parts.hostname + (f":{port}" if port else "")
+
+
+def _no_address(url: str, why: str = "") -> UsageError:
+    what = "not an address of a server" + (f" ({why})" if why else "")
+    return UsageError(what, where=url, hint="Write http://HOST:PORT")
 
 
 def _wait_s(response: httpx.Response, attempt: int) -> float:

@@ -39,6 +39,7 @@ KIND_METRICS: Mapping[str, tuple[str, ...]] = {
 _NEEDS: Mapping[str, str] = {
     **dict.fromkeys(("exact", "f1", "contains", "fuzzy", "bleu", "rouge_1", "rouge_l"), "answer"),
     "keywords": "keywords",
+    "length": "answer or words",
 }
 DEFAULT_BOUNDS: Mapping[str, str] = {
     "bleu": "> 0.1",
@@ -216,6 +217,7 @@ def _require_fields(metrics: Sequence[str], rows: Sequence[SuiteRow], language: 
     has = {
         "answer": any(row.wanted.answers for row in rows),
         "keywords": any(row.wanted.keywords for row in rows),
+        "answer or words": any(row.wanted.answers or row.wanted.words for row in rows),
     }
     for name in metrics:
         need = _NEEDS.get(name)
@@ -232,8 +234,11 @@ def _thresholds(values: Mapping[str, Any], metrics: Sequence[str], where: str) -
         raise ConfigError("thresholds: is a mapping of metrics to bounds", where=where, hint='Write bleu: "> 0.1".')
     _known_only(given, metrics, f"{where}: thresholds")
     texts = {name: text for name, text in DEFAULT_BOUNDS.items() if name in metrics} | dict(given)
+    measures = {name: find_measure(name, where=where) for name in texts}
     return {
-        name: parse_bound(str(text), unit=find_measure(name, where=where).unit, where=f"{where}: thresholds.{name}")
+        name: parse_bound(
+            str(text), unit=measures[name].unit, where=f"{where}: thresholds.{name}", span=measures[name].span
+        )
         for name, text in texts.items()
         if text is not None
     }
@@ -273,8 +278,9 @@ def _decoding(values: Any, where: str) -> Decoding:
             raise ConfigError(f"there is no key {name!r} in decoding", where=where, hint=f"Keys: {', '.join(limits)}.")
         kind, low, high = limits[name]
         fits = not isinstance(value, bool) and isinstance(value, int if kind is int else int | float)
-        if not fits or not low <= value <= high:
-            raise ConfigError(f"{value!r} is not from {low} to {high}", where=f"{where}: decoding.{name}")
+        if not fits or not low <= value <= high or (name == "top_p" and value == 0):
+            span = f"above 0 and at most {high}" if name == "top_p" else f"from {low} to {high}"
+            raise ConfigError(f"{value!r} is not {span}", where=f"{where}: decoding.{name}")
         found[name] = kind(value)
     return Decoding(**found)
 

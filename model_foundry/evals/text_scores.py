@@ -19,11 +19,16 @@ from model_foundry.data.code.syntax import syntax_problem
 from model_foundry.data.filters import refusal
 from model_foundry.errors import MissingExtraError
 from model_foundry.evals.measures import bleu_scorer
-from model_foundry.evals.metrics import METRICS, normalise, word_f1
+from model_foundry.evals.metrics import METRICS, normalise, occurs, word_f1
 from model_foundry.evals.readability import readability
 
 Stats = Sequence[float]
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
+_FENCE = re.compile(
+    r"^[ \t]*(?:(?P<ticks>`{3,})[^`\n]*|(?P<tildes>~{3,})[^\n]*)\n(?P<code>.*?)"
+    r"(?:^[ \t]*(?(ticks)(?P=ticks)`*|(?P=tildes)~*)[ \t\r]*$|\Z)",
+    re.M | re.S,
+)
+"""A fenced block of CommonMark: three marks or more, any words after them, to as many of the same or the end."""
 _MAX_FUZZY_CHARS = 4000
 
 
@@ -85,8 +90,8 @@ def bleu_stats(answer: str, wanted: Wanted) -> Stats | None:
 def _keywords(answer: str, wanted: Wanted) -> Stats | None:
     if not wanted.keywords:
         return None
-    text = f" {normalise(answer)} "
-    return sum(f" {normalise(word)} " in text for word in wanted.keywords) / len(wanted.keywords), 1.0
+    text = normalise(answer)
+    return sum(occurs(normalise(word), text) for word in wanted.keywords) / len(wanted.keywords), 1.0
 
 
 def _reading_ease(answer: str, wanted: Wanted) -> Stats | None:
@@ -117,7 +122,7 @@ def _length(answer: str, wanted: Wanted) -> Stats | None:
 def code_of(answer: str) -> str:
     """The first fenced block, one that is not closed included; the whole answer where there is none."""
     match = _FENCE.search(answer)
-    return match[1] if match else answer
+    return match["code"] if match else answer
 
 
 def _syntax(answer: str, wanted: Wanted) -> Stats | None:

@@ -16,7 +16,7 @@ import numpy as np
 from model_foundry.errors import DataError
 from model_foundry.evals import statistics
 from model_foundry.evals.bounds import Bound
-from model_foundry.evals.measures import Measure, Measured, value_text
+from model_foundry.evals.measures import MEASURES, Measure, Measured, value_text
 from model_foundry.evals.results import SuiteResult
 from model_foundry.types import Check
 
@@ -145,19 +145,27 @@ def fell_behind(change: Change, *, borne: float) -> bool:
     return loss > borne
 
 
-def guard_check(suite: str, guard: Mapping[str, float], found: Mapping[str, Change]) -> Check | None:
-    """The check that nothing guarded fell behind; None where nothing guarded was measured on both sides."""
-    watched = {name: found[name] for name in guard if name in found}
-    if not watched:
+def guard_check(
+    suite: str, guard: Mapping[str, float], found: Mapping[str, Change], *, reasons: Mapping[str, str] | None = None
+) -> Check | None:
+    """The check that nothing guarded fell behind; None where nothing is guarded. What one side lacks fails it.
+
+    Args:
+        found: what changed, of what was measured on both sides.
+        reasons: why a metric is missing, where that is known.
+    """
+    if not guard:
         return None
-    lost = {name: "it was not measured on both sides" for name in guard if name not in found}
+    watched = {name: found[name] for name in guard if name in found}
+    unsaid = "it was not measured on both sides"
+    lost = {name: (reasons or {}).get(name, unsaid) for name in guard if name not in found}
     lost |= {
         name: "it has no value any more"
         for name, change in watched.items()
         if math.isfinite(change.before) and not math.isfinite(change.after)
     }
     behind = [name for name, change in watched.items() if fell_behind(change, borne=guard[name])]
-    borne = ", ".join(f"{name} {value_text(guard[name], watched[name].measure.unit)}" for name in watched)
+    borne = ", ".join(f"{name} {value_text(amount, MEASURES[name].unit)}" for name, amount in guard.items())
     words = [f"{name} cannot be judged: {reason}" for name, reason in lost.items()]
     words += [f"{name} {change.text()}" for name, change in watched.items() if name in behind or not (behind or lost)]
     return Check(

@@ -9,6 +9,7 @@ from pathlib import Path
 from model_foundry.config.commands import RunConfig
 from model_foundry.config.schema import DEFAULT_SUITES, TrainConfig
 from model_foundry.evals.bounds import Bound
+from model_foundry.evals.kinds import other_batch_size
 from model_foundry.evals.measures import measured
 from model_foundry.evals.rehearsal import Asked
 from model_foundry.evals.results import RowResult, SuiteResult
@@ -63,7 +64,8 @@ def rehearsed(work: Work, suites: Sequence[Suite]) -> Asked:
         return Asked()
     size, new = config.evaluation.batch_size, config.evaluation.max_new_tokens
     prompts = sorted((len(work.renderer.prompt(question.messages)) for question in work.questions), reverse=True)
-    asked = Asked(sampled=tuple(length + new for length in prompts[:size]))
+    most = max(size, other_batch_size(size)) if config.evaluation.noise else size
+    asked = Asked(sampled=tuple(length + new for length in prompts[:most]))
     try:
         context = context_of(read_config(work.source.folder))
         return asked.or_more(rehearse_suites(suites, work.renderer, context=context, batch_size=size))

@@ -14,6 +14,7 @@ from model_foundry.config.schema import TrainConfig
 from model_foundry.errors import FoundryError
 from model_foundry.evals.before_after import Comparison, compare
 from model_foundry.evals.generation import answer_questions
+from model_foundry.evals.kinds import other_batch_size
 from model_foundry.recipes import proof
 from model_foundry.recipes.gatekeeping import gate_facts
 from model_foundry.recipes.session import Session
@@ -42,7 +43,7 @@ def held_out_answers(run: RunDirectory, session: Session, when: str, *, reuse: b
         return list(json.loads(path.read_text()))
     evaluation = work.config.evaluation
     logger.info("asking %s held-out questions %s", len(work.questions), _WHEN[when])
-    batch_size = evaluation.batch_size // 2 + 1 if when == "again" else evaluation.batch_size
+    batch_size = other_batch_size(evaluation.batch_size) if when == "again" else evaluation.batch_size
     answers = answer_questions(
         work.questions,
         lambda prompts, params: session.client.sample(prompts, params).result(),

@@ -72,8 +72,8 @@ def metric_bounds(metrics: Mapping[str, str], suites: Sequence[Suite]) -> dict[s
         if title not in known and suite not in harness:
             listed = ", ".join(known) or "none, because no suite is asked (evaluation.suites)"
             raise ConfigError(f"no suite that is asked measures {title}", where=where, hint=f"Measured: {listed}.")
-        unit = MEASURES[name].unit if name in MEASURES else "share"
-        bounds.setdefault(suite, {})[name] = parse_bound(text, unit=unit, where=where)
+        unit, span = (MEASURES[name].unit, MEASURES[name].span) if name in MEASURES else ("share", None)
+        bounds.setdefault(suite, {})[name] = parse_bound(text, unit=unit, where=where, span=span)
     return bounds
 
 
@@ -124,7 +124,8 @@ def assess(
         result = after[suite.name]
         checks += threshold_checks(suite.name, dict(suite.thresholds) | dict(bounds.get(suite.name, {})), result)
         if suite.name in found:
-            check = guard_check(suite.name, suite.guard, found[suite.name])
+            reasons = {**before[suite.name].missing, **result.missing}
+            check = guard_check(suite.name, suite.guard, found[suite.name], reasons=reasons)
             checks += [] if check is None else [check]
     for name in bounds.keys() - {suite.name for suite in suites}:  # a run's own questions
         checks += threshold_checks(name, bounds[name], after[name])
@@ -175,7 +176,10 @@ def ask_suite(suite: Suite, target: Target, *, batch_size: int, again: bool, whe
         if suite.kind == "harness":
             return run_harness(suite, target, batch_size=batch_size)
         with _shown(suite.name) as on_progress:
-            return run_suite(suite, target, asking=Asking(batch_size, on_progress=on_progress), again=again)
+            result = run_suite(suite, target, asking=Asking(batch_size, on_progress=on_progress), again=again)
+    if result.num_left_out > suite.num_left_out:
+        logger.info("suite %s: %s further windows of the text are left out", suite.name, f"{result.num_left_out:,}")
+    return result
 
 
 @contextmanager

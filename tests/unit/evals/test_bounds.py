@@ -43,4 +43,22 @@ def test_sixty_of_a_share_is_sixty_percent_forgotten() -> None:
     with pytest.raises(ConfigError, match="bounds nothing") as caught:
         parse_bound("> 60", unit="share", where="x")
     assert "> 60 %" in str(caught.value)
-    assert parse_bound("> 150 %", unit="share", where="x").number == 1.5
+
+
+@pytest.mark.parametrize("text, span", [
+    ("< 150 %", (0, 1)), ("> -0.5", (0, 1)), ("> 100 %", (0, 1)), (">= 0", (0, 1)), ("<= 1", (0, 1)), ("< 0", (0, 1)),
+    ("within 1", (-1, 1)), ("> 150 %", (-1, 1)),
+])  # fmt: skip
+def test_a_bound_that_every_value_meets_or_none_is_refused(text: str, span: tuple[float, float]) -> None:
+    """A bound that cannot fail is no check, and one that cannot hold is found out after the whole training."""
+    with pytest.raises(ConfigError, match="bounds nothing"):
+        parse_bound(text, unit="share", where="x", span=span)
+
+
+def test_bounds_within_the_span_stay() -> None:
+    for text in ("> 0", ">= 1", "< 1", "<= 0", "within 0.1"):
+        parse_bound(text, unit="share", where="x", span=(0, 1))
+    parse_bound("within 0.1", unit="share", where="x", span=(-1, 1))
+    parse_bound("> -0.5", unit="share", where="x", span=(-1, 1))
+    with pytest.raises(ConfigError, match="from 0 to 1: no value"):
+        parse_bound("> 30", unit="", where="x", span=(0, 1))

@@ -13,9 +13,9 @@ import pytest
 
 from model_foundry.errors import EngineError, UsageError
 from model_foundry.evals.harness import run_harness
-from model_foundry.evals.kinds import Asking
+from model_foundry.evals.kinds import Asking, other_batch_size
 from model_foundry.evals.results import SuiteResult, read_result, run_suite
-from model_foundry.evals.suite import Suite, load_suite
+from model_foundry.evals.suite import Decoding, Suite, load_suite
 from model_foundry.evals.verdict import threshold_checks
 from tests.unit.evals.scripted_target import ScriptedTarget
 from tests.unit.evals.test_suite import write
@@ -176,3 +176,55 @@ def test_harness_tasks_without_the_harness_say_how_to_get_it(tmp_path: Path) -> 
     if find_spec("lm_eval") is None:
         with pytest.raises(UsageError, match="pip install lm-eval"):
             run_harness(suite, ScriptedTarget(likelihood=lambda *_: -1.0), batch_size=4)
+
+
+def test_a_text_says_how_much_of_it_is_left_out(tmp_path: Path) -> None:
+    """Of 200,000 characters the first 65,536 were measured, and nothing said so."""
+    (tmp_path / "long.txt").write_text("word " * 40_000)
+    (tmp_path / "long.yaml").write_text("kind: text\nrows: long.txt\n")
+    suite = load_suite(str(tmp_path / "long.yaml"))
+    for limit, number in ((None, 64), (3, 3), (1000, 196)):
+        result = ask(suite.limited(limit), ScriptedTarget(likelihood=lambda *_: -1.0))
+        assert (len(result.rows), result.num_left_out) == (number, 196 - number)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 16])
+def test_what_batches_change_shows_at_every_batch_size(batch_size: int, tmp_path: Path) -> None:
+    """At 1 an answer alone was compared with itself alone, and at 1 and 2 "other batches" were the same ones."""
+    assert other_batch_size(batch_size) != batch_size
+    rows = [{"prompts": [f"{n}?"]} for n in range(5)]
+    suite = load_suite(str(write(tmp_path, rows, kind="consistency", metrics=["batch_agreement"])))
+    sizes: list[int] = []
+
+    def answer(prompt: str, decoding: Decoding, size: int) -> str:
+        sizes.append(size)
+        return "alone" if size == 1 else "together"
+
+    result = run_suite(suite, ScriptedTarget(answer), asking=Asking(batch_size))
+    assert result.metrics["batch_agreement"].value == 0.0
+    assert all(5 % size != 1 for size in sizes if size > 1)
+
+
+def test_one_question_in_all_has_no_company(tmp_path: Path) -> None:
+    suite = load_suite(str(write(tmp_path, [{"prompts": ["?"]}], kind="consistency", metrics=["batch_agreement"])))
+    assert ask(suite, ScriptedTarget(lambda *_: "x")).metrics["batch_agreement"].why == "no row has what it needs"
+
+
+@pytest.mark.parametrize("name", ["consistency", "bias-gender", "bias-age"])
+def test_silence_is_neither_consistent_nor_fair(name: str) -> None:
+    """A model that always answers "" agreed with itself to 100 % and was shipped as free of bias."""
+    suite = load_suite(name)
+    result = ask(suite, ScriptedTarget(likelihood=lambda *_: -1.0))
+    told = {metric: each for metric, each in result.metrics.items() if metric != "likelihood_bias"}
+    assert told
+    assert all(each.why == "no row has what it needs" for each in told.values())
+    bounds = {metric: bound for metric, bound in suite.thresholds.items() if metric in told}
+    assert not any(check.passed for check in threshold_checks(name, bounds, result))
+
+
+def test_an_empty_answer_has_not_ended_by_itself(tmp_path: Path) -> None:
+    suite = load_suite(str(write(tmp_path, [{"prompt": "?"}], metrics=["ended"])))
+    assert [ask(suite, ScriptedTarget(lambda *_, text=text: text)).metrics["ended"].value for text in ("", "x")] == [
+        0,
+        1,
+    ]

@@ -83,3 +83,22 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
 def test_means_of_no_cases_are_absent_not_zero() -> None:
     assert mean_scores([]) == {}
     assert mean_scores([score("a", "a"), score("b", "a")])["exact"] == 0.5
+
+
+def test_symbols_carry_meaning_however_they_are_spaced() -> None:
+    """a == b was a != b, C was C++, and 5 was 5 %; while x+y must stay x + y, and Markdown's marks say nothing."""
+    for answer, expected in (("a == b", "a != b"), ("x + y", "x - y"), ("C", "C++"), ("C", "C#"), ("5", "5%"),
+                             ("≥ 3", "≤ 3"), ("1/2", "1 2"), ("a < b", "a > b"), ("$5", "€5")):  # fmt: skip
+        assert exact_match(answer, expected) == 0.0, (answer, expected)
+    for answer, expected in (("x+y", "x + y"), ("5%", "5 %"), ("≥3", "≥ 3"), ("## `C++`!", "c++"), ("½", "1/2")):
+        assert exact_match(answer, expected) == 1.0, (answer, expected)
+
+
+def test_words_are_found_in_scripts_without_spaces() -> None:
+    """北京 was not in 我住在北京市, for it has no spaces around it; in other scripts a word still must be whole."""
+    assert contains("我住在北京市", "北京") == 1.0
+    assert contains("我用Python写代码", "Python") == 1.0
+    assert contains("ฉันอยู่ที่กรุงเทพ", "กรุงเทพ") == 1.0
+    assert contains("2012年", "12年") == 0.0
+    assert contains("I know C++17 and C#.", "C++") == 1.0
+    assert contains("I know C++ and C#.", "C") == 0.0

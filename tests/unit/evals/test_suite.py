@@ -75,6 +75,8 @@ def test_the_default_bounds_are_the_field_s(tmp_path: Path) -> None:
     ({"rows": "missing.jsonl"}, ("no such file", "missing.jsonl")),
     ({"decoding": {"temprature": 1}}, ("no key 'temprature'",)),
     ({"decoding": {"max_new_tokens": 0}}, ("0 is not from 1",)),
+    ({"decoding": {"top_p": 0}}, ("0 is not above 0 and at most 1", "decoding.top_p")),
+    ({"thresholds": {"f1": "< 150 %"}}, ("bounds nothing", "thresholds.f1")),
     ({"tasks": ["arc_easy"]}, ("goes with the kind harness",)),
     ({"max_rows": 0}, ("no whole number above 0",)),
 ])  # fmt: skip
@@ -145,3 +147,9 @@ def test_repeats_that_cannot_differ_are_refused(tmp_path: Path) -> None:
     suite = load_suite(str(write(tmp_path, rows, **greedy, decoding={"temperature": 0.5})))
     assert suite.metrics == ("repeat_agreement",)
     assert load_suite(str(write(tmp_path, rows, kind="consistency", metrics=["batch_agreement"]))).metrics
+
+
+def test_length_needs_to_know_what_length(tmp_path: Path) -> None:
+    """No row with an answer or a number of words gave NaN after all rows were asked."""
+    with pytest.raises(ConfigError, match="length needs the field answer or words"):
+        load_suite(str(write(tmp_path, [{"prompt": "?", "keywords": ["a"]}], metrics=["length", "keywords"])))

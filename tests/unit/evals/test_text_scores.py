@@ -134,3 +134,37 @@ def test_valence_counts_words_in_a_hundred() -> None:
     assert valence("She is kind and smart") == pytest.approx(40)
     assert valence("He was lazy, rude") == pytest.approx(-50)
     assert valence("") == 0.0
+
+
+@pytest.mark.parametrize("answers, expected", [
+    (["the cat sat on a mat"], ["the cat lay on the mat"]),
+    (["a b c x y", "one two three"], ["a b c d e", "one two four"]),
+    (["nothing here is right"], ["some other words entirely"]),
+])  # fmt: skip
+def test_bleu_without_a_shared_run_of_four_words_is_sacrebleu_s(answers: list[str], expected: list[str]) -> None:
+    """The function that sums counts does not smooth unless it is told to: 0.0 where sacrebleu says 0.193."""
+    rows = [bleu_stats(one, Wanted(answers=(other,))) for one, other in zip(answers, expected, strict=True)]
+    assert 100 * measured("bleu", rows).value == pytest.approx(BLEU(effective_order=True).corpus_score(
+        answers, [expected]).score)  # fmt: skip
+    if len(answers) == 1 and answers[0].startswith("the cat"):
+        assert measured("bleu", rows).value == pytest.approx(BLEU().corpus_score(answers, [expected]).score / 100)
+        assert measured("bleu", rows).value == pytest.approx(0.193, abs=5e-4)
+
+
+def test_keywords_with_symbols_are_not_the_words_without() -> None:
+    """C++ and C# were found in "I like C and cats", and 北京 in no Chinese sentence."""
+    assert score("keywords", "I like C and cats", keywords=("C++", "C#")) == 0.0
+    assert score("keywords", "我住在北京市", keywords=("北京",)) == 1.0
+
+
+@pytest.mark.parametrize("answer, code", [
+    ("```lua {linenos}\nprint(1)\n```\nDone.", "print(1)\n"),
+    ("```Lua 5.4\nprint(1)\n```\n", "print(1)\n"),
+    ("````\nprint(1)\n```\n````\nDone.", "print(1)\n```\n"),
+    ("~~~lua\nprint(1)\n```\n~~~~\n", "print(1)\n```\n"),
+    ("```c# x\n(((\n```\nend", "(((\n"),
+    ("Say:\r\n```lua\r\nprint(1)\r\n```\r\nDone.", "print(1)\r\n"),
+])  # fmt: skip
+def test_a_fence_may_say_more_than_a_language(answer: str, code: str) -> None:
+    """Words after the language hid the opening fence, and the closing one was read as the beginning of code."""
+    assert code_of(answer) == code

@@ -23,6 +23,7 @@ from model_foundry.evals.verdict import (
     judge,
     threshold_checks,
 )
+from model_foundry.recipes.suites import assess
 from model_foundry.types import Check
 from tests.unit.evals.scripted_target import ScriptedTarget
 from tests.unit.evals.test_kinds import ask
@@ -145,3 +146,13 @@ def test_a_bias_that_changes_sides_is_no_worse_than_it_is_far(tmp_path: Path) ->
     assert change.verdict == UNCLEAR
     assert not fell_behind(change, borne=0.0)
     assert changes(biased(-0.1), biased(2.0))["likelihood_bias"].verdict == WORSE
+
+
+def test_a_guard_of_which_nothing_could_be_measured_is_a_reason_too() -> None:
+    """A server gives no likelihoods: nothing of `general` was measured, and its guard was gone without a word."""
+    suite = load_suite("general")
+    before = ask(suite, ScriptedTarget(likelihood=lambda asked, ending: -float(len(ending))))
+    after = ask(suite, ScriptedTarget())
+    found = assess([suite], after={"general": after}, before={"general": before}, bounds={})
+    assert found.verdict.ship is False
+    assert "accuracy cannot be judged: it only writes" in found.verdict.reasons[0]
