@@ -64,6 +64,7 @@ def test_numbers_beyond_32_bits_are_kept_also_where_the_tables_are_older(tmp_pat
     """A client that joins a sampling session counts from a multiple of 1e9."""
     journal = Journal(tmp_path, url=url)
     for change in (
+        "DROP INDEX by_finished_kept",
         "ALTER TABLE operations ALTER COLUMN seq TYPE INTEGER",
         "ALTER TABLE models ALTER COLUMN done_seq TYPE INTEGER",
         "UPDATE meta SET value = '2' WHERE key = 'schema'",
