@@ -78,7 +78,9 @@ def _settled(merged: Branch, above: Branch, schema: type[BaseModel]) -> Branch:
     names = schema.alternatives if issubclass(schema, Section) else ()
     given = [name for name in names if isinstance(leaf := above.children.get(name), Leaf) and leaf.value is not None]
     for name in names:
-        if given and name not in above.children and isinstance(gone := children.pop(name, None), Leaf):
+        # One that has a default of its own gives way by itself, and stays as it was written.
+        gives_way = schema.model_fields[name].default is None
+        if given and gives_way and name not in above.children and isinstance(gone := children.pop(name, None), Leaf):
             leaf = children[given[0]]
             assert isinstance(leaf, Leaf)
             children[given[0]] = replace(leaf, hides=(*leaf.hides, gone.origin, *gone.hides))

@@ -17,7 +17,7 @@ _MEANT = "%\u2030"
 _QUOTES = "`"
 """A symbol to Unicode that only sets code apart."""
 _ENDS_WORDS = "+#%\u2030\u266f"
-"""With the symbols that are no operators: those that belong to the word before them (C++, F#)."""
+"""Those that belong to the word before them (C++, F#)."""
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U000323af]"
@@ -83,7 +83,7 @@ def _parts(word: str) -> list[str]:
 def _ends_word(word: str, symbols: str) -> bool:
     if unicodedata.category(word[-1])[0] not in "LM":
         return False
-    return all(character in _ENDS_WORDS or unicodedata.category(character) != "Sm" for character in symbols)
+    return all(character in _ENDS_WORDS for character in symbols)
 
 
 def occurs(wanted: str, text: str) -> bool:

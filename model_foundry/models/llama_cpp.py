@@ -138,7 +138,7 @@ def _try_to_open(path: Path, adapter: Path | None, *, context: int, num_slots: i
         ModelError: it does not open there, with llama.cpp's own reason.
     """
     with private_socket() as socket:
-        command = [sys.executable, "-c", _OPEN, str(socket), str(path), str(context), str(num_slots)]
+        command = [sys.executable, "-P", "-c", _OPEN, str(socket), str(path), str(context), str(num_slots)]
         command += [] if adapter is None else [str(adapter)]
         environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
         try:
@@ -151,7 +151,9 @@ def _try_to_open(path: Path, adapter: Path | None, *, context: int, num_slots: i
         return
     found, lines = _REASON.search(child.stderr), child.stderr.strip().splitlines()
     if child.returncode < 0:
-        raise _refused(path, adapter, f"its process ends with {signal.Signals(-child.returncode).name}")
+        name = signal.Signals(-child.returncode).name
+        why = ", which is how the system takes back memory that has run out" if name == "SIGKILL" else ""
+        raise _refused(path, adapter, f"its process ends with {name}{why}")
     raise _refused(path, adapter, found[1] if found else (lines or ["no reason given"])[-1])
 
 

@@ -257,7 +257,7 @@ def prepare_corpus(config: ExperimentConfig, *, now: datetime) -> PreparedCorpus
         train=train,
         validation=validation,
         num_chunks=num_chunks,
-        num_shared=_count_shared(train, validation),
+        num_shared=0 if config.data.validation_file is None else _count_shared(train, validation),
         learning_rate=learning_rate(config.training, steps),
     )
     _require_room(prepared, context_of(read_config(source.folder)))
@@ -404,7 +404,7 @@ def _require_unmeasured(config: ExperimentConfig, *, is_packed: bool) -> None:
 
 
 def _count_shared(train: PackedShards, validation: PackedShards | None) -> int:
-    """A split by content shares nothing; a file of its own may be a copy of what is trained on."""
+    """A file of its own may be a copy of what is trained on; a split by content shares nothing, and is not searched."""
     if validation is None:
         return 0
     shared = count_shared(train, validation)

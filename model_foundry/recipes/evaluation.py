@@ -72,7 +72,10 @@ def evaluate_model(config: EvaluateConfig) -> Evaluation:
         target = open_target(config.model, engine=config.engine)
         after = ask_suites(suites, target, batch_size=size, again=noise and not before)
         assessment = assess(suites, after=after, before=before, bounds=bounds)
-        facts = {"model": config.model.name, "against": None if against is None else against[0].name}
+        facts = {
+            "model": _without_credentials(config.model.name),
+            "against": None if against is None else against[0].name,
+        }
         page = write_assessment(_folder(config), facts, assessment, name=_name(config, list(after)))
     return Evaluation(facts["model"] or "", facts["against"], assessment, page)
 
@@ -169,4 +172,14 @@ def _name(config: EvaluateConfig, suites: Sequence[str]) -> str:
 
 
 def _as_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
+    """Part of a file's name; where more than separators had to go, with a hash, or 模型甲 and 模型乙 were one."""
+    plain = _without_credentials(text)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-.") or "model"
+    if re.fullmatch(r"[A-Za-z0-9._:/\\#-]*", plain):
+        return name
+    return f"{name}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+def _without_credentials(name: str) -> str:
+    """An address may carry a name and a password, which belong into no page."""
+    return re.sub(r"(?<=://)[^/@]*@", "", name)

@@ -93,7 +93,9 @@ def _mlx(config: ServeConfig, source: ModelSource, python: str, environ: Mapping
         hint = f"Merge it first: foundry export {config.model.name} --to merged"
         raise ModelError("MLX's server does not read PEFT adapters", where=config.model.name, hint=hint)
     arguments = [python, "-m", "mlx_lm", "server", "--model", str(source.folder)]
-    arguments += ["--host", config.host, "--port", str(config.port), "--max-tokens", str(config.default_max_tokens)]
+    arguments += ["--host", config.host, "--port", str(config.port)]
+    if "default_max_tokens" in config.model_fields_set:
+        arguments += ["--max-tokens", str(config.default_max_tokens)]
     template = _template(config, source)
     return Command((*arguments, *(() if template is None else ("--chat-template", template))), environ)
 

@@ -63,6 +63,10 @@ class Front:
     seen: dict[str, float] = field(default_factory=dict)
     being_removed: set[tuple[str, str, str]] = field(default_factory=set)
     coming: dict[Operation, Model | None] = field(default_factory=dict)
+    _began: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._began = self.books.clock()
 
     def tenant(self, request: Request) -> Tenant:
         tenant = self.keys.tenant(request.headers.get("x-api-key"))
@@ -199,11 +203,11 @@ class Front:
         session = self.books.sessions[model.session_id]
         return max(self.seen.get(session.session_id, session.created), model.created, model.last_request)
 
-    def is_over(self, model: Model, now: float, *, since: float = 0.0) -> bool:
-        """Whether a model's session is finished or silent; nobody can have been heard of before `since`."""
+    def is_over(self, model: Model, now: float) -> bool:
+        """Whether a model's session is finished or silent; nobody can have been heard of before this service began."""
         if self.books.sessions[model.session_id].finished is not None:
             return True
-        return now - max(self.heard(model), since) > self.limits.silent_seconds
+        return now - max(self.heard(model), self._began) > self.limits.silent_seconds
 
     def arrival(self, lane: str) -> asyncio.Event:
         """An event of the next operation in a lane."""

@@ -33,8 +33,8 @@ class Janitor:
 
     def __init__(self, front: Front, *, result_seconds: float) -> None:
         self.front, self.result_seconds = front, result_seconds
-        self._began = front.books.clock()
         self._is_out: set[str] = set()
+        self._leaving: set[str] = set()
 
     async def run(self) -> None:
         while True:
@@ -59,7 +59,7 @@ class Janitor:
                 await remove_checkpoint(front, item)
         models = [model for model in front.books.models.values() if model.state == "live"]
         self._evict_silent(models, now)
-        self._unload_over(models, now)
+        self._unload_over(models)
         for request_id, operation in list(front.open.items()):
             # Nobody has asked for it; it is in the journal.
             if operation.done.is_set() and now - operation.created > _KEPT_OPEN_SECONDS:
@@ -68,23 +68,39 @@ class Janitor:
 
     def _evict_silent(self, models: list[Model], now: float) -> None:
         for model in models:
-            if not self.front.is_over(model, now, since=self._began):
+            if not self.front.is_over(model, now):
                 self._is_out.discard(model.model_id)
             elif model.model_id not in self._is_out:
                 self._is_out.add(model.model_id)
                 self.front.worker.call(lambda name=model.model_id: self.front.executor.host.evict(name))
 
-    def _unload_over(self, models: list[Model], now: float) -> None:
-        front, left = self.front, Counter(model.owner for model in models)
-        for model in sorted(models, key=front.heard):
-            if not front.is_over(model, now, since=self._began):
-                continue
-            is_finished = front.books.sessions[model.session_id].finished is not None
-            is_quiet = now - front.heard(model) > front.limits.silent_seconds
-            if (is_finished and is_quiet) or left[model.owner] > front.limits.models:
+    def _unload_over(self, models: list[Model]) -> None:
+        left = Counter(model.owner for model in models if model.model_id not in self._leaving)
+        for model in sorted(models, key=self.front.heard):
+            if model.model_id not in self._leaving and self._may_go(model, left[model.owner]):
                 left[model.owner] -= 1
-                self._is_out.discard(model.model_id)
-                front.worker.unload(model.model_id)
+                self._leaving.add(model.model_id)
+                self.front.worker.unload(model.model_id, unless=lambda name=model.model_id: self._stays(name))
+
+    def _may_go(self, model: Model, num_of_owner: int) -> bool:
+        """Whether a model's client is gone for good, or gone while its key has too many."""
+        front = self.front
+        now = front.books.clock()
+        if not front.is_over(model, now):
+            return False
+        is_finished = front.books.sessions[model.session_id].finished is not None
+        is_quiet = now - front.heard(model) > front.limits.silent_seconds
+        return (is_finished and is_quiet) or num_of_owner > front.limits.models
+
+    def _stays(self, model_id: str) -> bool:
+        """Asked when its turn has come, which may be minutes later: whether its client is back, or others have gone."""
+        self._leaving.discard(model_id)
+        model, models = self.front.books.models[model_id], list(self.front.books.models.values())
+        num_of_owner = sum(other.state == "live" and other.owner == model.owner for other in models)
+        if self._may_go(model, num_of_owner):
+            self._is_out.discard(model_id)
+            return False
+        return True
 
     def _drop_results(self, connection: Connection, now: float) -> None:
         """Replies go; a model's operations stay as long as a snapshot may need them."""

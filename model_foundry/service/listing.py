@@ -51,7 +51,7 @@ async def session(front: Front, request: Request) -> Response:
     found = front.session(request.path_params["session_id"], front.tenant(request))
     return reply({
         "training_run_ids": [m.model_id for m in front.books.models.values() if m.session_id == found.session_id],
-        "sampler_ids": [s.sampler_id for s in front.books.samplers.values() if s.session_id == found.session_id],
+        "sampler_ids": [s.sampler_id for s in list(front.books.samplers.values()) if s.session_id == found.session_id],
         "user_metadata": found.facts.get("user_metadata"),
         "display_name": found.facts.get("display_name"),
     })  # fmt: skip

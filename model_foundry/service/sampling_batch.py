@@ -218,7 +218,10 @@ class SamplingBatch:
     def _place(self, asked: Asked) -> None:
         assert self._batch is not None
         row = asked.coming[0]
-        number = self._batch.add(asked.prepared.prompt, asked.prepared.params, adapter=asked.adapter, copy=row)
+        prepared = asked.prepared
+        number = self._batch.add(
+            prepared.prompt, prepared.params, adapter=asked.adapter, copy=row, client=asked.owner
+        )  # whose prompts are found again, which time would tell another owner
         asked.coming.popleft()
         self._places[number] = (asked, row)
 

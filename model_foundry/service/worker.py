@@ -103,13 +103,15 @@ class Worker:
             self._calls.append(work)
             self._changed.notify()
 
-    def unload(self, model_id: str) -> None:
-        """Let a model go whose client has gone, unless something that was accepted can be done on it."""
+    def unload(self, model_id: str, *, unless: Callable[[], bool]) -> None:
+        """Let a model go whose client has gone, unless something that was accepted can be done on it, or `unless` holds
+        by then."""
 
         def unload() -> None:
+            stays = unless()
             with self._changed:
                 is_ready = self._lanes.is_ready(model_id)
-            if not is_ready:
+            if not (stays or is_ready):
                 self.executor.let_go(model_id)
 
         self.call(unload)

@@ -354,6 +354,14 @@ def test_finished_and_silent_sessions_leave_room_for_models(tiny_folder: TinyFol
             await client.idle()
             await client.new_session()
             await client.result(await client.create(0))
+            # The key has three now. The worker is busy when that is seen, and the client is back before it gets there.
+            is_busy = threading.Event()
+            client.front.worker.call(lambda: [is_busy.wait(60)].clear())
+            await janitor.look()
+            await client.post("session_heartbeat", {"session_id": second})
+            is_busy.set()
+            await client.idle()
+            assert states(books)[f"{second}:train:0"] == "live"
             assert "metrics" in await client.done("forward_backward", pass_body(f"{second}:train:1", 1))
             await janitor.look()
             await client.idle()

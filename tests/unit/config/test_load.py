@@ -85,6 +85,9 @@ def test_a_method_that_knows_two_lengths_keeps_its_own_way(tmp_path: Path) -> No
     assert (load(both).config.training.max_steps, load(both).config.training.epochs) == (5, 2)
     above = load(write(tmp_path / "above.yaml", "inherits: both.yaml\ntraining: {epochs: 4}\n")).config.training
     assert (above.max_steps, above.epochs) == (None, 4)
+    # Epochs give way by themselves here, and stay as they were written: a run's own file is compared with them.
+    steps = load(write(tmp_path / "epochs.yaml", "training: {epochs: 5}\n"), "training.max_steps=10").config.training
+    assert (steps.max_steps, steps.epochs) == (10, 5)
 
 
 def test_two_lengths_in_one_layer_are_refused(tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def test_symbols_carry_meaning_however_they_are_spaced() -> None:
         assert exact_match(answer, expected) == 1.0, (answer, expected)
 
 
+def test_a_symbol_beside_a_word_does_not_hide_it() -> None:
+    """Paris🎉 did not contain Paris, and Yes👍 was not Yes 👍: what is no end of a word is a word of its own."""
+    for answer, expected in (("The capital is Paris🎉", "Paris"), ("Windows® 11", "Windows"), ("$x$", "x")):
+        assert contains(answer, expected) == 1.0, (answer, expected)
+    for answer, expected in (("Yes👍", "Yes 👍"), ("x^2", "x ^ 2")):
+        assert exact_match(answer, expected) == 1.0, (answer, expected)
+
+
 def test_words_are_found_in_scripts_without_spaces() -> None:
     """北京 was not in 我住在北京市, for it has no spaces around it; in other scripts a word still must be whole."""
     assert contains("我住在北京市", "北京") == 1.0

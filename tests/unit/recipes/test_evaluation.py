@@ -33,13 +33,18 @@ def test_each_target_and_each_opponent_has_a_page_of_its_own(tmp_path: Path) -> 
     """An evaluation of step 10 took the place of the run's, and one against another model that against its base."""
     run = run_at(tmp_path / "a")
     targets = (run, run / "checkpoints" / "step-10", run / "checkpoints" / "step-10" / "adapter")
-    opponents = ("base", "none", "runs/b", "runs-c")
+    opponents = ("base", "none", "runs/b", "runs-c", "模型甲", "模型乙")
     pages = {_folder(config) / _name(config, ["mine"])
              for target in targets for opponent in opponents
              if (config := config_of(f"model.name={target}", f"against={opponent}"))}  # fmt: skip
     assert len(pages) == len(targets) * len(opponents)
     assert run / "evaluation" / "mine" in pages
     assert {page.parent for page in pages if page.parent.parent == run} == {run / "evaluation"}
+
+
+def test_a_password_in_an_address_is_in_no_name() -> None:
+    config = config_of("model.name=https://me:sk-secret@host/v1", "against=https://me:sk-secret@other/v1#m")
+    assert "secret" not in str(_folder(config) / _name(config, ["mine"]))
 
 
 def test_names_of_training_s_own_files_are_not_taken(tmp_path: Path) -> None:
