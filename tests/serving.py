@@ -72,10 +72,15 @@ class Served:
             return received
 
 
+def _precision(model: Path) -> dict[str, str]:
+    """A GGUF has its own."""
+    return {} if model.suffix == ".gguf" else {"model.dtype": "float32"}
+
+
 @contextmanager
 def serving(model: Path, *, environ: Mapping[str, str] | None = None, **fields: Any) -> Iterator[Served]:
     """Serve a model on a free port; `fields` by dotted name with __ for the dot."""
-    values = {"model.dtype": "float32", "batch.max_cache_tokens": 8192} | {
+    values = {**_precision(model), "batch.max_cache_tokens": 8192} | {
         name.replace("__", "."): value for name, value in fields.items()
     }
     overrides = [f"model.name={model}", *(f"{name}={value}" for name, value in values.items())]
@@ -104,7 +109,8 @@ def serving(model: Path, *, environ: Mapping[str, str] | None = None, **fields: 
 @contextmanager
 def process(model: Path, *arguments: str, port: int = 0, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`foundry serve MODEL` and its address; killed at the end if it still runs."""
-    running = start("serve", model, f"port={port}", "model.dtype=float32", *arguments, env=environment(**env))
+    precision = [f"{name}={value}" for name, value in _precision(model).items()]
+    running = start("serve", model, f"port={port}", *precision, *arguments, env=environment(**env))
     assert running.stderr is not None
     lines: list[str] = []
     try:
