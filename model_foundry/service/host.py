@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -374,6 +375,13 @@ class Host:
             )
         self._samplers.move_to_end(key)
         return self._samplers[key]
+
+    def forget_unloaded(self) -> None:
+        """What a kill left of models that were being unloaded: their snapshots, whole or half removed."""
+        for model in self.books.models.values():
+            folder = self.snapshots(model.model_id).root.parent
+            if model.state != "live" and folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def snapshots(self, model_id: str) -> CheckpointStore:
         return CheckpointStore(self.folder / "snapshots" / folder_name(model_id) / "kept")

@@ -70,6 +70,7 @@ async def _at_work(config: ServiceConfig, journal: Journal, every_key: bool) -> 
     executor = Executor(
         books, host, texts, samples, _names(config, source), curves, _bytes(config.max_checkpoint_mb_per_key)
     )
+    host.forget_unloaded()
     worker = Worker(executor, books, asyncio.get_running_loop())
     unfinished = books.unfinished()
     signer = Signer(journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,17 @@ def test_layers_that_a_checkpoint_leaves_out_begin_afresh_in_a_new_model(
     narrow = created(host, "s:train:3", seed=4, train_attn=False)
     with pytest.raises(ArchitectureMismatchError, match="adapts"):
         host.load(narrow, checkpoint, optimizer=False, seq=1)
+
+
+def test_what_a_kill_left_of_a_model_that_was_unloaded_goes(make_host: MakeHost) -> None:
+    """Its state was in the journal already, so nobody ever asked for the rest of its folder again."""
+    host = make_host(1e9)
+    gone, live = trained(host, "s:train:0", seed=1), trained(host, "s:train:1", seed=2)
+    for model in (gone, live):
+        host.snapshot(model.model_id)
+    put(host, replace(gone, state="unloaded"))
+    kept = host.snapshots(gone.model_id).root
+    kept.rename(kept.with_name(".tmp-kept-1"))
+    host.forget_unloaded()
+    assert not kept.parent.exists()
+    assert host.snapshots(live.model_id).newest_valid(print) is not None
