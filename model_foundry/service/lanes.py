@@ -88,6 +88,11 @@ class Lanes:
         lane = self._lanes.get(name)
         return lane is not None and lane.head is not None
 
+    def abandon(self, name: str) -> list[Operation]:
+        """Take a lane away; what waited in it."""
+        lane = self._lanes.pop(name, None)
+        return [] if lane is None else [*lane.line, *(lane.held[seq] for seq in sorted(lane.held))]
+
     def take(self, *, samples: bool = True) -> Operation | None:
         """The next operation of whoever has used least; without `samples`, a model's."""
         ready = self._ready(samples=samples)

@@ -105,14 +105,20 @@ class Worker:
 
     def unload(self, model_id: str, *, unless: Callable[[], bool]) -> None:
         """Let a model go whose client has gone, unless something that was accepted can be done on it, or `unless` holds
-        by then."""
+        by then. What waits for an operation that never came fails."""
 
         def unload() -> None:
             stays = unless()
             with self._changed:
-                is_ready = self._lanes.is_ready(model_id)
-            if not (stays or is_ready):
-                self.executor.let_go(model_id)
+                stays = stays or self._lanes.is_ready(model_id)
+            if stays:
+                return
+            self.executor.let_go(model_id)
+            with self._changed:
+                waiting = self._lanes.abandon(model_id)
+            what = "the model was unloaded, while this waited for an operation before it that never came"
+            for operation in waiting:
+                self._finish([(operation, DataError(what, where=model_id), 0.0)])
 
         self.call(unload)
 

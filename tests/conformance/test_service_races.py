@@ -335,6 +335,7 @@ def test_finished_and_silent_sessions_leave_room_for_models(tiny_folder: TinyFol
                 await client.result(await client.create(number))
             await client.done("forward_backward", pass_body(f"{first}:train:0", 1))
             assert (await client.create(2)).status_code == 429
+            behind_a_gap = await client.post("forward_backward", pass_body(f"{first}:train:0", 7))
             assert (await client.post(f"sessions/{first}/finish", {})).status_code == 204
             await client.new_session()
             second = client.session
@@ -347,6 +348,8 @@ def test_finished_and_silent_sessions_leave_room_for_models(tiny_folder: TinyFol
             assert states(books) == {f"{first}:train:0": "unloaded", f"{first}:train:1": "unloaded",
                                      f"{second}:train:0": "live", f"{second}:train:1": "live"}  # fmt: skip
             assert not client.front.executor.host.snapshots(f"{first}:train:0").root.is_dir()
+            assert "never came" in (await client.result(behind_a_gap))["error"]
+            assert client.front.worker.num_waiting(next(iter(books.models.values())).owner) == 0
             assert bodies(client, f"{first}:train:0") == 0
             # The second was not finished, and is silent: it stays while there is room, and goes on when it is heard of.
             now = 700.0
