@@ -196,6 +196,8 @@ def test_ctrl_c_is_a_sentence_and_exit_code_3(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "model_foundry", "config", "check", str(pipe)],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root},
+        # A shell starts what is put in its background with interrupts ignored, and so would everything below it be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     said = None
     with pipe.open("w"):  # opens once the command reads
