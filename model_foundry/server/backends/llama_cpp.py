@@ -6,6 +6,7 @@ llama.cpp batches by itself. A thread waits for each answer; the places that `Ad
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from model_foundry.errors import ModelError
 from model_foundry.models.llama_cpp import LlamaServer
 from model_foundry.server.backends.base import BackendError, Piece, PromptRefusedError, TokenProb, TokenRequest
+
+logger = logging.getLogger(__name__)
 
 
 class LlamaCppBackend:
@@ -33,13 +36,18 @@ class LlamaCppBackend:
         self._server = LlamaServer(path, context=context, num_slots=num_slots, num_threads=num_threads)
         self._threads = ThreadPoolExecutor(num_slots, thread_name_prefix="foundry-llama")
         self._closed = False
-        self._clients: set[str] = set()
+        self._only_client: str | None = None
+        self._several_ask = False
 
     async def stream(self, request: TokenRequest) -> AsyncGenerator[Piece, None]:
         loop = asyncio.get_running_loop()
-        self._clients.add(request.client)
-        # Its slots are anybody's: where several clients ask, what one has sent must not be found for another.
-        asked = _asked(request) | {"cache_prompt": len(self._clients) == 1}
+        if self._only_client is None:
+            self._only_client = request.client
+        elif request.client != self._only_client and not self._several_ask:
+            self._several_ask = True
+            logger.info("several clients ask: from now on no prompt is kept, so that none is found for another")
+        # Its slots are anybody's.
+        asked = _asked(request) | {"cache_prompt": not self._several_ask}
         answers: asyncio.Queue[Any] = asyncio.Queue()
         stopped = False
 
