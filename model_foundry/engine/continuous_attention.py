@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from model_foundry.engine.continuous_cache import BLOCK_TOKENS, SEGMENT_TOKENS
+from model_foundry.models import fused
 
 MOST_TOGETHER = 64
 """Answers in one call."""
@@ -114,7 +115,7 @@ class _Call:
 class AnswerReach:
     """What answers see: for the first, second, … segment of each, the calls; and where what they find is gathered.
 
-    outs: [levels, N, K, G, W], float32 where there are several; rows that have no segment there stay zero.
+    outs: [levels, N, K, G, W]; rows that have no segment there stay zero.
     sums: float32 [levels, N, K, G], their logarithms.
     """
 
@@ -163,7 +164,7 @@ def plan_answers(
         mask = like.new_zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden).to(like.device), float("-inf"))
         where = [_as_slice(numbers, like.device) for numbers in (rows, segments)]
         levels[level].append(_Call(where[0], where[1], num_keys, mask[:, None, None]))
-    outs = like.new_zeros(num_levels, *shape, dtype=like.dtype if num_levels == 1 else torch.float32)
+    outs = like.new_zeros(num_levels, *shape)
     sums = like.new_full((num_levels, *shape[:3]), float("-inf"), dtype=torch.float32)
     sums[0] = 0.0  # a row of no span sees nothing, and its share is not 0 / 0
     return AnswerReach(levels, outs, sums)
@@ -185,16 +186,18 @@ def attend_answers(q: torch.Tensor, cache: torch.Tensor, reach: AnswerReach, sca
     for level, calls in enumerate(reach.levels):
         for call in calls:
             found, logs = _answer(q[call.rows], cache, call, scale)
-            outs[level, call.rows] = found if isinstance(call.rows, slice) else found.to(outs.dtype)
+            outs[level, call.rows] = found
             if len(outs) > 1:
                 sums[level, call.rows] = logs
     if len(outs) == 1:
         return outs[0]
+    if fused.fits(outs):
+        return fused.join_answers(outs, sums)
     # One after the other: how many segments the longest has must not show in the others.
     shares = torch.softmax(sums, dim=0)[..., None]
-    out = outs[0] * shares[0]
+    out = outs[0].float() * shares[0]
     for level in range(1, len(outs)):
-        out.addcmul_(outs[level], shares[level])
+        out.addcmul_(outs[level].float(), shares[level])
     return out.to(q.dtype)
 
 

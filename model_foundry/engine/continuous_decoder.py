@@ -38,6 +38,7 @@ from model_foundry.engine.platform import join_pages
 from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.decoder import Decoder, DecoderLayer
 from model_foundry.models.experts import ExpertMLP
+from model_foundry.models.fused import add_rms_norm_, fits, turn_and_keep
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import gated
 from model_foundry.models.packing import PackedLinear
@@ -182,6 +183,16 @@ class _Layer:
         self.projections = (self.qkv, self.out, *self.mlp.projections)
 
 
+def add_norm(x: torch.Tensor, more: torch.Tensor | None, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [R, D] with `more` added, perhaps in place; and its norm."""
+    if more is None:
+        return x, norm(x)
+    if fits(x, more, norm.weight):
+        return x, add_rms_norm_(x, more, norm.weight, norm.eps)
+    x = x + more
+    return x, norm(x)
+
+
 class BatchedDecoder:
     """The decoder's weights and the segments of keys and values."""
 
@@ -243,22 +254,25 @@ class BatchedDecoder:
             if span.position % SEGMENT_TOKENS == 0:
                 self._clear(span.segments[span.position // SEGMENT_TOKENS])
         xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
-        rope = [(self.cos[p], self.sin[p]) for p in work.positions.split(work.piece_rows)]
+        pieces = list(zip(range(0, len(work.tokens), work.piece_rows), work.adapted, strict=True))
+        # What a layer adds is added where the next norm reads it.
+        more: list[torch.Tensor | None] = [None] * len(xs)
         reaches = {window: self._plan(work, window) for window in set(self.windows)}
-        num_rows, places = self._places(work)
+        places = self._places(work)
         for index, layer in enumerate(self.layers):
-            parts = [
-                self._heads(layer, x, *angles, adapted)
-                for x, angles, adapted in zip(xs, rope, work.adapted, strict=True)
-            ]
-            q, kv = (torch.cat([part[i] for part in parts]) if len(parts) > 1 else parts[0][i] for i in range(2))
-            cache = self.cache[index]
-            cache.view(-1, self.width).index_copy_(0, places, kv[:num_rows].view(-1, self.width))
-            attended = self._attend(cache, q.unflatten(1, (self.num_kv, -1)), work.spans, reaches[self.windows[index]])
-            for place, (piece, adapted) in enumerate(zip(attended.split(work.piece_rows), work.adapted, strict=True)):
-                x = xs[place] + layer.out(piece, adapted)
-                xs[place] = x + layer.mlp(layer.norms[1](x), adapted)
-        return torch.cat(xs) if len(xs) > 1 else xs[0]
+            q = xs[0].new_empty(len(work.tokens), self.num_heads, self.width)
+            for piece, (first, adapted) in enumerate(pieces):
+                xs[piece], x = add_norm(xs[piece], more[piece], layer.norms[0])
+                rows = slice(first, first + work.piece_rows)
+                self._heads(layer, x, work.positions[rows], adapted, q[rows], self.cache[index], places[rows])
+            q = q.unflatten(1, (self.num_kv, -1))
+            attended = self._attend(self.cache[index], q, work.spans, reaches[self.windows[index]])
+            for piece, (first, adapted) in enumerate(pieces):
+                part = layer.out(attended[first : first + work.piece_rows], adapted)
+                xs[piece], x = add_norm(xs[piece], part, layer.norms[1])
+                more[piece] = layer.mlp(x, adapted)
+        ends = [x if part is None else x + part for x, part in zip(xs, more, strict=True)]
+        return torch.cat(ends) if len(ends) > 1 else ends[0]
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
@@ -272,27 +286,33 @@ class BatchedDecoder:
         return out
 
     def _heads(
-        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapted: Adapted
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [R, H, W]; keys and values [R, 2 K, W]; queries and keys rotated."""
-        heads = layer.qkv(layer.norms[0](x), adapted).view(x.shape[0], -1, self.width)
-        qk, v = heads[:, : self.num_heads + self.num_kv], heads[:, self.num_heads + self.num_kv :]
+        self, layer: _Layer, x: torch.Tensor, positions: torch.Tensor, adapted: Adapted, out: torch.Tensor,
+        cache: torch.Tensor, places: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Queries of x [R, D] into out [R, H, W], keys and values to their places; queries and keys rotated."""
+        heads = layer.qkv(x, adapted).view(x.shape[0], -1, self.width)
+        q, k, v = heads.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
         if layer.head_norms is not None:
-            q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-            qk = torch.cat([layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())], dim=1)
-        # `models.attention.rotate` to the bit, in fewer operations.
-        rotated = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
-        return rotated[:, : self.num_heads], torch.cat([rotated[:, self.num_heads :], v], dim=1)
+            q, k = layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())
+        if fits(heads, cache):
+            turn_and_keep(q, k, v, positions, (self.cos, self.sin), out=out, cache=cache, places=places)
+            return
+        cos, sin, half = self.cos[positions], self.sin[positions], self.width // 2
+        for part, to in ((q, out), (k, k)):
+            # `models.attention.rotate` in fewer operations.
+            to.copy_(torch.addcmul(part * cos, part.roll(half, -1), sin))
+        kv = torch.cat([k, v], dim=1)[: len(places)]
+        cache.view(-1, self.width).index_copy_(0, places.view(-1), kv.reshape(-1, self.width))
 
-    def _places(self, work: Pass) -> tuple[int, torch.Tensor]:
-        """How many rows belong to spans, which are the first; and where each of their keys and values goes, int64."""
+    def _places(self, work: Pass) -> torch.Tensor:
+        """Where the keys and the values of each row that belongs to a span go, which are the first; int64 [M, 2 K]."""
         starts = []
         for span in work.spans:
             for position in range(span.position, span.position + span.num_rows):
                 segment, offset = span.segments[position // SEGMENT_TOKENS], position % SEGMENT_TOKENS
                 starts.append(segment * 2 * self.num_kv * SEGMENT_TOKENS + offset)
         heads = torch.arange(0, 2 * self.num_kv * SEGMENT_TOKENS, SEGMENT_TOKENS, device=self.device)
-        return len(starts), (torch.tensor(starts, device=self.device)[:, None] + heads).view(-1)
+        return torch.tensor(starts, device=self.device)[:, None] + heads
 
     def _plan(self, work: Pass, window: int | None) -> AnswerReach | list[BlockReach]:
         like = self.cos.new_empty(0, dtype=self.dtype)

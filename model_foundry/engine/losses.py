@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from model_foundry.engine.preference_losses import ALONE_TERMS, PREFERENCE_TERMS
 from model_foundry.errors import EngineError
+from model_foundry.models import fused
 from model_foundry.models.head import HeadUpdate
 
 Inputs = Mapping[str, torch.Tensor]
@@ -185,7 +186,7 @@ def _head_piece(
     result: HeadResult,
 ) -> None:
     """One piece of tokens; its share of the result is written into `result`."""
-    logits = hidden[part] if weight is None else functional.linear(hidden[part], weight)
+    logits = hidden[part].clone() if weight is None else functional.linear(hidden[part], weight)
     if update is not None:
         logits = update.add(logits, hidden[part])
     chunk = {name: value[part] for name, value in inputs.items()}
@@ -232,10 +233,19 @@ class Scored:
 def score(logits: torch.Tensor, loss: Loss, inputs: Inputs, *, backward: bool, scale: float = 1.0) -> Scored:
     """A loss over logits [M, V] and its inputs, each [M] or [M, K]; nothing of a token depends on the others.
 
-    The gradient, and not the loss, is multiplied by `scale`.
+    The gradient, and not the loss, is multiplied by `scale`. The logits may be written over.
     """
     shape = inputs["target_tokens"].shape
     targets = inputs["target_tokens"].view(shape[0], -1)
+    if fused.fits(logits):
+        logits = logits.contiguous()
+        normaliser = fused.log_normaliser(logits)
+        logp = (logits.gather(1, targets).float() - normaliser[:, None]).view(shape)
+        slope, values = _slope(loss, logp, inputs)
+        if not backward:
+            return Scored(values, logp, None)
+        slopes = (slope * scale).float().view(shape[0], -1)
+        return Scored(values, logp, fused.score_gradient_(logits, normaliser, targets, slopes))
     # In bfloat16 a probability above 0.998 is 1: no loss and no gradient. Wider costs nothing beside the product.
     probabilities = torch.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
     logp = _log(probabilities.gather(1, targets), logits, targets).view(shape)

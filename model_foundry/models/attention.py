@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from model_foundry.models import fused
 from model_foundry.models.packed_rows import QUERY_BLOCK_TOKENS, PackedRows, RowGroup
 from model_foundry.models.randomness import AttentionDropout
 
@@ -87,10 +88,8 @@ class PackedAttention(torch.autograd.Function):
             mine = None
             if group.num_tokens <= KEEP_PROBABILITIES_TOKENS:
                 mine, kept = kept[:blocks], kept[blocks:]
-            gg = _by_head(grad, group, num_kv)
-            if group.valid is not None:
-                # A padded place repeats a real token: its gradient must not count twice.
-                gg = gg * group.valid.repeat_interleave(num_kv, 0)[:, None, :, None]
+            # A padded place repeats a real token: its gradient must not count twice.
+            gg = _by_head(grad, group, num_kv, only_valid=True)
             dqg, dkg, dvg = _backward_group(part, gg, mine, group, ctx.rows, ctx.window, ctx.dropout)
             _put(dq, dqg, group, rope[:2])
             _put(dk, dkg, group, rope[2:])
@@ -110,19 +109,29 @@ def _backward_group(
     """The gradients of the rotated queries and keys and of the values of a group, as `_by_head` lays them."""
     qg, kg, vg = inputs
     dqg = torch.empty_like(qg)
-    dkg, dvg = torch.zeros_like(kg), torch.zeros_like(vg)
-    for number, (first, last, first_key) in enumerate(_blocks(group, window)):
+    dkg, dvg = torch.empty_like(kg), torch.empty_like(vg)
+    begun = group.num_tokens  # keys from here on have a gradient: the last block writes most, and nothing is zeroed
+    for number, (first, last, first_key) in reversed(list(enumerate(_blocks(group, window)))):
         p = kept[number] if kept is not None else _probabilities(qg, kg, first, last, first_key, group, rows, window)
         block = gg[:, :, first:last].reshape(gg.shape[0], -1, gg.shape[3])
         keys, values = kg[:, 0, first_key:last], vg[:, 0, first_key:last]
         scale = None if dropout is None else _kept(dropout, group, qg, first, last, first_key)
-        dvg[:, 0, first_key:last] += torch.bmm((p if scale is None else p * scale).transpose(1, 2), block)
+        _add_keys(dvg, torch.bmm((p if scale is None else p * scale).transpose(1, 2), block), first_key, begun)
         dp = torch.bmm(block, values.transpose(1, 2))
-        ds = torch._softmax_backward_data(dp if scale is None else dp.mul_(scale), p, -1, p.dtype)
+        ds = _softmax_backward(dp if scale is None else dp.mul_(scale), p)
         dqg[:, :, first:last] = torch.bmm(ds, keys).view(dqg.shape[0], dqg.shape[1], -1, dqg.shape[3])
         queries = qg[:, :, first:last].reshape(qg.shape[0], -1, qg.shape[3])
-        dkg[:, 0, first_key:last] += torch.bmm(ds.transpose(1, 2), queries)
+        _add_keys(dkg, torch.bmm(ds.transpose(1, 2), queries), first_key, begun)
+        begun = min(begun, first_key)
     return dqg, dkg, dvg
+
+
+def _add_keys(total: torch.Tensor, part: torch.Tensor, first_key: int, begun: int) -> None:
+    """part [S·K, keys, D] from `first_key` on: added to what is there from `begun` on, before that written."""
+    last = first_key + part.shape[1]
+    if begun < last:
+        total[:, 0, begun:last] += part[:, begun - first_key :]
+    total[:, 0, first_key : min(begun, last)] = part[:, : min(begun, last) - first_key]
 
 
 def _blocks(group: RowGroup, window: int | None) -> list[tuple[int, int, int]]:
@@ -137,14 +146,32 @@ def _blocks(group: RowGroup, window: int | None) -> list[tuple[int, int, int]]:
 
 
 def _by_head(
-    x: torch.Tensor, group: RowGroup, num_kv: int, rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    x: torch.Tensor,
+    group: RowGroup,
+    num_kv: int,
+    rope: tuple[torch.Tensor, ...] | None = None,
+    *,
+    only_valid: bool = False,
 ) -> torch.Tensor:
-    """The group's part of x [N, heads, D] as [S·K, heads // K, T, D], contiguous; rotated by rope, (cos, sin)."""
+    """The group's part of x [N, heads, D] as [S·K, heads // K, T, D], contiguous.
+
+    Args:
+        rope: (cos, sin), by which it is rotated.
+        only_valid: padded places are zero.
+    """
+    valid = group.valid if only_valid else None
+    if fused.fits(x, *(rope or ())):
+        heads = fused.to_heads(
+            x, group.num_rows, group.num_tokens, start=group.start, index=group.index, valid=valid, rope=rope
+        )
+        return heads.view(group.num_rows * num_kv, -1, *heads.shape[2:])
     part = _as_heads(group.of(x), group, num_kv)
     if rope is None:
-        return part.contiguous().view(-1, *part.shape[2:])
-    cos, sin = (_as_heads(group.of(each), group, 1) for each in rope)
-    return rotate(part, cos, sin).view(-1, *part.shape[2:])
+        by_head = part.contiguous().view(-1, *part.shape[2:])
+    else:
+        cos, sin = (_as_heads(group.of(each), group, 1) for each in rope)
+        by_head = rotate(part, cos, sin).view(-1, *part.shape[2:])
+    return by_head if valid is None else by_head * valid.repeat_interleave(num_kv, 0)[:, None, :, None]
 
 
 def _as_heads(part: torch.Tensor, group: RowGroup, num_kv: int) -> torch.Tensor:
@@ -152,14 +179,16 @@ def _as_heads(part: torch.Tensor, group: RowGroup, num_kv: int) -> torch.Tensor:
     return part.view(group.num_rows, group.num_tokens, num_kv, -1, part.shape[-1]).permute(0, 2, 3, 1, 4)
 
 
-def _put(
-    out: torch.Tensor, part: torch.Tensor, group: RowGroup, rope: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> None:
+def _put(out: torch.Tensor, part: torch.Tensor, group: RowGroup, rope: tuple[torch.Tensor, ...] | None = None) -> None:
     """Write [S·K, heads // K, T, D] back to its packed places in out [N, heads, D]; padding is left behind.
 
     With rope, (cos, sin), turned back first.
     """
     num_kv = part.shape[0] // group.num_rows
+    if fused.fits(out, part, *(rope or ())) and out.dtype == part.dtype:
+        heads = part.view(group.num_rows, -1, *part.shape[2:])
+        fused.from_heads(heads, out, start=group.start, index=group.index, valid=group.valid, rope=rope)
+        return
     by_head = part.view(group.num_rows, num_kv, *part.shape[1:])
     apart = group.index is not None
     place = out.new_empty(group.num_rows * group.num_tokens, *out.shape[1:]) if apart else group.of(out)
@@ -199,6 +228,9 @@ def _probabilities(
         by_row = scores.view(group.num_rows, -1, last - first, scores.shape[2])
         by_row[..., masked:].masked_fill_(hidden[:, None], float("-inf"))
         return torch.softmax(scores, dim=-1)
+    if fused.fits(scores):
+        fused.causal_softmax_(scores, num_queries=last - first, before=first - first_key, window=window)
+        return scores
     # Without a window only keys from the block's first query on can be hidden.
     masked = first if window is None else first_key
     mask = rows.mask(first, last - first, masked, window)
@@ -206,6 +238,11 @@ def _probabilities(
         by_query = scores.view(scores.shape[0], qg.shape[1], last - first, -1)
         by_query[..., masked - first_key :].masked_fill_(mask, float("-inf"))
     return torch.softmax(scores, dim=-1)
+
+
+def _softmax_backward(dp: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The gradient of the scores; dp may be written over."""
+    return fused.softmax_backward_(dp, p) if fused.fits(dp, p) else torch._softmax_backward_data(dp, p, -1, p.dtype)
 
 
 def _kept(

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model_foundry.errors import ArchitectureMismatchError, ModelError
+from model_foundry.models import fused
 from model_foundry.models.attention import Attention, attend_packed, choose_attention, rotate
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.config import HEAD_LAYER, ModelConfig
@@ -34,9 +35,6 @@ from model_foundry.models.rope import rope_frequencies
 SHAPE_TOKENS = 32
 """On a CPU, sizes come in multiples of this: for every number of tokens it meets, oneDNN compiles kernels and keeps
 them, 20 MB for a model of 30 layers."""
-
-NORM_BLOCK_ELEMENTS = 100_000
-"""On a CPU the backward pass of a norm goes by rows of so many numbers, which stay in the cache between operations."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D], not yet rotated) → [N, H, D]."""
@@ -70,25 +68,23 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        width, wanted = x.shape[-1], ctx.needs_input_grad[1]
-        rows, gradients, gain = x.reshape(-1, width), grad.reshape(-1, width), weight.to(wide)
-        dx = torch.empty_like(rows)
-        d_weight = torch.zeros_like(gain) if wanted else None
-        step = max(1, NORM_BLOCK_ELEMENTS // width) if x.device.type == "cpu" else rows.shape[0]
-        for first in range(0, rows.shape[0], step):
-            part = slice(first, first + step)
-            inverse = _inverse_rms(rows[part], ctx.eps)
-            normed, scaled = rows[part].to(wide) * inverse, gradients[part].to(wide)
+        wanted = ctx.needs_input_grad[1]
+        if fused.fits(x, weight, grad):
+            dx, d_weight = fused.rms_norm_backward(x, weight, ctx.eps, grad, weight_too=wanted)
+        else:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            inverse = _inverse_rms(x, ctx.eps)
+            normed, scaled = x.to(wide) * inverse, grad.to(wide)
             both = scaled * normed
-            if d_weight is not None:
-                d_weight += both.sum(0)
-            shared = torch.mv(both, gain).div_(-width)
-            dx[part] = torch.addcmul(scaled * gain, normed, shared[:, None]).mul_(inverse)
-        return dx.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None
+            d_weight = both.flatten(0, -2).sum(0) if wanted else None
+            shared = (both @ weight.to(wide)).div_(-x.shape[-1])
+            dx = torch.addcmul(scaled * weight, normed, shared[..., None]).mul_(inverse).to(x.dtype)
+        return dx, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if fused.fits(x, weight):
+        return fused.rms_norm(x, weight, eps)
     return (x * _inverse_rms(x, eps)).to(x.dtype).mul_(weight.to(x.dtype))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from model_foundry.models import fused
 from model_foundry.models.lora import Linear, project
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -30,20 +31,26 @@ class GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> Any:
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        return _gated_silu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
+        if fused.fits(gate, up, grad):
+            return fused.gated_silu_backward(gate, up, grad)
         d_up = functional.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up
+
+
+def _gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return fused.gated_silu(gate, up) if fused.fits(gate, up) else functional.silu(gate).mul_(up)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) × up, by the activation's name in `config.json`."""
     if activation == "silu":
         if not torch.is_grad_enabled():
-            return functional.silu(gate).mul_(up)
+            return _gated_silu(gate, up)
         return GatedSilu.apply(gate, up)  # pyright: ignore[reportReturnType]
     return ACTIVATIONS[activation](gate) * up
 
