@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("torch", "transformers", "gguf", "huggingface_hub", "filelock", "psutil"),
+    "train": ("torch", "transformers", "gguf", "huggingface_hub", "filelock", "psutil", "numba", "llvmlite"),
     "data": ("pyarrow", "zstandard"),
     "code": ("tree_sitter", "tree_sitter_lua", "tree_sitter_gdscript"),
     "generate": ("anthropic", "httpx"),

@@ -240,7 +240,7 @@ def score(logits: torch.Tensor, loss: Loss, inputs: Inputs, *, backward: bool, s
     if fused.fits(logits):
         logits = logits.contiguous()
         normaliser = fused.log_normaliser(logits)
-        logp = (logits.gather(1, targets).float() - normaliser[:, None]).view(shape)
+        logp = (logits.gather(1, targets).float() - normaliser[:, :1] - normaliser[:, 1:]).view(shape)
         slope, values = _slope(loss, logp, inputs)
         if not backward:
             return Scored(values, logp, None)

@@ -17,8 +17,10 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from model_foundry.errors import ModelError
 from model_foundry.models import fused
 from model_foundry.models.packed_rows import QUERY_BLOCK_TOKENS, PackedRows, RowGroup
 from model_foundry.models.randomness import AttentionDropout
@@ -54,6 +56,11 @@ class PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Any, rows: Any, window: Any, dropout: Any
     ) -> Any:
+        num_tokens = sum(rows.lengths)
+        if any(part.shape[0] != num_tokens for part in (q, k, v, *rope)):
+            raise ModelError(
+                f"rows of {num_tokens} tokens, and {[part.shape[0] for part in (q, k, v, *rope)]} are given"
+            )
         out, num_kv = torch.empty_like(q, memory_format=torch.contiguous_format), k.shape[1]
         inputs: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
@@ -76,6 +83,7 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, rope = list(ctx.saved_tensors), ctx.rope
         inputs, kept = saved[: 3 * len(ctx.rows.groups)], saved[3 * len(ctx.rows.groups) :]

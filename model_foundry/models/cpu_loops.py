@@ -1,88 +1,23 @@
-"""What lies between a decoder's products, as compiled loops over plain memory: one pass where torch makes several.
+"""What lies between a decoder's products, as compiled loops: one pass over memory where torch makes several.
 
-Numba compiles each for the types it meets (bfloat16 as its bits, float32) and keeps the machine code beside the source.
 Arithmetic is float32 and rounded once. A row's bits depend on that row alone, not on the rows beside it nor on their
-number. Loops are of one thread and let others run; `fused` hands out the rows. They know no tensors.
+number. Loops are of one thread and let others run; `fused` hands out the rows. They look where they are told.
 
-Arrays are flat; a matrix is (its numbers, from one row to the next), and rows go from `first` to `last`. Places are
-unsigned: an index that might be negative is looked at each time, and nothing is done in lanes then.
+A matrix is (its first number, from one row to the next). Places are unsigned, as LLVM wants them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-REORDERED = {"reassoc", "contract", "nsz"}
-"""What sums may be: taken apart into lanes. Not that numbers are finite: what is no number has to come out as such."""
+from model_foundry.models.compiled_loop import IN_ORDER, as_float, as_int, loop, part, read, write
+
 U = np.uint64
-_FLOAT, _BITS, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
 
-def _loop(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
-    def compiled(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(fastmath=fastmath, nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no folder to write to: it is compiled in each process
-            return numba.njit(fastmath=fastmath, nogil=True, error_model="numpy")(function)
-
-    return compiled
-
-
-def _inlined(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
-
-
-def _bits(number: int) -> ir.Constant:
-    return ir.Constant(_BITS, number)
-
-
-@_inlined
-def widen(typing: Any, value: Any) -> Any:
-    """float32 of a number as it lies in memory."""
-    if value == types.float32:
-        return types.float32(value), lambda context, builder, signature, args: args[0]
-
-    def of_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(args[0], _BITS), _bits(16)), _FLOAT)
-
-    return types.float32(types.uint16), of_bfloat16
-
-
-@_inlined
-def narrow(typing: Any, value: Any, array: Any) -> Any:
-    """A float32 as numbers of this array lie in memory; to bfloat16 by rounding to nearest, ties to even."""
-    if array.dtype == types.float32:
-        return types.float32(types.float32, array), lambda context, builder, signature, args: args[0]
-
-    def to_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], _BITS)
-        odd = builder.and_(builder.lshr(bits, _bits(16)), _bits(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, _bits(0x7FFF))), _bits(16))
-        # Rounding would carry what is no number over into one.
-        nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(nan, _bits(0x7FC0), rounded), _HALF)
-
-    return types.uint16(types.float32, array), to_bfloat16
-
-
-@_inlined
-def _as_int(typing: Any, value: Any) -> Any:
-    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], _BITS)
-
-
-@_inlined
-def _as_float(typing: Any, value: Any) -> Any:
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], _FLOAT)
-
-
-@_loop({"contract"})
+@part(flags=IN_ORDER)
 def exp(x: Any) -> Any:
     """e^x of a float32 that is not above 0, within 2 in the last place; 0 from -87 down.
 
@@ -100,40 +35,44 @@ def exp(x: Any) -> Any:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     e = p * r * r + r + np.float32(1.0)
-    power = _as_float(np.int32(np.int32(_as_int(shifted) << np.int32(23)) + np.int32(127 << 23)))
+    power = as_float(np.int32(np.int32(as_int(shifted) << np.int32(23)) + np.int32(127 << 23)))
     return np.float32(0.0) if x < np.float32(-87.0) else e * power
 
 
-@_loop({"contract"})
+@part(flags=IN_ORDER)
 def sigmoid(x: Any) -> Any:
     e = exp(-abs(x))
     return (e if x < np.float32(0.0) else np.float32(1.0)) / (np.float32(1.0) + e)
 
 
-@_loop(REORDERED)
+@part()
 def _largest(x: Any, begin: Any, count: Any) -> Any:
     """As integers in the order of the floats, which can be compared in lanes; what is no number is the largest."""
     most = np.int32(-2147483648)
     for j in range(count):
-        bits = _as_int(widen(x[begin + j]))
+        bits = as_int(read(x, begin + j))
         most = max(most, np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
-    return _as_float(np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return as_float(np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))))
 
 
-@_loop(REORDERED)
+@part()
+def _norm(x: Any, at: Any, weight: Any, eps: Any, out: Any, to: Any, width: Any) -> None:
+    squares = np.float32(0.0)
+    for j in range(U(width)):
+        value = read(x, at + j)
+        squares += value * value
+    inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+    for j in range(U(width)):
+        write(out, to + j, read(x, at + j) * inverse * read(weight, j))
+
+
+@loop("x*", "int", "w*", "float", "x*", "int")
 def rms_norm(x: Any, x_step: int, weight: Any, eps: Any, out: Any, width: int, first: int, last: int) -> None:
     for row in range(first, last):
-        at, to = U(row * x_step), U(row * width)
-        squares = np.float32(0.0)
-        for j in range(U(width)):
-            value = widen(x[at + j])
-            squares += value * value
-        inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
-        for j in range(U(width)):
-            out[to + j] = narrow(widen(x[at + j]) * inverse * widen(weight[j]), out)
+        _norm(x, U(row * x_step), weight, eps, out, U(row * width), width)
 
 
-@_loop(REORDERED)
+@loop("x*", "int", "x*", "int", "w*", "float", "x*", "int")
 def add_rms_norm(
     x: Any, x_step: int, more: Any, more_step: int, weight: Any, eps: Any, out: Any, width: int, first: int, last: int
 ) -> None:
@@ -141,45 +80,44 @@ def add_rms_norm(
     for row in range(first, last):
         at, of = U(row * x_step), U(row * more_step)
         for j in range(U(width)):
-            x[at + j] = narrow(widen(x[at + j]) + widen(more[of + j]), x)
-    rms_norm(x, x_step, weight, eps, out, width, first, last)
+            write(x, at + j, read(x, at + j) + read(more, of + j))
+        _norm(x, at, weight, eps, out, U(row * width), width)
 
 
-@_loop(REORDERED)
+@loop("x*", "int", "w*", "float", "x*", "int", "x*", "float32*", "int", "int")
 def rms_norm_backward(
-    x: Any, x_step: int, weight: Any, eps: Any, grad: Any, grad_step: int, dx: Any, d_weight: Any, width: int,
-    first: int, last: int,
+    x: Any, x_step: int, weight: Any, eps: Any, grad: Any, grad_step: int, dx: Any, d_weight: Any, weight_too: int,
+    width: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """d_weight [width] float32 is added to; empty where nobody wants it."""
-    wanted = d_weight.shape[0] > 0
+    """d_weight [width] is added to, where it is wanted."""
     for row in range(first, last):
         at, of, to = U(row * x_step), U(row * grad_step), U(row * width)
         squares, along = np.float32(0.0), np.float32(0.0)
         for j in range(U(width)):
-            value = widen(x[at + j])
+            value = read(x, at + j)
             squares += value * value
-            along += value * widen(grad[of + j]) * widen(weight[j])
+            along += value * read(grad, of + j) * read(weight, j)
         inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
         shared = along * inverse * inverse * inverse / np.float32(width)
         for j in range(U(width)):
-            dx[to + j] = narrow(widen(grad[of + j]) * widen(weight[j]) * inverse - widen(x[at + j]) * shared, dx)
-        if wanted:
+            write(dx, to + j, read(grad, of + j) * read(weight, j) * inverse - read(x, at + j) * shared)
+        if weight_too:
             for j in range(U(width)):
-                d_weight[j] += widen(grad[of + j]) * widen(x[at + j]) * inverse
+                write(d_weight, j, read(d_weight, j) + read(grad, of + j) * read(x, at + j) * inverse)
 
 
-@_loop(REORDERED)
+@loop("x*", "int", "x*", "int", "x*", "int")
 def gated_silu(
     gate: Any, gate_step: int, up: Any, up_step: int, out: Any, width: int, first: int, last: int
 ) -> None:  # fmt: skip
     for row in range(first, last):
         g, u, to = U(row * gate_step), U(row * up_step), U(row * width)
         for j in range(U(width)):
-            value = widen(gate[g + j])
-            out[to + j] = narrow(value * sigmoid(value) * widen(up[u + j]), out)
+            value = read(gate, g + j)
+            write(out, to + j, value * sigmoid(value) * read(up, u + j))
 
 
-@_loop(REORDERED)
+@loop("x*", "int", "x*", "int", "x*", "int", "x*", "x*", "int")
 def gated_silu_backward(
     gate: Any, gate_step: int, up: Any, up_step: int, grad: Any, grad_step: int, d_gate: Any, d_up: Any, width: int,
     first: int, last: int,
@@ -187,131 +125,138 @@ def gated_silu_backward(
     for row in range(first, last):
         g, u, of, to = U(row * gate_step), U(row * up_step), U(row * grad_step), U(row * width)
         for j in range(U(width)):
-            value, change = widen(gate[g + j]), widen(grad[of + j])
+            value, change = read(gate, g + j), read(grad, of + j)
             s = sigmoid(value)
             slope = s * (np.float32(1.0) + value * (np.float32(1.0) - s))
-            d_gate[to + j] = narrow(change * widen(up[u + j]) * slope, d_gate)
-            d_up[to + j] = narrow(change * value * s, d_up)
+            write(d_gate, to + j, change * read(up, u + j) * slope)
+            write(d_up, to + j, change * value * s)
 
 
-@_loop(REORDERED)
+@part()
 def _turn(x: Any, at: Any, cos: Any, sin: Any, angle: Any, sign: Any, out: Any, to: Any, half: Any) -> None:
     """One head rotated (Su et al. 2021, the half-split layout), by `sign` this way or back."""
     for j in range(half):
-        a, b = widen(x[at + j]), widen(x[at + half + j])
-        c, s = widen(cos[angle + j]), widen(sin[angle + j]) * sign
-        out[to + j] = narrow(a * c - b * s, out)
-        out[to + half + j] = narrow(b * c + a * s, out)
+        a, b = read(x, at + j), read(x, at + half + j)
+        c, s = read(cos, angle + j), read(sin, angle + j) * sign
+        write(out, to + j, a * c - b * s)
+        write(out, to + half + j, b * c + a * s)
 
 
-@_loop(REORDERED)
+@part()
+def _copy(x: Any, at: Any, out: Any, to: Any, size: Any) -> None:
+    for j in range(size):
+        write(out, to + j, read(x, at + j))
+
+
+_LAYOUT = ("int64*", "int", "int", "bool*", "int", "w*", "w*", "int", "x*", "int", "int", "int")
+
+
+@loop("x*", "int", *_LAYOUT)
 def to_heads(
-    x: Any, x_step: int, index: Any, start: int, valid: Any, cos: Any, sin: Any, out: Any, num_heads: int, length: int,
-    width: int, first: int, last: int,
+    x: Any, x_step: int, index: Any, indexed: int, start: int, valid: Any, padded: int, cos: Any, sin: Any, turned: int,
+    out: Any, num_heads: int, length: int, width: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Tokens [N, heads, width] laid out as [rows, heads, length, width]; `first` and `last` count (row, head).
 
-    Place t of row s is token `index[s × length + t]`, without an index `start + s × length + t`; where `valid` is false
-    it is zero. Rotated by cos and sin [N, width / 2] where they are not empty.
+    Place t of row s is token `index[s × length + t]`, not indexed `start + s × length + t`; padded, it is zero where it
+    is not valid. Turned, it is rotated by cos and sin [N, width / 2].
     """
     half, size = U(width // 2), U(width)
-    for part in range(first, last):
-        row, head = part // num_heads, part % num_heads
+    for block in range(first, last):
+        row, head = block // num_heads, block % num_heads
         for t in range(length):
             place = row * length + t
-            token = index[place] if index.shape[0] else start + place
-            at, to = U(token * x_step + head * width), U((part * length + t) * width)
-            if valid.shape[0] and not valid[place]:
+            token = read(index, place) if indexed else start + place
+            at, to = U(token * x_step + head * width), U((block * length + t) * width)
+            if padded and not read(valid, place):
                 for j in range(size):
-                    out[to + j] = narrow(np.float32(0.0), out)
-            elif cos.shape[0]:
+                    write(out, to + j, np.float32(0.0))
+            elif turned:
                 _turn(x, at, cos, sin, U(token) * half, np.float32(1.0), out, to, half)
             else:
-                for j in range(size):
-                    out[to + j] = x[at + j]
+                _copy(x, at, out, to, size)
 
 
-@_loop(REORDERED)
+@loop("x*", *_LAYOUT)
 def from_heads(
-    x: Any, index: Any, start: int, valid: Any, cos: Any, sin: Any, out: Any, num_heads: int, length: int,
-    width: int, first: int, last: int,
+    x: Any, index: Any, indexed: int, start: int, valid: Any, padded: int, cos: Any, sin: Any, turned: int,
+    out: Any, num_heads: int, length: int, width: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Back from `to_heads`, rotated the other way; places that are not valid are left behind."""
     half, size = U(width // 2), U(width)
-    for part in range(first, last):
-        row, head = part // num_heads, part % num_heads
+    for block in range(first, last):
+        row, head = block // num_heads, block % num_heads
         for t in range(length):
             place = row * length + t
-            if valid.shape[0] and not valid[place]:
+            if padded and not read(valid, place):
                 continue
-            token = index[place] if index.shape[0] else start + place
-            at, to = U((part * length + t) * width), U((token * num_heads + head) * width)
-            if cos.shape[0]:
+            token = read(index, place) if indexed else start + place
+            at, to = U((block * length + t) * width), U((token * num_heads + head) * width)
+            if turned:
                 _turn(x, at, cos, sin, U(token) * half, np.float32(-1.0), out, to, half)
             else:
-                for j in range(size):
-                    out[to + j] = x[at + j]
+                _copy(x, at, out, to, size)
 
 
-@_loop(REORDERED)
+@loop("x*", "int", "x*", "int", "x*", "int", "int64*", "x*", "x*", "x*", "x*", "int64*", "int", "int", "int", "int")
 def turn_and_keep(
     q: Any, q_step: int, k: Any, k_step: int, v: Any, v_step: int, positions: Any, cos: Any, sin: Any, out: Any,
     cache: Any, places: Any, num_heads: int, num_kv: int, width: int, num_kept: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Queries rotated into `out` [N, heads, width]; rotated keys and values into the cache, of the first `num_kept` rows.
+    """Queries rotated into `out` [N, heads, width]; of the first `num_kept` rows keys, rotated, and values are kept.
 
     cos and sin are tables [positions, width] of which the second half counts; key or value h of row n goes to row
     `places[n, h]` of the cache, values after keys.
     """
-    half, size = U(width // 2), U(width)
+    half, size, one = U(width // 2), U(width), np.float32(1.0)
     for row in range(first, last):
-        angle = U(positions[row] * width + width // 2)
+        angle = U(read(positions, row) * width + width // 2)
         for head in range(num_heads):
             at, to = U(row * q_step + head * width), U((row * num_heads + head) * width)
-            _turn(q, at, cos, sin, angle, np.float32(1.0), out, to, half)
+            _turn(q, at, cos, sin, angle, one, out, to, half)
         if row >= num_kept:
             continue
         for head in range(num_kv):
-            to = U(places[row * 2 * num_kv + head] * width)
-            _turn(k, U(row * k_step + head * width), cos, sin, angle, np.float32(1.0), cache, to, half)
-            at, to = U(row * v_step + head * width), U(places[(row * 2 + 1) * num_kv + head] * width)
-            for j in range(size):
-                cache[to + j] = v[at + j]
+            to = U(read(places, row * 2 * num_kv + head) * width)
+            _turn(k, U(row * k_step + head * width), cos, sin, angle, one, cache, to, half)
+            to = U(read(places, (row * 2 + 1) * num_kv + head) * width)
+            _copy(v, U(row * v_step + head * width), cache, to, size)
 
 
-@_loop(REORDERED)
+@loop("x*", "float32*", "float32*", "x*", "int", "int", "int")
 def join_answers(
-    outs: Any, sums: Any, out: Any, num_levels: int, num_rows: int, width: int, first: int, last: int
+    outs: Any, sums: Any, total: Any, out: Any, num_levels: int, num_rows: int, width: int, first: int, last: int
 ) -> None:
     """Attention over several stretches of keys from that over each, [levels, rows, width], and its sums' logarithms.
 
-    One after the other: how many the longest row has must not show in the others.
+    One after the other: how many the longest row has must not show in the others. total: room for [width].
     """
-    total = np.empty(width, np.float32)
     for row in range(first, last):
-        largest = sums[row]
+        largest = read(sums, row)
         for level in range(1, num_levels):
-            largest = max(largest, sums[level * num_rows + row])
-        total[:] = np.float32(0.0)
+            largest = max(largest, read(sums, level * num_rows + row))
         whole = np.float32(0.0)
+        for j in range(U(width)):
+            write(total, j, np.float32(0.0))
         for level in range(num_levels):
-            share = exp(sums[level * num_rows + row] - largest)
+            share = exp(read(sums, level * num_rows + row) - largest)
             whole += share
             at = U((level * num_rows + row) * width)
             if share > np.float32(0.0):
                 for j in range(U(width)):
-                    total[j] += share * widen(outs[at + j])
-        to = U(row * width)
+                    write(total, j, read(total, j) + share * read(outs, at + j))
         for j in range(U(width)):
-            out[to + j] = narrow(total[j] / whole, out)
+            write(out, U(row * width) + j, read(total, j) / whole)
 
 
-@_loop(REORDERED)
+@loop("x*", "float32*", "int", "int", "int", "int")
 def causal_softmax(
-    scores: Any, num_keys: int, num_queries: int, before: int, window: int, first: int, last: int
+    scores: Any, powers: Any, num_keys: int, num_queries: int, before: int, window: int, first: int, last: int
 ) -> None:
-    """In place. Query q of each `num_queries` sees the keys up to `before` + q, the last `window` of them (0: all)."""
-    powers = np.empty(num_keys, np.float32)
+    """In place. Query q of each `num_queries` sees the keys up to `before` + q, the last `window` of them (0: all).
+
+    powers: room for [num_keys].
+    """
     for row in range(first, last):
         end = before + row % num_queries + 1
         begin = max(0, end - window) if window else 0
@@ -319,59 +264,64 @@ def causal_softmax(
         largest = _largest(scores, at, seen)
         total = np.float32(0.0)
         for j in range(seen):
-            power = exp(widen(scores[at + j]) - largest)
-            powers[j] = power
+            power = exp(read(scores, at + j) - largest)
+            write(powers, j, power)
             total += power
         scale = np.float32(1.0) / total
         for j in range(U(begin)):
-            scores[U(row * num_keys) + j] = narrow(np.float32(0.0), scores)
+            write(scores, U(row * num_keys) + j, np.float32(0.0))
         for j in range(seen):
-            scores[at + j] = narrow(powers[j] * scale, scores)
+            write(scores, at + j, read(powers, j) * scale)
         for j in range(seen, U(num_keys - begin)):
-            scores[at + j] = narrow(np.float32(0.0), scores)
+            write(scores, at + j, np.float32(0.0))
 
 
-@_loop(REORDERED)
+@loop("x*", "x*", "int")
 def softmax_backward(grad: Any, p: Any, num_keys: int, first: int, last: int) -> None:
     """The gradient of the scores over the gradient of the probabilities p."""
     for row in range(first, last):
         at = U(row * num_keys)
         along = np.float32(0.0)
         for j in range(U(num_keys)):
-            along += widen(grad[at + j]) * widen(p[at + j])
+            along += read(grad, at + j) * read(p, at + j)
         for j in range(U(num_keys)):
-            grad[at + j] = narrow(widen(p[at + j]) * (widen(grad[at + j]) - along), grad)
+            write(grad, at + j, read(p, at + j) * (read(grad, at + j) - along))
 
 
-@_loop(REORDERED)
+@loop("x*", "float32*", "int")
 def log_normaliser(logits: Any, out: Any, width: int, first: int, last: int) -> None:
-    """log Σ exp of each row."""
+    """log Σ exp of each row: the largest, and the rest of it."""
     for row in range(first, last):
         at = U(row * width)
         largest = _largest(logits, at, U(width))
         total = np.float32(0.0)
         for j in range(U(width)):
-            total += exp(widen(logits[at + j]) - largest)
-        out[row] = largest + np.log(total)
+            total += exp(read(logits, at + j) - largest)
+        write(out, 2 * row, largest)
+        write(out, 2 * row + 1, np.log(total))
 
 
-@_loop(REORDERED)
+@loop("x*", "float32*", "int64*", "float32*", "float32*", "int", "int", flags=IN_ORDER)
 def score_gradient(
-    logits: Any, normaliser: Any, targets: Any, slopes: Any, num_targets: int, width: int, first: int, last: int
-) -> None:
-    """Over the logits: Σ_k slope_k (1 where j is target k - probability of j). Targets and slopes: [rows, targets]."""
-    chosen = np.empty(num_targets, np.float32)
+    logits: Any, normaliser: Any, targets: Any, slopes: Any, chosen: Any, num_targets: int, width: int, first: int,
+    last: int,
+) -> None:  # fmt: skip
+    """Over the logits: Σ_k slope_k (1 where j is target k - probability of j). Targets and slopes: [rows, targets].
+
+    chosen: room for [targets].
+    """
     for row in range(first, last):
-        at, own, level = U(row * width), row * num_targets, normaliser[row]
+        at, own = U(row * width), row * num_targets
+        largest, rest = read(normaliser, 2 * row), read(normaliser, 2 * row + 1)
         total = np.float32(0.0)
         for k in range(num_targets):
-            total += slopes[own + k]
-            chosen[k] = exp(widen(logits[at + U(targets[own + k])]) - level)
+            total += read(slopes, own + k)
+            write(chosen, k, exp(read(logits, at + U(read(targets, own + k))) - largest - rest))
         for j in range(U(width)):
-            logits[at + j] = narrow(-total * exp(widen(logits[at + j]) - level), logits)
+            write(logits, at + j, -total * exp(read(logits, at + j) - largest - rest))
         for k in range(num_targets):
-            value = -total * chosen[k]
+            value = -total * read(chosen, k)
             for other in range(num_targets):
-                if targets[own + other] == targets[own + k]:
-                    value += slopes[own + other]
-            logits[at + U(targets[own + k])] = narrow(value, logits)
+                if read(targets, own + other) == read(targets, own + k):
+                    value += read(slopes, own + other)
+            write(logits, at + U(read(targets, own + k)), value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from model_foundry.models import fused
@@ -34,6 +35,7 @@ class GatedSilu(torch.autograd.Function):
         return _gated_silu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         if fused.fits(gate, up, grad):

@@ -1,0 +1,190 @@
+"""Functions over plain memory, compiled by Numba to code that is called by address and kept in the user's cache.
+
+A loop gets pointers, numbers and the rows it is to do, [first, last). It is compiled once a machine for the types of
+its pointers. What is kept is machine code and two names, no objects: a file is named by the hash of all that decides
+what is in it, written in one go, and taken only where it is whole, the user's own, and not writable by others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import inspect
+import json
+import os
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
+from numba.extending import intrinsic
+
+from model_foundry.checkpoint.atomic import atomic_write
+from model_foundry.models.hashes import cache_home
+
+REORDERED = frozenset({"reassoc", "contract", "nsz"})
+"""What sums may be: taken apart into lanes. Not that numbers are finite: what is no number has to come out as such."""
+IN_ORDER = frozenset({"contract"})
+FLOAT32, BFLOAT16 = types.float32, types.uint16
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "int": (types.int64, ctypes.c_int64),
+    "float": (types.float32, ctypes.c_float),
+    "float32*": (types.CPointer(types.float32), ctypes.c_void_p),
+    "int64*": (types.CPointer(types.int64), ctypes.c_void_p),
+    "bool*": (types.CPointer(types.uint8), ctypes.c_void_p),
+}
+_FLOAT, _BITS, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_DIGEST_BYTES = 32
+
+
+class CompiledLoop:
+    """A function, and its machine code for each choice of types.
+
+    Args:
+        kinds: of each argument but the last two, `first` and `last`: a name in `_KINDS`, or `x*` and `w*`, pointers to
+            numbers whose type is chosen when the loop is called.
+    """
+
+    def __init__(self, function: Callable[..., None], kinds: tuple[str, ...], flags: frozenset[str]) -> None:
+        self.function, self.kinds, self.flags = function, (*kinds, "int", "int"), flags
+        self._ready: dict[tuple[Any, Any], Callable[..., None]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, x: Any, w: Any = None) -> Callable[..., None]:
+        """Numbers of `x*` and of `w*` are FLOAT32, or BFLOAT16 as its bits. Addresses are passed as int."""
+        ready = self._ready.get((x, w))
+        if ready is None:
+            with self._lock:
+                ready = self._ready[x, w] = self._load(x, w)
+        return ready
+
+    def _load(self, x: Any, w: Any) -> Callable[..., None]:
+        chosen = {"x*": (types.CPointer(x), ctypes.c_void_p), "w*": (types.CPointer(w or x), ctypes.c_void_p)}
+        kinds = [(_KINDS | chosen)[kind] for kind in self.kinds]
+        signature = types.void(*(kind for kind, _ in kinds))
+        path = _kept_at(self.function, f"{signature} {sorted(self.flags)}")
+        library, name = _read(path) or self._compile(signature, path)
+        address = library.get_pointer_to_function(name)
+        function = ctypes.CFUNCTYPE(None, *(kind for _, kind in kinds))(address)
+        function.library = library  # pyright: ignore[reportAttributeAccessIssue] - its code lives as long
+        return function
+
+    def _compile(self, signature: Any, path: Path) -> tuple[Any, str]:
+        compiled: Any = numba.cfunc(signature, fastmath=set(self.flags), error_model="numpy")(self.function)
+        library, wrapper = compiled._library, compiled.native_name
+        name, _, (code, bitcode) = library.serialize_using_object_code()
+        # Where it cannot be written, the next process compiles again.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write(path, {"library": name, "function": wrapper, "code_bytes": len(code)}, code + bitcode)
+        return library, wrapper
+
+
+def loop(
+    *kinds: str, flags: frozenset[str] = REORDERED
+) -> Callable[[Callable[..., None]], CompiledLoop]:  # fmt: skip
+    """Declares a function to be a loop."""
+    return lambda function: CompiledLoop(function, kinds, flags)
+
+
+def part(*, flags: frozenset[str] = REORDERED) -> Callable[[Callable[..., Any]], Any]:
+    """Declares a function to be part of loops, which are compiled with it."""
+    return lambda function: numba.njit(fastmath=set(flags), error_model="numpy")(function)
+
+
+def _context() -> Any:
+    return cpu_target.target_context
+
+
+def _kept_at(function: Callable[..., None], types_and_flags: str) -> Path:
+    source = hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    machine = _context().codegen().magic_tuple()
+    made_of = (sys.version, numba.__version__, llvmlite.__version__, machine, source, function.__qualname__)
+    return cache_home() / "loops" / hashlib.sha256(f"{made_of} {types_and_flags}".encode()).hexdigest()
+
+
+def _write(path: Path, header: dict[str, Any], content: bytes) -> None:
+    body = json.dumps(header).encode() + b"\n" + content
+    atomic_write(path, hashlib.sha256(body).digest() + body)
+
+
+def _read(path: Path) -> tuple[Any, str] | None:
+    """(the code, the name of the function in it); None where there is nothing that may be taken."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+            content = file.read() if mine and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else b""
+    except OSError:
+        return None
+    digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    header, _, rest = body.partition(b"\n")
+    facts = json.loads(header)
+    code, bitcode = rest[: facts["code_bytes"]], rest[facts["code_bytes"] :]
+    rtsys.initialize(_context())  # code names Numba's runtime, needed or not
+    codegen = _context().codegen()
+    return codegen.unserialize_library((facts["library"], "object", (code, bitcode))), facts["function"]
+
+
+def _bits(number: int) -> ir.Constant:
+    return ir.Constant(_BITS, number)
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
+
+
+@_intrinsic
+def read(typing: Any, pointer: Any, place: Any) -> Any:
+    """A number in memory: floats as float32, others as they are."""
+    kind = pointer.dtype
+
+    def load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        return (
+            builder.bitcast(builder.shl(builder.zext(value, _BITS), _bits(16)), _FLOAT) if kind == BFLOAT16 else value
+        )
+
+    return (types.float32 if kind == BFLOAT16 else kind)(pointer, place), load
+
+
+@_intrinsic
+def write(typing: Any, pointer: Any, place: Any, value: Any) -> Any:
+    """A float32 into memory; as bfloat16 rounded to nearest, ties to even."""
+
+    def store(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = args[2]
+        if pointer.dtype == BFLOAT16:
+            bits = builder.bitcast(value, _BITS)
+            odd = builder.and_(builder.lshr(bits, _bits(16)), _bits(1))
+            rounded = builder.lshr(builder.add(bits, builder.add(odd, _bits(0x7FFF))), _bits(16))
+            # Rounding would carry what is no number over into one.
+            nan = builder.fcmp_unordered("uno", value, value)
+            value = builder.trunc(builder.select(nan, _bits(0x7FC0), rounded), _HALF)
+        builder.store(value, builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, place, types.float32), store
+
+
+@_intrinsic
+def as_int(typing: Any, value: Any) -> Any:
+    """The bits of a float32."""
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], _BITS)
+
+
+@_intrinsic
+def as_float(typing: Any, value: Any) -> Any:
+    """The float32 of these bits."""
+    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], _FLOAT)

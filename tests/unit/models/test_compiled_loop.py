@@ -1,0 +1,131 @@
+"""Loops are compiled once a machine, and no code is run but what was compiled from them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_foundry.models import compiled_loop
+from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop, read, write
+
+
+def doubled(x: Any, first: int, last: int) -> None:
+    for j in range(first, last):
+        write(x, j, read(x, j) * np.float32(2.0))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path))
+    return tmp_path / "loops"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """As a new process would: whether the loop had to be compiled. It has to work."""
+    compiled: list[Any] = []
+    make = CompiledLoop._compile
+    monkeypatch.setattr(CompiledLoop, "_compile", lambda *given: compiled.append(given) or make(*given))
+
+    def once(kind: Any = FLOAT32) -> bool:
+        compiled.clear()
+        x = np.array([1.5, -2.0, 3.0, 4.0], np.float32)
+        if kind == BFLOAT16:
+            x = (x.view(np.uint32) >> 16).astype(np.uint16)
+        CompiledLoop(doubled, ("x*",), frozenset()).of(kind)(x.ctypes.data, 1, 3)
+        wide = x if kind == FLOAT32 else (x.astype(np.uint32) << 16).view(np.float32)
+        assert wide.tolist() == [1.5, -4.0, 6.0, 4.0]
+        return bool(compiled)
+
+    return once
+
+
+def test_the_second_process_finds_what_the_first_has_made(home: Path, run: Callable[..., bool]) -> None:
+    assert [run(), run(), run(BFLOAT16), run(BFLOAT16), run()] == [True, False, True, False, False]
+    assert len(list(home.iterdir())) == 2
+    assert home.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "a bit", "writable by others"])
+def test_what_is_damaged_or_may_be_others_is_made_again(damage: str, home: Path, run: Callable[..., bool]) -> None:
+    assert run()
+    (kept,) = home.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(
+        {"empty": b"", "half": whole[: len(whole) // 2], "a bit": whole[:-1] + bytes([whole[-1] ^ 1])}.get(
+            damage, whole
+        )
+    )
+    if damage == "writable by others":
+        kept.chmod(0o622)
+    assert [run(), run()] == [True, False]
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., bool]
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path / "a file"))
+    assert [run(), run()] == [True, True]
+
+
+def test_another_source_is_another_loop(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an upgrade the old code must not be found under the new function's name."""
+    path = compiled_loop._kept_at(doubled, "void(float32*)")
+    other = tmp_path / "other.py"
+    other.write_text(Path(__file__).read_text() + "# changed")
+    monkeypatch.setattr(compiled_loop.inspect, "getfile", lambda function: str(other))
+    assert compiled_loop._kept_at(doubled, "void(float32*)") != path
+
+
+@pytest.mark.slow
+def test_processes_that_compile_at_once_do_not_mix_their_loops(tmp_path: Path) -> None:
+    """In a store with an index one found the other's code, made for another type, under its own name, for ever."""
+    code = """
+import sys, numpy as np
+from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
+from tests.unit.models.test_compiled_loop import doubled
+kind = {"float32": FLOAT32, "bfloat16": BFLOAT16}[sys.argv[1]]
+x = np.full(4, 0x40004000 if kind == FLOAT32 else 0x4000, np.uint32 if kind == FLOAT32 else np.uint16)
+CompiledLoop(doubled, ("x*",), frozenset()).of(kind)(x.ctypes.data, 0, 4)
+print(hex(x[3]))
+"""
+    environment = {**os.environ, "FOUNDRY_HOME": str(tmp_path)}
+
+    def start(kind: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, kind]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for _ in range(2):
+        for process, wanted in [(start("float32"), "0x40804000"), (start("bfloat16"), "0x4080")]:
+            out, error = process.communicate()
+            assert (process.returncode, out.strip()) == (0, wanted), error
+
+
+@pytest.mark.slow
+def test_every_loop_of_the_decoder_is_found_by_a_process_that_compiles_nothing(tmp_path: Path) -> None:
+    """Code that named what only a compiler sets up ended the process that loaded it."""
+    code = """
+from model_foundry.models import cpu_loops
+from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
+compiled, make = [], CompiledLoop._compile
+CompiledLoop._compile = lambda *given: compiled.append(given) or make(*given)
+loops = [loop for loop in vars(cpu_loops).values() if isinstance(loop, CompiledLoop)]
+for loop in loops:
+    for kind in (FLOAT32, BFLOAT16):
+        loop.of(kind)
+print(len(loops) > 10, len(compiled) / len(loops))
+"""
+    for wanted in ("True 2.0", "True 0.0"):
+        environment = {**os.environ, "FOUNDRY_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, wanted), done.stderr
