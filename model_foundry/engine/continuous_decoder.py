@@ -35,10 +35,10 @@ from model_foundry.engine.continuous_attention import (
 from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
 from model_foundry.engine.continuous_products import Product, cancelling_rows, check_places
 from model_foundry.engine.platform import join_pages
+from model_foundry.models import fused
 from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.decoder import Decoder, DecoderLayer
 from model_foundry.models.experts import ExpertMLP
-from model_foundry.models.fused import add_rms_norm_, check_within, fits, turn_and_keep
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import gated
 from model_foundry.models.packing import PackedLinear
@@ -187,8 +187,8 @@ def add_norm(x: torch.Tensor, more: torch.Tensor | None, norm: Any) -> tuple[tor
     """x [R, D] with `more` added, perhaps in place; and its norm."""
     if more is None:
         return x, norm(x)
-    if fits(x, more, norm.weight):
-        return x, add_rms_norm_(x, more, norm.weight, norm.eps)
+    if fused.fits(x, more, norm.weight):
+        return fused.add_rms_norm(x, more, norm.weight, norm.eps, in_place=True)
     x = x + more
     return x, norm(x)
 
@@ -259,8 +259,8 @@ class BatchedDecoder:
         more: list[torch.Tensor | None] = [None] * len(xs)
         reaches = {window: self._plan(work, window) for window in set(self.windows)}
         places = self._places(work)
-        check_within(work.positions, len(self.cos))
-        check_within(places, self.cache[0].numel() // self.width)
+        fused.check_within(work.positions, len(self.cos))
+        fused.check_within(places, self.cache[0].numel() // self.width)
         for index, layer in enumerate(self.layers):
             q = xs[0].new_empty(len(work.tokens), self.num_heads, self.width)
             for piece, (first, adapted) in enumerate(pieces):
@@ -296,8 +296,8 @@ class BatchedDecoder:
         q, k, v = heads.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
         if layer.head_norms is not None:
             q, k = layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())
-        if fits(heads, cache) and heads.dtype == cache.dtype:
-            turn_and_keep(q, k, v, positions, (self.cos, self.sin), out=out, cache=cache, places=places)
+        if fused.fits(heads, cache) and heads.dtype == cache.dtype:
+            fused.turn_and_keep(q, k, v, positions, (self.cos, self.sin), out=out, cache=cache, places=places)
             return
         cos, sin, half = self.cos[positions], self.sin[positions], self.width // 2
         for part, to in ((q, out), (k, k)):

@@ -72,24 +72,25 @@ def rms_norm(x: Any, x_step: int, weight: Any, eps: Any, out: Any, width: int, f
         _norm(x, U(row * x_step), weight, eps, out, U(row * width), width)
 
 
-@loop("x*", "int", "x*", "int", "w*", "float", "x*", "int")
+@loop("x*", "int", "x*", "int", "x*", "int", "w*", "float", "x*", "int")
 def add_rms_norm(
-    x: Any, x_step: int, more: Any, more_step: int, weight: Any, eps: Any, out: Any, width: int, first: int, last: int
-) -> None:
-    """x += more, then as `rms_norm`."""
-    for row in range(first, last):
-        at, of = U(row * x_step), U(row * more_step)
-        for j in range(U(width)):
-            write(x, at + j, read(x, at + j) + read(more, of + j))
-        _norm(x, at, weight, eps, out, U(row * width), width)
-
-
-@loop("x*", "int", "w*", "float", "x*", "int", "x*", "float32*", "int", "int")
-def rms_norm_backward(
-    x: Any, x_step: int, weight: Any, eps: Any, grad: Any, grad_step: int, dx: Any, d_weight: Any, weight_too: int,
+    x: Any, x_step: int, more: Any, more_step: int, total: Any, total_step: int, weight: Any, eps: Any, out: Any,
     width: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """d_weight [width] is added to, where it is wanted."""
+    """total = x + more, which may be x itself; then of that as `rms_norm`."""
+    for row in range(first, last):
+        at, of, to = U(row * x_step), U(row * more_step), U(row * total_step)
+        for j in range(U(width)):
+            write(total, to + j, read(x, at + j) + read(more, of + j))
+        _norm(total, to, weight, eps, out, U(row * width), width)
+
+
+@loop("x*", "int", "w*", "float", "x*", "int", "x*", "int", "int", "x*", "float32*", "int", "int")
+def rms_norm_backward(
+    x: Any, x_step: int, weight: Any, eps: Any, grad: Any, grad_step: int, more: Any, more_step: int, with_more: int,
+    dx: Any, d_weight: Any, weight_too: int, width: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """The gradient of x, with `more` added if there is any. d_weight [width] is added to, where it is wanted."""
     for row in range(first, last):
         at, of, to = U(row * x_step), U(row * grad_step), U(row * width)
         squares, along = np.float32(0.0), np.float32(0.0)
@@ -99,8 +100,14 @@ def rms_norm_backward(
             along += value * read(grad, of + j) * read(weight, j)
         inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
         shared = along * inverse * inverse * inverse / np.float32(width)
-        for j in range(U(width)):
-            write(dx, to + j, read(grad, of + j) * read(weight, j) * inverse - read(x, at + j) * shared)
+        if with_more:
+            also = U(row * more_step)
+            for j in range(U(width)):
+                change = read(grad, of + j) * read(weight, j) * inverse - read(x, at + j) * shared
+                write(dx, to + j, change + read(more, also + j))
+        else:
+            for j in range(U(width)):
+                write(dx, to + j, read(grad, of + j) * read(weight, j) * inverse - read(x, at + j) * shared)
         if weight_too:
             for j in range(U(width)):
                 write(d_weight, j, read(d_weight, j) + read(grad, of + j) * read(x, at + j) * inverse)

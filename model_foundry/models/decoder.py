@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model_foundry.errors import ArchitectureMismatchError, ModelError
-from model_foundry.models import fused
 from model_foundry.models.attention import Attention, attend_packed, choose_attention, rotate
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.config import HEAD_LAYER, ModelConfig
@@ -28,6 +26,7 @@ from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.head import HeadLayer
 from model_foundry.models.lora import Adaptable, Linear, project
 from model_foundry.models.mlp import GatedMLP
+from model_foundry.models.norm import RMSNorm, add_and_norm
 from model_foundry.models.packed_rows import PackedRows
 from model_foundry.models.packing import PackedLinear, PackedStack, Packing, ParameterMaker
 from model_foundry.models.randomness import AttentionDropout, DropoutCounter, drop, salt
@@ -41,60 +40,6 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D], not yet rotated) → [N, H, D]."""
 Thin = Callable[[torch.Tensor, str], torch.Tensor]
 """Residual dropout: (x [N, D], name of its place) → [N, D]."""
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) × weight over the last axis (Zhang and Sennrich 2019)."""
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():  # an autograd function costs more than the norm of a few rows
-            return _normed(x, self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Saves its input alone; the normalised value is computed again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return _normed(x, weight, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1]
-        if fused.fits(x, weight, grad):
-            dx, d_weight = fused.rms_norm_backward(x, weight, ctx.eps, grad, weight_too=wanted)
-        else:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            inverse = _inverse_rms(x, ctx.eps)
-            normed, scaled = x.to(wide) * inverse, grad.to(wide)
-            both = scaled * normed
-            d_weight = both.flatten(0, -2).sum(0) if wanted else None
-            shared = (both @ weight.to(wide)).div_(-x.shape[-1])
-            dx = torch.addcmul(scaled * weight, normed, shared[..., None]).mul_(inverse).to(x.dtype)
-        return dx, None if d_weight is None else d_weight.to(weight.dtype), None
-
-
-def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if fused.fits(x, weight):
-        return fused.rms_norm(x, weight, eps)
-    return (x * _inverse_rms(x, eps)).to(x.dtype).mul_(weight.to(x.dtype))
-
-
-def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """[.., 1], float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class DecoderLayer(nn.Module):
@@ -140,8 +85,9 @@ class DecoderLayer(nn.Module):
         q, k, v = (y.view(y.shape[0], -1, width) for y in project(h, (attn.q_proj, attn.k_proj, attn.v_proj)))
         if self.config.qk_norm:
             q, k = attn.q_norm(q), attn.k_norm(k)
-        x = x + thin(attn.o_proj(attend(self.index, q, k, v).reshape(x.shape[0], -1)), f"{self.index}.self_attn")
-        return x + thin(self.mlp(self.post_attention_layernorm(x)), f"{self.index}.mlp")
+        more = thin(attn.o_proj(attend(self.index, q, k, v).reshape(x.shape[0], -1)), f"{self.index}.self_attn")
+        x, h = add_and_norm(x, more, self.post_attention_layernorm)
+        return x + thin(self.mlp(h), f"{self.index}.mlp")
 
 
 class Decoder(nn.Module):

@@ -58,29 +58,33 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def add_rms_norm_(x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [N, D] += more, in place; the norm of that."""
-    added, weight, out = _as_rows(more.to(x.dtype)), weight.contiguous(), _like(x)
+def add_rms_norm(
+    x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, eps: float, *, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + more, both [N, D], perhaps written over x, and the norm of that."""
+    added, weight, out, total = _as_rows(more.to(x.dtype)), weight.contiguous(), _like(x), x if in_place else _like(x)
     num_rows, width = x.shape
     call = cpu_loops.add_rms_norm.of(_TYPES[x.dtype], _TYPES[weight.dtype])
     _by_rows(
-        call, num_rows, width, x.data_ptr(), x.stride(0), added.data_ptr(), added.stride(0), weight.data_ptr(), eps,
-        out.data_ptr(), width,
+        call, num_rows, width, x.data_ptr(), x.stride(0), added.data_ptr(), added.stride(0), total.data_ptr(),
+        total.stride(0), weight.data_ptr(), eps, out.data_ptr(), width,
     )  # fmt: skip
-    return out
+    return total, out
 
 
 def rms_norm_backward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor, *, weight_too: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(gradient of x, that of the weight as float32 [D])."""
+    x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor, *, weight_too: bool,
+    more: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(gradient of x, with `more` of it added; that of the weight as float32 [D])."""
     rows, gradients, weight, dx = _as_rows(x), _as_rows(grad.to(x.dtype)), weight.contiguous(), _like(x)
+    others = gradients if more is None else _as_rows(more.to(x.dtype))
     num_rows, width = rows.shape
     spans = _spans(num_rows, width)
     sums = torch.zeros((len(spans), width if weight_too else 0), dtype=torch.float32)  # each thread sums its own rows
     fixed = (
         rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, gradients.data_ptr(), gradients.stride(0),
-        dx.data_ptr(),
+        others.data_ptr(), others.stride(0), more is not None, dx.data_ptr(),
     )  # fmt: skip
     _run(
         cpu_loops.rms_norm_backward.of(_TYPES[x.dtype], _TYPES[weight.dtype]),

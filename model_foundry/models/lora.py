@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from model_foundry.models.randomness import DropoutCounter, drop, generator, salt
@@ -139,7 +140,7 @@ def project(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ..
         for layer in layers
     )
     if not plain:
-        return tuple(_composed(x, layer) for layer in layers)
+        return _trained(x, layers) if _all_trained(x, layers) else tuple(_composed(x, layer) for layer in layers)
     flat = x.reshape(-1, x.shape[-1])
     adapters = [parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
     if not torch.is_grad_enabled() or not any(p is not None and p.requires_grad for p in adapters):
@@ -147,6 +148,43 @@ def project(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ..
     else:
         outs = _LoraProject.apply(flat, layers, *adapters)
     return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
+
+
+def _all_trained(x: torch.Tensor, layers: Sequence[Linear]) -> bool:
+    """Whether the weights are, there is nothing else to a product, and nobody else chooses its type."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(
+            each.is_trained and each.lora_A is None and each.bias is None and not each.transposed for each in layers
+        )
+    )
+
+
+def _trained(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ...]:
+    outs = _TrainedProject.apply(x.reshape(-1, x.shape[-1]), *(layer.weight for layer in layers))
+    return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
+
+
+class _TrainedProject(torch.autograd.Function):
+    """Layers of one input whose weights are trained: what flows back to it is summed within the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, *weights: Any) -> Any:
+        narrow = [weight.to(x.dtype) for weight in weights]
+        ctx.save_for_backward(x, *narrow)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return tuple(functional.linear(x, weight) for weight in narrow)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, *weights = ctx.saved_tensors
+        dx = None
+        for grad, weight in zip(grads, weights, strict=True) if ctx.needs_input_grad[0] else ():
+            dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+        return dx, *((grad.t() @ x).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
 class _LoraProject(torch.autograd.Function):

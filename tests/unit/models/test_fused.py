@@ -144,8 +144,20 @@ def test_a_sum_and_its_norm(dtype: torch.dtype, threads: int) -> None:
     """The sum is rounded before its norm is taken, as it is where both are done for themselves."""
     x, more, weight = (numbers(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(9, 48), (9, 48), (48,)]))
     summed = x + more
-    assert torch.equal(fused.add_rms_norm_(x, more, weight, 1e-6), fused.rms_norm(summed, weight, 1e-6))
+    before = x.clone()
+    total, normed = fused.add_rms_norm(x, more, weight, 1e-6)
+    assert torch.equal(x, before)
+    assert torch.equal(total, summed)
+    assert torch.equal(normed, fused.rms_norm(summed, weight, 1e-6))
+    assert torch.equal(fused.add_rms_norm(x, more, weight, 1e-6, in_place=True)[1], normed)
     assert torch.equal(x, summed)
+    alone, with_more = (
+        fused.rms_norm_backward(x, weight, 1e-6, more, weight_too=True, more=each) for each in (None, before)
+    )
+    assert far(with_more[0], alone[0].double() + before.double()) < BOUND[dtype]
+    assert with_more[1] is not None
+    assert alone[1] is not None
+    assert torch.equal(with_more[1], alone[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,13 +208,14 @@ def test_a_row_has_the_same_bits_in_every_company(width: int, dtype: torch.dtype
     targets = torch.arange(33)[:, None] % width
 
     def everything(rows: slice) -> list[torch.Tensor]:
-        mine, other, summed = x[rows], x.flip(0)[rows], x[rows].clone()
+        mine, other = x[rows], x.flip(0)[rows]
         p = torch.softmax(mine.float(), 1).to(dtype)
         levels, scores = fused.log_normaliser(mine), mine.clone()
         fused.causal_softmax_(scores, num_queries=1, before=width - 1, window=None)
         slopes = torch.ones(len(mine), 1)
         return [
-            fused.rms_norm(mine, weight, 1e-6), fused.add_rms_norm_(summed, other, weight, 1e-6), summed,
+            fused.rms_norm(mine, weight, 1e-6), *fused.add_rms_norm(mine, other, weight, 1e-6),
+            fused.rms_norm_backward(mine, weight, 1e-6, other, weight_too=False, more=mine)[0],
             fused.rms_norm_backward(mine, weight, 1e-6, other, weight_too=False)[0],
             fused.gated_silu(mine, other), *fused.gated_silu_backward(mine, other, mine), scores,
             fused.softmax_backward_(other.clone(), p), levels,
@@ -228,10 +241,10 @@ def test_rows_that_lie_apart_and_gradients_that_are_one_number(dtype: torch.dtyp
         (fused.gated_silu_backward(x, dense, grad), fused.gated_silu_backward(dense, dense, grad.contiguous())),
     ):  # fmt: skip
         assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    to, summed = wide.clone()[:, :16], dense.clone()
-    to.copy_(dense)
-    assert torch.equal(fused.add_rms_norm_(to, x, weight, 1e-6), fused.add_rms_norm_(summed, dense, weight, 1e-6))
-    assert torch.equal(to, summed)
+    wanted = fused.add_rms_norm(dense, dense, weight, 1e-6)
+    to = wide.clone()[:, 16:32]
+    for found in (fused.add_rms_norm(x, x, weight, 1e-6), fused.add_rms_norm(to, x, weight, 1e-6, in_place=True)):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
