@@ -106,7 +106,7 @@ def _context() -> Any:
 
 
 def _kept_at(function: Callable[..., None], types_and_flags: str) -> Path:
-    source = hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    source = [hashlib.sha256(Path(each).read_bytes()).hexdigest() for each in (inspect.getfile(function), __file__)]
     machine = _context().codegen().magic_tuple()
     made_of = (sys.version, numba.__version__, llvmlite.__version__, machine, source, function.__qualname__)
     return cache_home() / "loops" / hashlib.sha256(f"{made_of} {types_and_flags}".encode()).hexdigest()
