@@ -187,7 +187,7 @@ def add_norm(x: torch.Tensor, more: torch.Tensor | None, norm: Any) -> tuple[tor
     """x [R, D] with `more` added, perhaps in place; and its norm."""
     if more is None:
         return x, norm(x)
-    if fused.fits(x, more, norm.weight):
+    if fused.fits(x, more, norm.weight) and x.dtype == more.dtype:
         return fused.add_rms_norm(x, more, norm.weight, norm.eps, in_place=True)
     x = x + more
     return x, norm(x)
@@ -296,7 +296,7 @@ class BatchedDecoder:
         q, k, v = heads.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
         if layer.head_norms is not None:
             q, k = layer.head_norms[0](q.contiguous()), layer.head_norms[1](k.contiguous())
-        if fused.fits(heads, cache) and heads.dtype == cache.dtype:
+        if fused.fits(heads, cache) and heads.dtype == cache.dtype == out.dtype == self.cos.dtype:
             fused.turn_and_keep(q, k, v, positions, (self.cos, self.sin), out=out, cache=cache, places=places)
             return
         cos, sin, half = self.cos[positions], self.sin[positions], self.width // 2

@@ -15,7 +15,6 @@ import json
 import os
 import stat
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ import llvmlite
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
-from model_foundry.checkpoint.atomic import atomic_write
+from model_foundry.checkpoint.atomic import atomic_file
 from model_foundry.models.hashes import cache_home
 
 REORDERED = frozenset({"reassoc", "contract", "nsz"})
@@ -46,6 +46,14 @@ _FLOAT, _BITS, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _DIGEST_BYTES = 32
 
 
+def _hash_of(file: str) -> str:
+    """As it is when it is imported: what is changed later is not what runs."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+_THIS = _hash_of(__file__)
+
+
 class CompiledLoop:
     """A function, and its machine code for each choice of types.
 
@@ -56,14 +64,14 @@ class CompiledLoop:
 
     def __init__(self, function: Callable[..., None], kinds: tuple[str, ...], flags: frozenset[str]) -> None:
         self.function, self.kinds, self.flags = function, (*kinds, "int", "int"), flags
+        self._source = _hash_of(inspect.getfile(function))
         self._ready: dict[tuple[Any, Any], Callable[..., None]] = {}
-        self._lock = threading.Lock()
 
     def of(self, x: Any, w: Any = None) -> Callable[..., None]:
         """Numbers of `x*` and of `w*` are FLOAT32, or BFLOAT16 as its bits. Addresses are passed as int."""
         ready = self._ready.get((x, w))
         if ready is None:
-            with self._lock:
+            with global_compiler_lock:
                 ready = self._ready[x, w] = self._load(x, w)
         return ready
 
@@ -71,21 +79,36 @@ class CompiledLoop:
         chosen = {"x*": (types.CPointer(x), ctypes.c_void_p), "w*": (types.CPointer(w or x), ctypes.c_void_p)}
         kinds = [(_KINDS | chosen)[kind] for kind in self.kinds]
         signature = types.void(*(kind for kind, _ in kinds))
-        path = _kept_at(self.function, f"{signature} {sorted(self.flags)}")
-        library, name = _read(path) or self._compile(signature, path)
+        path = self.kept_at(signature)
+        found = None if path is None else _read(path)
+        library, name = found or self._compile(signature, path)
         address = library.get_pointer_to_function(name)
         function = ctypes.CFUNCTYPE(None, *(kind for _, kind in kinds))(address)
         function.library = library  # pyright: ignore[reportAttributeAccessIssue] - its code lives as long
         return function
 
-    def _compile(self, signature: Any, path: Path) -> tuple[Any, str]:
+    def kept_at(self, signature: Any) -> Path | None:
+        """The file of its machine code; None where this user has no home."""
+        context: Any = cpu_target.target_context
+        machine = context.codegen().magic_tuple()
+        made_of = (
+            _THIS, self._source, self.function.__qualname__, str(signature), sorted(self.flags),
+            sys.version, numba.__version__, llvmlite.__version__, machine,
+        )  # fmt: skip
+        try:
+            return cache_home() / "loops" / hashlib.sha256(repr(made_of).encode()).hexdigest()
+        except RuntimeError:
+            return None
+
+    def _compile(self, signature: Any, path: Path | None) -> tuple[Any, str]:
         compiled: Any = numba.cfunc(signature, fastmath=set(self.flags), error_model="numpy")(self.function)
         library, wrapper = compiled._library, compiled.native_name
         name, _, (code, bitcode) = library.serialize_using_object_code()
-        # Where it cannot be written, the next process compiles again.
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(path, {"library": name, "function": wrapper, "code_bytes": len(code)}, code + bitcode)
+        if path is not None:
+            # Where it cannot be written, the next process compiles again.
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _write(path, {"library": name, "function": wrapper, "code_bytes": len(code)}, code + bitcode)
         return library, wrapper
 
 
@@ -101,29 +124,20 @@ def part(*, flags: frozenset[str] = REORDERED) -> Callable[[Callable[..., Any]],
     return lambda function: numba.njit(fastmath=set(flags), error_model="numpy")(function)
 
 
-def _context() -> Any:
-    return cpu_target.target_context
-
-
-def _kept_at(function: Callable[..., None], types_and_flags: str) -> Path:
-    source = [hashlib.sha256(Path(each).read_bytes()).hexdigest() for each in (inspect.getfile(function), __file__)]
-    machine = _context().codegen().magic_tuple()
-    made_of = (sys.version, numba.__version__, llvmlite.__version__, machine, source, function.__qualname__)
-    return cache_home() / "loops" / hashlib.sha256(f"{made_of} {types_and_flags}".encode()).hexdigest()
-
-
 def _write(path: Path, header: dict[str, Any], content: bytes) -> None:
-    body = json.dumps(header).encode() + b"\n" + content
-    atomic_write(path, hashlib.sha256(body).digest() + body)
+    body = json.dumps({"loop": path.name, **header}).encode() + b"\n" + content
+    with atomic_file(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(hashlib.sha256(body).digest() + body)
 
 
 def _read(path: Path) -> tuple[Any, str] | None:
     """(the code, the name of the function in it); None where there is nothing that may be taken."""
     try:
         with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-            content = file.read() if mine and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else b""
+            if not (_is_own(os.fstat(file.fileno())) and _is_own(path.parent.stat())):
+                return None
+            content = file.read()
     except OSError:
         return None
     digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
@@ -131,10 +145,16 @@ def _read(path: Path) -> tuple[Any, str] | None:
         return None
     header, _, rest = body.partition(b"\n")
     facts = json.loads(header)
+    if facts["loop"] != path.name:
+        return None
+    context: Any = cpu_target.target_context
+    rtsys.initialize(context)  # code names Numba's runtime, needed or not
     code, bitcode = rest[: facts["code_bytes"]], rest[facts["code_bytes"] :]
-    rtsys.initialize(_context())  # code names Numba's runtime, needed or not
-    codegen = _context().codegen()
-    return codegen.unserialize_library((facts["library"], "object", (code, bitcode))), facts["function"]
+    return context.codegen().unserialize_library((facts["library"], "object", (code, bitcode))), facts["function"]
+
+
+def _is_own(found: os.stat_result) -> bool:
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _bits(number: int) -> ir.Constant:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any
 
+import numba
 import torch
 
 from model_foundry.models import cpu_loops
@@ -22,6 +23,7 @@ from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32
 MIN_SHARE_ELEMENTS = 32_768
 """Fewer numbers are done before another thread has woken up."""
 _TYPES: dict[torch.dtype, Any] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_COMPILES = not getattr(numba.config, "DISABLE_JIT", 0)
 Rope = Sequence[torch.Tensor]
 Call = Callable[..., None]
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -33,7 +35,7 @@ def fits(*tensors: torch.Tensor) -> bool:
     for x in tensors:
         if not x.is_cpu or x.dtype not in _TYPES:
             return False
-    return not torch.compiler.is_compiling()
+    return _COMPILES and not torch.compiler.is_compiling()
 
 
 def check_within(indices: torch.Tensor, size: int) -> None:
@@ -61,12 +63,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, eps: float, *, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + more, both [N, D], perhaps written over x, and the norm of that."""
-    added, weight, out, total = _as_rows(more.to(x.dtype)), weight.contiguous(), _like(x), x if in_place else _like(x)
+    """x + more, both [N, D], and the norm of that. In place the sum is written over x, whose rows are without gaps."""
+    rows, added, weight, out = _as_rows(x), _as_rows(more.to(x.dtype)), weight.contiguous(), _like(x)
+    total = rows if in_place else _like(rows)
     num_rows, width = x.shape
     call = cpu_loops.add_rms_norm.of(_TYPES[x.dtype], _TYPES[weight.dtype])
     _by_rows(
-        call, num_rows, width, x.data_ptr(), x.stride(0), added.data_ptr(), added.stride(0), total.data_ptr(),
+        call, num_rows, width, rows.data_ptr(), rows.stride(0), added.data_ptr(), added.stride(0), total.data_ptr(),
         total.stride(0), weight.data_ptr(), eps, out.data_ptr(), width,
     )  # fmt: skip
     return total, out
@@ -234,7 +237,7 @@ def score_gradient_(
         IndexError: a target is not in the vocabulary.
     """
     (num_rows, width), num_targets = logits.shape, targets.shape[1]
-    targets, slopes = targets.contiguous(), slopes.contiguous()
+    targets, slopes = targets.to(torch.int64).contiguous(), slopes.contiguous()
     if num_rows:
         check_within(targets, width)
     _with_room(
@@ -290,13 +293,29 @@ def _spans(num_rows: int, row_elements: int) -> list[tuple[int, int]]:
 
 def _run(call: Call, calls: list[tuple[Any, ...]]) -> None:
     """The first on this thread, the others on threads of their own."""
-    futures = [_pool().submit(call, *arguments) for arguments in calls[1:]]
+    if len(calls) == 1:
+        call(*calls[0])
+        return
+    futures: list[Future[None]] = []
     try:
+        futures += [_pool().submit(call, *arguments) for arguments in calls[1:]]
         call(*calls[0])
     finally:
-        wait(futures)  # they write what the caller may give away
+        _wait_for_all(futures)
     for future in futures:
         future.result()
+
+
+def _wait_for_all(futures: list[Future[None]]) -> None:
+    """Whoever interrupts waits too: they write what the caller may give away."""
+    interrupt = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _pool() -> ThreadPoolExecutor:

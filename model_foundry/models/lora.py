@@ -147,7 +147,7 @@ def project(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ..
         outs = [_composed(flat, layer) for layer in layers]
     else:
         outs = _LoraProject.apply(flat, layers, *adapters)
-    return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)  # pyright: ignore[reportOptionalIterable]
 
 
 def _all_trained(x: torch.Tensor, layers: Sequence[Linear]) -> bool:
@@ -164,7 +164,7 @@ def _all_trained(x: torch.Tensor, layers: Sequence[Linear]) -> bool:
 
 def _trained(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ...]:
     outs = _TrainedProject.apply(x.reshape(-1, x.shape[-1]), *(layer.weight for layer in layers))
-    return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)  # pyright: ignore[reportOptionalIterable]
 
 
 class _TrainedProject(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba import types
 
 from model_foundry.models import compiled_loop
 from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop, read, write
@@ -76,13 +77,41 @@ def test_a_folder_that_cannot_be_written_costs_only_time(
     assert [run(), run()] == [True, True]
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_it_is_found_whatever_the_umask(umask: int, home: Path, run: Callable[..., bool]) -> None:
+    """A file that the group may write is nobody's in particular; made so by ourselves it was never taken."""
+    before = os.umask(umask)
+    try:
+        assert [run(), run()] == [True, False]
+    finally:
+        os.umask(before)
+
+
+def test_a_file_under_another_name_or_in_an_open_folder_is_not_taken(home: Path, run: Callable[..., bool]) -> None:
+    assert [run(), run(BFLOAT16), run()] == [True, True, False]
+    first, second = home.iterdir()
+    second.write_bytes(first.read_bytes())
+    assert sorted([run(), run(BFLOAT16)]) == [False, True]
+    home.chmod(0o777)
+    assert run()
+
+
+def test_a_user_without_a_home_compiles(monkeypatch: pytest.MonkeyPatch, run: Callable[..., bool]) -> None:
+    monkeypatch.setenv("FOUNDRY_HOME", "~nobody-of-that-name/models")
+    assert [run(), run()] == [True, True]
+
+
 def test_another_source_is_another_loop(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an upgrade the old code must not be found under the new function's name."""
-    path = compiled_loop._kept_at(doubled, "void(float32*)")
+    """After an upgrade the old code must not be found under the new function's name, nor the new under the old's."""
+    signature = types.void(types.float32)
+    declared = CompiledLoop(doubled, ("x*",), frozenset())
+    before = declared.kept_at(signature)
     other = tmp_path / "other.py"
     other.write_text(Path(__file__).read_text() + "# changed")
     monkeypatch.setattr(compiled_loop.inspect, "getfile", lambda function: str(other))
-    assert compiled_loop._kept_at(doubled, "void(float32*)") != path
+    assert declared.kept_at(signature) == before != CompiledLoop(doubled, ("x*",), frozenset()).kept_at(signature)
+    monkeypatch.setattr(compiled_loop, "_THIS", "another version of what loops read and write by")
+    assert declared.kept_at(signature) != before
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -326,6 +328,28 @@ def test_rows_that_are_not_those_of_the_tokens_are_refused() -> None:
     for wrong in ([0, 10], [-1, 3]):
         with pytest.raises(IndexError, match="out of bounds for 10"):
             fused.check_within(torch.tensor(wrong), 10)
+
+
+def test_an_interrupt_waits_for_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors were freed under a loop that still wrote to them."""
+    monkeypatch.setattr(fused, "_pools", {1: ThreadPoolExecutor(1)})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ended, waits = threading.Event(), iter([KeyboardInterrupt, None])
+
+    def interrupted(futures: Any) -> None:
+        if (error := next(waits)) is not None:
+            raise error
+        wait(futures)
+
+    def slow(on_thread: bool) -> None:
+        if on_thread:
+            time.sleep(0.2)
+            ended.set()
+
+    monkeypatch.setattr(fused, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fused._run(slow, [(False,), (True,)])
+    assert ended.is_set()
 
 
 def test_threads_are_as_many_as_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
