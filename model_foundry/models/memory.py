@@ -121,7 +121,7 @@ def estimate_memory(
     activations = boundaries + max(kept) if gradient_checkpointing else sum(kept)
     activations += HOLES_LAYERS * max(holes) if machine == "cpu" else max(kept)
     activations += 2 * _largest_matrix(config) * dtype_bytes if packed else 0
-    logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes)
+    logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes, machine=machine)
     held_out = _held_out_bytes(
         config, held_out_rows, lora=lora, adapted=names, machine=machine, dtype_bytes=dtype_bytes
     )
@@ -258,7 +258,7 @@ def _held_out_bytes(
         for sparse in {*map(config.is_sparse, range(config.num_hidden_layers))}
     )
     return round(FORWARD_LAYERS * layer * dtype_bytes), _head_bytes(
-        config, sum(rows), trained=False, dtype_bytes=dtype_bytes
+        config, sum(rows), trained=False, dtype_bytes=dtype_bytes, machine=machine
     )
 
 
@@ -299,13 +299,19 @@ def _scores(length: int, window: int | None) -> int:
     return pairs
 
 
-def _head_bytes(config: ModelConfig, num_due_tokens: int, *, trained: bool, dtype_bytes: int) -> int:
+def _head_bytes(
+    config: ModelConfig, num_due_tokens: int, *, trained: bool, dtype_bytes: int, machine: Machine
+) -> int:  # fmt: skip
     """Pieces of logits and probabilities, the hidden states and their gradient, and a trained head's gradient."""
     piece = max(1, CHUNK_LOGITS // config.vocab_size)
-    # Probabilities are float32; in bfloat16 logits and their gradient are half of that each. While a second piece is
-    # computed, the first one's probabilities are still there.
-    num_pieces = 2 if num_due_tokens <= piece else 3
-    total = num_pieces * min(num_due_tokens, piece) * config.vocab_size * FLOAT32_BYTES
+    if machine == "cpu":
+        # The gradient is written over the logits; what the product lays out anew is as large once more.
+        piece_bytes = 2 * dtype_bytes
+    else:
+        # Probabilities are float32; in bfloat16 logits and their gradient are half of that each. While a second piece
+        # is computed, the first one's probabilities are still there.
+        piece_bytes = (2 if num_due_tokens <= piece else 3) * FLOAT32_BYTES
+    total = piece_bytes * min(num_due_tokens, piece) * config.vocab_size
     total += 2 * num_due_tokens * config.hidden_size * dtype_bytes
     if trained:
         head = config.vocab_size * config.hidden_size
