@@ -40,7 +40,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "checkpoint.manifest": ("tests/unit/checkpoint",),
     "checkpoint.store": ("tests/unit/checkpoint",),
     "checkpoint.schedule": ("tests/unit/checkpoint/test_schedule.py",),
-    "generate.ledger": ("tests/unit/generate/test_ledger.py",),
+    "generate.ledger": (
+        "tests/unit/generate/test_ledger.py",
+        "tests/unit/generate/test_batches.py",
+        "tests/invariants/test_generation_books.py",
+        "tests/unit/generate/test_run.py",
+    ),
 }
 """Module of model_foundry -> the tests that must notice its faults."""
 LOOKED_AT = (
