@@ -41,6 +41,7 @@ def test_every_mutant_is_one_fault_and_text_is_left_alone(tmp_path: Path) -> Non
     assert ast.unparse(ast.parse(SOURCE)) == sound
 
 
+@pytest.mark.slow
 def test_a_reason_is_for_a_mutant_that_there_is() -> None:
     """A line that has changed needs to be looked at again."""
     accepted = yaml.safe_load(ACCEPTED.read_text()) or {}
