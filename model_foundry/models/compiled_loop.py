@@ -72,11 +72,14 @@ class CompiledLoop:
         ready = self._ready.get((x, w))
         if ready is None:
             with global_compiler_lock:
-                ready = self._ready[x, w] = self._load(x, w)
+                # Without a `w` the code is that of two alike, and is not loaded twice.
+                if (same := (x, w or x)) not in self._ready:
+                    self._ready[same] = self._load(*same)
+                ready = self._ready[x, w] = self._ready[same]
         return ready
 
     def _load(self, x: Any, w: Any) -> Callable[..., None]:
-        chosen = {"x*": (types.CPointer(x), ctypes.c_void_p), "w*": (types.CPointer(w or x), ctypes.c_void_p)}
+        chosen = {"x*": (types.CPointer(x), ctypes.c_void_p), "w*": (types.CPointer(w), ctypes.c_void_p)}
         kinds = [(_KINDS | chosen)[kind] for kind in self.kinds]
         signature = types.void(*(kind for kind, _ in kinds))
         path = self.kept_at(signature)

@@ -54,6 +54,16 @@ def test_the_second_process_finds_what_the_first_has_made(home: Path, run: Calla
     assert home.stat().st_mode & 0o077 == 0
 
 
+def test_one_code_is_loaded_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm of one type and a loop that has no second type had the same code in memory twice, or made twice."""
+    loads: list[Any] = []
+    load = CompiledLoop._load
+    monkeypatch.setattr(CompiledLoop, "_load", lambda self, *kinds: loads.append(kinds) or load(self, *kinds))
+    declared = CompiledLoop(doubled, ("x*",), frozenset())
+    assert declared.of(FLOAT32) is declared.of(FLOAT32, FLOAT32) is declared.of(FLOAT32)
+    assert len(loads) == 1
+
+
 @pytest.mark.parametrize("damage", ["empty", "half", "a bit", "writable by others"])
 def test_what_is_damaged_or_may_be_others_is_made_again(damage: str, home: Path, run: Callable[..., bool]) -> None:
     assert run()
