@@ -31,9 +31,11 @@ from model_foundry.engine.continuous_cache import (
     segments_for,
 )
 from model_foundry.engine.continuous_decoder import ANSWER_ROWS, Adapted, BatchedDecoder, Pass
-from model_foundry.engine.sampling import check_params, check_prompts, choose, random_source
+from model_foundry.engine.sampling import GREEDY_BELOW, check_params, check_prompts, choose, random_source
 from model_foundry.errors import EngineError
+from model_foundry.models import fused
 from model_foundry.models.language_model import LanguageModel, NativeModel
+from model_foundry.models.randomness import generator
 from model_foundry.types import SamplingParams
 
 BLOCKS_BESIDE_ANSWERS = 4
@@ -82,6 +84,15 @@ class _Sequence:
     @property
     def reads_prompt(self) -> bool:
         return self.num_computed < len(self.prompt)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is drawn from all, and nobody asks for others' logprobs."""
+        return not self.params.top_k and self.params.top_p == 1 and not self.top_logprobs
+
+    def draw(self) -> float:
+        """In [0, 1), for the next token."""
+        return float(torch.rand((), generator=generator(self.params.seed, self.source, self.num_generated)))
 
     @property
     def num_segments(self) -> int:
@@ -307,10 +318,21 @@ class ContinuousBatch:
             positions[row : row + BLOCK_TOKENS] = np.arange(first, first + BLOCK_TOKENS)
             spans.append(Span(row, BLOCK_TOKENS, first, sequence.segments))
             owners += [sequence.adapter] * BLOCK_TOKENS
-        return self._pass(tokens, positions, spans, owners, BLOCK_TOKENS if self.invariant else num_rows)
+        together = 1 if any(owner is not None for owner in owners) else self._decoder.blocks_together
+        return self._pass(
+            tokens, positions, spans, owners, BLOCK_TOKENS * together if self.invariant else num_rows
+        )  # fmt: skip
 
     def _continue(self, answering: Sequence[_Sequence]) -> None:
         """Append each one's last token and keep the hidden state after it."""
+        if self._decoder.answers is not None:
+            # Rows of adapters go another way, and whose company an answer has must not choose its way.
+            plain = [sequence for sequence in answering if sequence.adapter is None]
+            self._append(plain)
+            answering = [sequence for sequence in answering if sequence.adapter is not None]
+        self._append(answering)
+
+    def _append(self, answering: Sequence[_Sequence]) -> None:
         if not answering:
             return
         num_rows = self._padded(len(answering))
@@ -357,8 +379,8 @@ class ContinuousBatch:
             hidden = torch.stack([sequence.end for sequence in some])  # pyright: ignore[reportArgumentType, reportCallIssue]
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
             owners = [sequence.adapter for sequence in some] + [None] * (size - len(some))
-            logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))[: len(some)].float()
-            events += [_next_token(sequence, row) for sequence, row in zip(some, logits, strict=True)]
+            logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))[: len(some)]
+            events += _next_tokens(some, logits)
         # Not before all are there: where memory runs out over one of them, none may have moved on.
         for sequence, event in zip(due, events, strict=True):
             sequence.num_generated += 1
@@ -369,20 +391,44 @@ class ContinuousBatch:
         return events
 
 
+def _next_tokens(sequences: Sequence[_Sequence], logits: torch.Tensor) -> list[TokenEvent]:
+    """logits: [R, V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
+    plain = [sequence.is_plain for sequence in sequences]
+    if not (any(plain) and fused.fits(logits)):
+        return [_next_token(sequence, row) for sequence, row in zip(sequences, logits.float(), strict=True)]
+    temperatures = [_temperature(sequence.params) for sequence in sequences]
+    draws = [sequence.draw() if warm else 0.0 for sequence, warm in zip(sequences, temperatures, strict=True)]
+    tokens, logprobs = (found.tolist() for found in fused.choose_tokens(logits, temperatures, draws))
+    return [
+        _event(sequence, token, logprob) if is_plain else _next_token(sequence, row.float())
+        for sequence, is_plain, token, logprob, row in zip(sequences, plain, tokens, logprobs, logits, strict=True)
+    ]
+
+
 def _next_token(sequence: _Sequence, logits: torch.Tensor) -> TokenEvent:
-    """logits: float32 [V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
-    params = sequence.params
-    token = int(choose(logits[None], params, [sequence.source], sequence.num_generated)[0])
+    """logits: float32 [V]."""
+    token = int(choose(logits[None], sequence.params, [sequence.source], sequence.num_generated)[0])
     total = torch.logsumexp(logits, dim=0)
     top: tuple[tuple[int, float], ...] = ()
     if sequence.top_logprobs:
         values, tokens = (logits - total).topk(sequence.top_logprobs)
         top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    finish = "stop" if token in params.stop_token_ids else None
-    if finish is None and sequence.num_generated + 1 == params.max_tokens:
+    return _event(sequence, token, float(logits[token] - total), top)
+
+
+def _event(
+    sequence: _Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()
+) -> TokenEvent:  # fmt: skip
+    finish = "stop" if token in sequence.params.stop_token_ids else None
+    if finish is None and sequence.num_generated + 1 == sequence.params.max_tokens:
         finish = "length"
     cached = sequence.num_cached if sequence.num_generated == 0 else 0
-    return TokenEvent(sequence.number, token, float(logits[token] - total), top, finish, cached)
+    return TokenEvent(sequence.number, token, logprob, top, finish, cached)
+
+
+def _temperature(params: SamplingParams) -> float:
+    """0 where the likeliest token is asked for."""
+    return 0.0 if params.temperature < GREEDY_BELOW else params.temperature
 
 
 def _due(sequence: _Sequence) -> Iterable[bytes]:

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from model_foundry.engine.continuous_adapters import ServedAdapter
+from model_foundry.engine.continuous_answers import AnswerLoop
 from model_foundry.engine.continuous_attention import (
     MOST_TOGETHER,
     QUERY_BLOCK,
@@ -32,8 +33,8 @@ from model_foundry.engine.continuous_attention import (
     plan_answers,
     plan_block,
 )
-from model_foundry.engine.continuous_cache import SEGMENT_TOKENS
-from model_foundry.engine.continuous_products import Product, cancelling_rows, check_places
+from model_foundry.engine.continuous_cache import BLOCK_TOKENS, SEGMENT_TOKENS
+from model_foundry.engine.continuous_products import Product, blocks_together, cancelling_rows, check_places
 from model_foundry.engine.platform import join_pages
 from model_foundry.models import fused
 from model_foundry.models.config import HEAD_LAYER
@@ -49,6 +50,9 @@ ANSWER_ROWS = 16
 """Answers in a piece of the invariant mode, and rows of one expert's product: as many as cost little more than one
 where bfloat16 is native."""
 
+MOST_BLOCKS = 4
+"""Blocks of prompts in a piece of the invariant mode, where the machine's products allow it."""
+
 Adapted = Sequence[tuple[ServedAdapter, torch.Tensor | None]]
 """Adapters of a piece's rows: (adapter, bool [R, 1] of its rows; None: all of them)."""
 
@@ -61,7 +65,7 @@ class Pass:
         tokens: int64 [N], positions: int64 [N].
         spans: which rows belong together; rows of none are padding. In a pass of prompts each is a whole block, in one
             of answers each is one row.
-        piece_rows: rows of a piece; it divides N.
+        piece_rows: rows of a piece; the last may have fewer.
         adapted: for each piece.
     """
 
@@ -219,21 +223,30 @@ class BatchedDecoder:
         _, _, cos, sin = decoder.rope(torch.arange(num_positions, device=self.device))
         self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         self.scale = 1.0 / config.head_dim**0.5
+        self.answers = None
+        if AnswerLoop.fits(decoder):
+            self.answers = AnswerLoop(decoder, self.cache, (self.cos, self.sin), self.windows)
         self._together = Together(MOST_TOGETHER, max(1, QUERY_BLOCK // self.group))
+        self.blocks_together = 1
         if invariant:
-            self._check_places()
+            self._check_products()
             like = self.cos.new_empty(0, dtype=self.dtype)
             self._together = find_together(self.num_kv, self.group, self.width, like=like)
             if self._together.rows == 1:
                 logger.warning("attention of several answers in one call depends on their number here: one by one")
 
-    def _check_places(self) -> None:
+    def _check_products(self) -> None:
         """Raises EngineError where one of the model's products is not the same in every row; each shape once."""
         projections = [part for layer in self.layers for part in layer.projections]
         products = {(sum(part.sizes), part.num_in): part for part in projections if part.product is not None}
+        sizes = set(range(1, MOST_BLOCKS + 1))
         for part in products.values():
             assert part.product is not None
-            check_places(part.product, cancelling_rows(part.matrix(self.dtype), ANSWER_ROWS))
+            rows = cancelling_rows(part.matrix(self.dtype), MOST_BLOCKS * BLOCK_TOKENS)
+            check_places(part.product, rows[:: len(rows) // ANSWER_ROWS])
+            sizes &= blocks_together(part.product, rows, BLOCK_TOKENS)
+        if all(part.product is not None for part in projections):
+            self.blocks_together = next(size for size in range(1, MOST_BLOCKS + 1) if size + 1 not in sizes)
         check_places(self.head, cancelling_rows(self.decoder.head_weight.detach().to(self.dtype), ANSWER_ROWS))
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
@@ -253,6 +266,8 @@ class BatchedDecoder:
         for span in work.spans:
             if span.position % SEGMENT_TOKENS == 0:
                 self._clear(span.segments[span.position // SEGMENT_TOKENS])
+        if self.answers is not None and work.spans[0].num_rows == 1 and not any(work.adapted):
+            return self._answer(work, self.answers)
         xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
         pieces = list(zip(range(0, len(work.tokens), work.piece_rows), work.adapted, strict=True))
         # What a layer adds is added where the next norm reads it.
@@ -275,6 +290,16 @@ class BatchedDecoder:
                 more[piece] = layer.mlp(x, adapted)
         ends = [x if part is None else x + part for x, part in zip(xs, more, strict=True)]
         return torch.cat(ends) if len(ends) > 1 else ends[0]
+
+    def _answer(self, work: Pass, answers: AnswerLoop) -> torch.Tensor:
+        """As `run`, of rows that have no adapter: [spans, D]."""
+        rows = [span.first_row for span in work.spans]
+        x, positions = self.decoder.embed(work.tokens[rows]), work.positions[rows].contiguous()
+        segments = torch.zeros(len(rows), max(len(span.segments) for span in work.spans), dtype=torch.int64)
+        for row, span in enumerate(work.spans):
+            segments[row, : len(span.segments)] = torch.tensor(span.segments)
+        answers.run(x, positions, segments)
+        return x
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:

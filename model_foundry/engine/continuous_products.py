@@ -65,3 +65,19 @@ def check_places(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
                 f"{what}{str(x.dtype).removeprefix('torch.')}), so equal answers in every company cannot be promised",
                 hint="Ask for the free mode (invariant=False).",
             )
+
+
+def blocks_together(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, block_rows: int) -> set[int]:
+    """How many blocks of x [N, in] may be in one product, each with the bits that it has alone, in any place."""
+    blocks = x.split(block_rows)
+    want = [product(block) for block in blocks]
+
+    def alike(size: int) -> bool:
+        for first in range(len(blocks)):
+            some = [(first + place) % len(blocks) for place in range(size)]
+            found = product(torch.cat([blocks[each] for each in some])).split(block_rows)
+            if not all(torch.equal(part, want[each]) for part, each in zip(found, some, strict=True)):
+                return False
+        return True
+
+    return {1, *(size for size in range(2, len(blocks) + 1) if alike(size))}

@@ -21,12 +21,10 @@ from typing import Any
 
 import llvmlite
 import numba
-from llvmlite import ir
 from numba import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
-from numba.extending import intrinsic
 
 from model_foundry.checkpoint.atomic import atomic_file
 from model_foundry.models.hashes import cache_home
@@ -42,7 +40,6 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "int64*": (types.CPointer(types.int64), ctypes.c_void_p),
     "bool*": (types.CPointer(types.uint8), ctypes.c_void_p),
 }
-_FLOAT, _BITS, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _DIGEST_BYTES = 32
 
 
@@ -51,7 +48,15 @@ def _hash_of(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-_THIS = _hash_of(__file__)
+_ALL_LOOPS = tuple(
+    _hash_of(str(Path(__file__).with_name(name))) for name in ("compiled_loop.py", "primitives.py", "tiles.py")
+)
+
+
+def _sources(function: Callable[..., None]) -> list[str]:
+    """Hashes of the files of a loop and of the parts that it is made of."""
+    parts = [function, *(part.py_func for part in function.__globals__.values() if hasattr(part, "py_func"))]
+    return sorted({_hash_of(inspect.getfile(each)) for each in parts})
 
 
 class CompiledLoop:
@@ -64,7 +69,7 @@ class CompiledLoop:
 
     def __init__(self, function: Callable[..., None], kinds: tuple[str, ...], flags: frozenset[str]) -> None:
         self.function, self.kinds, self.flags = function, (*kinds, "int", "int"), flags
-        self._source = _hash_of(inspect.getfile(function))
+        self._sources = _sources(function)
         self._ready: dict[tuple[Any, Any], Callable[..., None]] = {}
 
     def of(self, x: Any, w: Any = None) -> Callable[..., None]:
@@ -95,7 +100,7 @@ class CompiledLoop:
         context: Any = cpu_target.target_context
         machine = context.codegen().magic_tuple()
         made_of = (
-            _THIS, self._source, self.function.__qualname__, str(signature), sorted(self.flags),
+            _ALL_LOOPS, self._sources, self.function.__qualname__, str(signature), sorted(self.flags),
             sys.version, numba.__version__, llvmlite.__version__, machine,
         )  # fmt: skip
         try:
@@ -158,56 +163,3 @@ def _read(path: Path) -> tuple[Any, str] | None:
 
 def _is_own(found: os.stat_result) -> bool:
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _bits(number: int) -> ir.Constant:
-    return ir.Constant(_BITS, number)
-
-
-def _intrinsic(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
-
-
-@_intrinsic
-def read(typing: Any, pointer: Any, place: Any) -> Any:
-    """A number in memory: floats as float32, others as they are."""
-    kind = pointer.dtype
-
-    def load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(builder.gep(args[0], [args[1]]))
-        return (
-            builder.bitcast(builder.shl(builder.zext(value, _BITS), _bits(16)), _FLOAT) if kind == BFLOAT16 else value
-        )
-
-    return (types.float32 if kind == BFLOAT16 else kind)(pointer, place), load
-
-
-@_intrinsic
-def write(typing: Any, pointer: Any, place: Any, value: Any) -> Any:
-    """A float32 into memory; as bfloat16 rounded to nearest, ties to even."""
-
-    def store(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = args[2]
-        if pointer.dtype == BFLOAT16:
-            bits = builder.bitcast(value, _BITS)
-            odd = builder.and_(builder.lshr(bits, _bits(16)), _bits(1))
-            rounded = builder.lshr(builder.add(bits, builder.add(odd, _bits(0x7FFF))), _bits(16))
-            # Rounding would carry what is no number over into one.
-            nan = builder.fcmp_unordered("uno", value, value)
-            value = builder.trunc(builder.select(nan, _bits(0x7FC0), rounded), _HALF)
-        builder.store(value, builder.gep(args[0], [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(pointer, place, types.float32), store
-
-
-@_intrinsic
-def as_int(typing: Any, value: Any) -> Any:
-    """The bits of a float32."""
-    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], _BITS)
-
-
-@_intrinsic
-def as_float(typing: Any, value: Any) -> Any:
-    """The float32 of these bits."""
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], _FLOAT)

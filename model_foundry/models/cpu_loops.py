@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from model_foundry.models.compiled_loop import IN_ORDER, as_float, as_int, loop, part, read, write
+from model_foundry.models.compiled_loop import IN_ORDER, loop, part
+from model_foundry.models.primitives import as_float, as_int, read, write
 
 U = np.uint64
 
@@ -46,7 +47,7 @@ def sigmoid(x: Any) -> Any:
 
 
 @part()
-def _largest(x: Any, begin: Any, count: Any) -> Any:
+def largest_of(x: Any, begin: Any, count: Any) -> Any:
     """As integers in the order of the floats, which can be compared in lanes; what is no number is the largest."""
     most = np.int32(-2147483648)
     for j in range(count):
@@ -56,7 +57,7 @@ def _largest(x: Any, begin: Any, count: Any) -> Any:
 
 
 @part()
-def _norm(x: Any, at: Any, weight: Any, eps: Any, out: Any, to: Any, width: Any) -> None:
+def norm(x: Any, at: Any, weight: Any, eps: Any, out: Any, to: Any, width: Any) -> None:
     squares = np.float32(0.0)
     for j in range(U(width)):
         value = read(x, at + j)
@@ -69,7 +70,7 @@ def _norm(x: Any, at: Any, weight: Any, eps: Any, out: Any, to: Any, width: Any)
 @loop("x*", "int", "w*", "float", "x*", "int")
 def rms_norm(x: Any, x_step: int, weight: Any, eps: Any, out: Any, width: int, first: int, last: int) -> None:
     for row in range(first, last):
-        _norm(x, U(row * x_step), weight, eps, out, U(row * width), width)
+        norm(x, U(row * x_step), weight, eps, out, U(row * width), width)
 
 
 @loop("x*", "int", "x*", "int", "x*", "int", "w*", "float", "x*", "int")
@@ -82,7 +83,7 @@ def add_rms_norm(
         at, of, to = U(row * x_step), U(row * more_step), U(row * total_step)
         for j in range(U(width)):
             write(total, to + j, read(x, at + j) + read(more, of + j))
-        _norm(total, to, weight, eps, out, U(row * width), width)
+        norm(total, to, weight, eps, out, U(row * width), width)
 
 
 @loop("x*", "int", "w*", "float", "x*", "int", "x*", "int", "int", "x*", "float32*", "int", "int")
@@ -140,7 +141,7 @@ def gated_silu_backward(
 
 
 @part()
-def _turn(x: Any, at: Any, cos: Any, sin: Any, angle: Any, sign: Any, out: Any, to: Any, half: Any) -> None:
+def turn(x: Any, at: Any, cos: Any, sin: Any, angle: Any, sign: Any, out: Any, to: Any, half: Any) -> None:
     """One head rotated (Su et al. 2021, the half-split layout), by `sign` this way or back."""
     for j in range(half):
         a, b = read(x, at + j), read(x, at + half + j)
@@ -150,7 +151,7 @@ def _turn(x: Any, at: Any, cos: Any, sin: Any, angle: Any, sign: Any, out: Any, 
 
 
 @part()
-def _copy(x: Any, at: Any, out: Any, to: Any, size: Any) -> None:
+def copy(x: Any, at: Any, out: Any, to: Any, size: Any) -> None:
     for j in range(size):
         write(out, to + j, read(x, at + j))
 
@@ -179,9 +180,9 @@ def to_heads(
                 for j in range(size):
                     write(out, to + j, np.float32(0.0))
             elif turned:
-                _turn(x, at, cos, sin, U(token) * half, np.float32(1.0), out, to, half)
+                turn(x, at, cos, sin, U(token) * half, np.float32(1.0), out, to, half)
             else:
-                _copy(x, at, out, to, size)
+                copy(x, at, out, to, size)
 
 
 @loop("x*", *_LAYOUT)
@@ -200,9 +201,9 @@ def from_heads(
             token = read(index, place) if indexed else start + place
             at, to = U((block * length + t) * width), U((token * num_heads + head) * width)
             if turned:
-                _turn(x, at, cos, sin, U(token) * half, np.float32(-1.0), out, to, half)
+                turn(x, at, cos, sin, U(token) * half, np.float32(-1.0), out, to, half)
             else:
-                _copy(x, at, out, to, size)
+                copy(x, at, out, to, size)
 
 
 @loop("x*", "int", "x*", "int", "x*", "int", "int64*", "x*", "x*", "x*", "x*", "int64*", "int", "int", "int", "int")
@@ -220,14 +221,14 @@ def turn_and_keep(
         angle = U(read(positions, row) * width + width // 2)
         for head in range(num_heads):
             at, to = U(row * q_step + head * width), U((row * num_heads + head) * width)
-            _turn(q, at, cos, sin, angle, one, out, to, half)
+            turn(q, at, cos, sin, angle, one, out, to, half)
         if row >= num_kept:
             continue
         for head in range(num_kv):
             to = U(read(places, row * 2 * num_kv + head) * width)
-            _turn(k, U(row * k_step + head * width), cos, sin, angle, one, cache, to, half)
+            turn(k, U(row * k_step + head * width), cos, sin, angle, one, cache, to, half)
             to = U(read(places, (row * 2 + 1) * num_kv + head) * width)
-            _copy(v, U(row * v_step + head * width), cache, to, size)
+            copy(v, U(row * v_step + head * width), cache, to, size)
 
 
 @loop("x*", "float32*", "float32*", "x*", "int", "int", "int")
@@ -268,7 +269,7 @@ def causal_softmax(
         end = before + row % num_queries + 1
         begin = max(0, end - window) if window else 0
         at, seen = U(row * num_keys + begin), U(end - begin)
-        largest = _largest(scores, at, seen)
+        largest = largest_of(scores, at, seen)
         total = np.float32(0.0)
         for j in range(seen):
             power = exp(read(scores, at + j) - largest)
@@ -300,7 +301,7 @@ def log_normaliser(logits: Any, out: Any, width: int, first: int, last: int) -> 
     """log Σ exp of each row: the largest, and the rest of it."""
     for row in range(first, last):
         at = U(row * width)
-        largest = _largest(logits, at, U(width))
+        largest = largest_of(logits, at, U(width))
         total = np.float32(0.0)
         for j in range(U(width)):
             total += exp(read(logits, at + j) - largest)

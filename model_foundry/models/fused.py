@@ -17,8 +17,8 @@ from typing import Any
 import numba
 import torch
 
-from model_foundry.models import cpu_loops
-from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32
+from model_foundry.models import choice_loops, cpu_loops
+from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
 
 MIN_SHARE_ELEMENTS = 32_768
 """Fewer numbers are done before another thread has woken up."""
@@ -27,7 +27,7 @@ _COMPILES = not getattr(numba.config, "DISABLE_JIT", 0)
 Rope = Sequence[torch.Tensor]
 Call = Callable[..., None]
 _pools: dict[int, ThreadPoolExecutor] = {}
-_making_pool = threading.Lock()
+_making_pool, _all_threads = threading.Lock(), threading.Lock()
 
 
 def fits(*tensors: torch.Tensor) -> bool:
@@ -247,6 +247,27 @@ def score_gradient_(
     return logits
 
 
+def choose_tokens(
+    logits: torch.Tensor, temperatures: Sequence[float], draws: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each row of contiguous [R, V], int64 [R], and its log-probability at temperature 1, float32 [R].
+
+    Args:
+        temperatures: of each row; 0 takes the likeliest.
+        draws: in [0, 1), by which the others are chosen.
+    """
+    num_rows, width = logits.shape
+    sharpness = torch.tensor([1 / each if each else 0.0 for each in temperatures], dtype=torch.float32)
+    luck, tokens = torch.tensor(draws, dtype=torch.float32), torch.empty(num_rows, dtype=torch.int64)
+    logprobs = torch.empty(num_rows, dtype=torch.float32)
+    _with_room(
+        choice_loops.choose.of(_TYPES[logits.dtype]), num_rows, width, width + width // choice_loops.BLOCK + 1,
+        (logits.data_ptr(), sharpness.data_ptr(), luck.data_ptr()),
+        (tokens.data_ptr(), logprobs.data_ptr(), width),
+    )  # fmt: skip
+    return tokens, logprobs
+
+
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """[.., D] as [N, D], the numbers of a row one after the other."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -291,6 +312,16 @@ def _spans(num_rows: int, row_elements: int) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
+def run_together(loop: CompiledLoop, x: torch.Tensor, *fixed: Any) -> None:
+    """A loop for x's type on all threads, (*fixed, its number, how many there are): they wait for each other.
+
+    One such call at a time: threads of two could wait for those that the other keeps from starting.
+    """
+    call, number = loop.of(_TYPES[x.dtype]), torch.get_num_threads()
+    with _all_threads:
+        _run(call, [(*fixed, thread, number) for thread in range(number)])
+
+
 def _run(call: Call, calls: list[tuple[Any, ...]]) -> None:
     """The first on this thread, the others on threads of their own."""
     if len(calls) == 1:
@@ -329,9 +360,9 @@ def _pool() -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """Threads, and whoever held the lock, stay with the parent."""
-    global _making_pool
+    global _making_pool, _all_threads
     _pools.clear()
-    _making_pool = threading.Lock()
+    _making_pool, _all_threads = threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

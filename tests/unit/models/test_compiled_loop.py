@@ -14,7 +14,8 @@ import pytest
 from numba import types
 
 from model_foundry.models import compiled_loop
-from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop, read, write
+from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
+from model_foundry.models.primitives import read, write
 
 
 def doubled(x: Any, first: int, last: int) -> None:
@@ -120,7 +121,7 @@ def test_another_source_is_another_loop(home: Path, tmp_path: Path, monkeypatch:
     other.write_text(Path(__file__).read_text() + "# changed")
     monkeypatch.setattr(compiled_loop.inspect, "getfile", lambda function: str(other))
     assert declared.kept_at(signature) == before != CompiledLoop(doubled, ("x*",), frozenset()).kept_at(signature)
-    monkeypatch.setattr(compiled_loop, "_THIS", "another version of what loops read and write by")
+    monkeypatch.setattr(compiled_loop, "_ALL_LOOPS", "another version of what loops read and write by")
     assert declared.kept_at(signature) != before
 
 

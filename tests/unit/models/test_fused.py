@@ -18,8 +18,9 @@ from model_foundry.engine.losses import LOSSES, score
 from model_foundry.errors import ModelError
 from model_foundry.models import cpu_loops, fused
 from model_foundry.models.attention import attend_packed
-from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, loop, read, write
+from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, loop
 from model_foundry.models.packed_rows import PackedRows
+from model_foundry.models.primitives import read, write
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7}

@@ -1,0 +1,164 @@
+"""Answers' tokens through all layers at once, by the compiled loop of `models.answer_loops`.
+
+It knows a decoder's weights and where keys and values are kept. It does not know sequences, prompts or adapters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from model_foundry.models import answer_loops, fused
+from model_foundry.models.answer_loops import OUTPUTS, PLAN, TABLE_ROW
+from model_foundry.models.decoder import Decoder
+from model_foundry.models.lora import Linear
+from model_foundry.models.mlp import GatedMLP
+from model_foundry.models.packing import PackedLinear
+from model_foundry.models.primitives import TOGETHER
+from model_foundry.models.tiles import DEPTH, ROWS, have_tiles, tile_shapes
+
+class AnswerLoop:
+    """The loop for one decoder.
+
+    Args:
+        cache: of each layer [segments, 2 K, segment_tokens, W], keys and then values.
+        tables: cosines and sines [positions, .., W] whose second half counts.
+        windows: how many keys each layer sees, its own among them; None: all.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: Sequence[torch.Tensor], tables: tuple[torch.Tensor, torch.Tensor],
+        windows: Sequence[int | None],
+    ) -> None:  # fmt: skip
+        config = decoder.config
+        self._by_tiles = _in_tiles(decoder)
+        self._eps, self._num_kv, self._width = config.rms_norm_eps, config.num_key_value_heads, config.head_dim
+        self._cache, self._tables = cache, tables
+        rows = [
+            _addresses(layer, kept, window) for layer, kept, window in zip(decoder.layers, cache, windows, strict=True)
+        ]
+        self._weights = [kept for _, kept in rows]  # as long as their addresses
+        self._table = torch.tensor([row for row, _ in rows])
+        self._group = config.num_attention_heads // self._num_kv
+        self._counter = torch.zeros(8, dtype=torch.int64)
+        self._shapes = torch.from_numpy(tile_shapes())
+        self._room = torch.zeros(0, dtype=torch.float32)
+        self._sizes = {
+            "layers": len(rows), "width": config.hidden_size, "heads": config.num_attention_heads,
+            "kv_heads": self._num_kv, "head_width": self._width, "inner": config.intermediate_size,
+            "segment_tokens": cache[0].shape[2],
+            "table": self._table.data_ptr(), "cos": tables[0].data_ptr(), "sin": tables[1].data_ptr(),
+            "counter": self._counter.data_ptr(), "give_way": _give_way(), "tile_shapes": self._shapes.data_ptr(),
+        }  # fmt: skip
+
+    @staticmethod
+    def fits(decoder: Decoder) -> bool:
+        """Whether the loop does what this decoder's layers do."""
+        config = decoder.config
+        sides = (
+            config.hidden_size, config.intermediate_size, config.head_dim * config.num_attention_heads,
+            config.head_dim * config.num_key_value_heads,
+        )  # fmt: skip
+        return (
+            sys.platform != "win32"
+            and all(side % OUTPUTS == 0 for side in sides)
+            and all(_fits(layer, decoder.compute_dtype) for layer in decoder.layers)
+        )
+
+    def run(self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> None:
+        """One token of each row through all layers, in place; its keys and values are kept.
+
+        Args:
+            x: [R, D], without gaps.
+            positions: int64 [R], segments: int64 [R, S], of each row's sequence in their order.
+
+        Raises:
+            IndexError: a position or a segment is none.
+        """
+        num_rows, num_threads = x.shape[0], torch.get_num_threads()
+        fused.check_within(positions, min(len(self._tables[0]), segments.shape[1] * self._sizes["segment_tokens"]))
+        fused.check_within(segments, self._cache[0].shape[0])
+        step = ROWS if self._by_tiles else 4
+        padded, most_keys = -(-num_rows // step) * step, int(positions.max()) + 1
+        plan = dict(self._sizes)
+        plan |= self._rooms(num_rows, padded, -(-most_keys // 256) * 256, num_threads)
+        plan |= {
+            "rows": num_rows, "padded_rows": padded, "max_segments": segments.shape[1],
+            "positions": positions.data_ptr(), "segments": segments.data_ptr(),
+        }  # fmt: skip
+        numbers = torch.tensor([plan[name] for name in PLAN])
+        loop = answer_loops.answer_by_tiles if self._by_tiles else answer_loops.answer
+        self._counter.zero_()
+        fused.run_together(loop, x, numbers.data_ptr(), x.data_ptr(), self._eps)
+
+    def _rooms(self, num_rows: int, padded: int, most_keys: int, num_threads: int) -> dict[str, int]:
+        """Where threads put what they make, in one stretch of memory that is kept; sizes in float32, on lines of 64
+        bytes."""
+        of_heads = self._num_kv * self._group * self._width
+        sizes = {
+            "qkv": num_rows * (of_heads + 2 * self._num_kv * self._width),
+            "attended": padded * of_heads,
+            "acted": padded * self._sizes["inner"],
+        }
+        for_products = 2 * OUTPUTS * padded + (1 + padded) * self._sizes["width"]
+        queries = -(-self._group // TOGETHER) * TOGETHER
+        for_heads = 2 * queries * self._width + ROWS * (self._width + ROWS) + queries * most_keys
+        own = _lines(max(for_products, for_heads))
+        needed = sum(map(_lines, sizes.values())) + own * num_threads + 16
+        if len(self._room) < needed:
+            self._room = torch.zeros(needed, dtype=torch.float32)
+        place, rooms = -(-self._room.data_ptr() // 64) * 64, {}
+        for name, size in sizes.items():
+            rooms[name] = place
+            place += _lines(size) * 4
+        return {**rooms, "own": place, "own_bytes": own * 4, "most_keys": most_keys}
+
+
+def _lines(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _fits(layer: Any, dtype: torch.dtype) -> bool:
+    attn, mlp = layer.self_attn, layer.mlp
+    if not isinstance(mlp, GatedMLP) or mlp.activation != "silu":
+        return False
+    linears = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(not isinstance(each, Linear) or isinstance(each, PackedLinear) or each.transposed for each in linears):
+        return False
+    if any(each.bias is not None for each in linears[3:]):
+        return False
+    tensors = list(layer.parameters())
+    return fused.fits(*tensors) and all(each.dtype == dtype and each.is_contiguous() for each in tensors)
+
+
+def _addresses(layer: Any, cache: torch.Tensor, window: int | None) -> tuple[list[int], list[torch.Tensor]]:
+    """A layer's row of the table, and whose addresses are in it."""
+    attn, mlp = layer.self_attn, layer.mlp
+    q, k, v = attn.q_proj, attn.k_proj, attn.v_proj
+    found = {
+        "input_norm": layer.input_layernorm.weight, "q": q.weight, "k": k.weight, "v": v.weight,
+        "q_bias": q.bias, "k_bias": k.bias, "v_bias": v.bias,
+        "q_norm": attn.q_norm.weight if layer.config.qk_norm else None,
+        "k_norm": attn.k_norm.weight if layer.config.qk_norm else None,
+        "cache": cache, "out": attn.o_proj.weight, "mlp_norm": layer.post_attention_layernorm.weight,
+        "gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": mlp.down_proj.weight,
+    }  # fmt: skip
+    numbers = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in found.items()}
+    numbers["window"] = window or 0
+    return [numbers[name] for name in TABLE_ROW], [tensor for tensor in found.values() if tensor is not None]
+
+
+def _in_tiles(decoder: Decoder) -> bool:
+    config = decoder.config
+    sides = (config.hidden_size, config.intermediate_size, config.head_dim * config.num_attention_heads)
+    return decoder.compute_dtype == torch.bfloat16 and have_tiles() and all(side % DEPTH == 0 for side in sides)
+
+
+def _give_way() -> int:
+    address = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+    assert address is not None
+    return address

@@ -1,0 +1,428 @@
+"""One token of several answers through all layers of a Llama, as one compiled loop for each thread.
+
+Between one layer's products there is so little to do that calling them takes longer than doing them. Threads share out
+outputs and heads, and meet where one needs what another has made, five times a layer. Arithmetic is as in torch's
+operations: products and sums in float32, what goes from one to the next rounded to the model's type. A row's bits
+depend on that row alone, not on the rows beside it nor on the number of threads.
+
+Shapes: R rows, D width, H heads, K key/value heads, G = H // K, W head width, I inner width of the MLP, T keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from model_foundry.models.compiled_loop import loop, part
+from model_foundry.models.cpu_loops import copy, exp, largest_of, norm, sigmoid, turn
+from model_foundry.models.primitives import (
+    LANES,
+    TOGETHER,
+    add_weighted,
+    add_weighted_wide,
+    call,
+    count_up,
+    floats,
+    halves,
+    pointer_like,
+    read,
+    rounded,
+    seen,
+    words,
+    write,
+)
+from model_foundry.models.tiles import DEPTH, ROWS, dot, leave_tiles, load_rows, load_weights, shape_tiles, store, zero
+
+U = np.uint64
+OUTPUTS = 16
+"""Outputs computed together; what a matrix has must be a multiple."""
+PATIENCE = 20_000
+"""Looks at the others' count before the processor is offered to somebody else."""
+
+PLAN = (
+    "layers", "width", "heads", "kv_heads", "head_width", "inner", "rows", "padded_rows", "segment_tokens",
+    "max_segments", "table", "positions", "segments", "cos", "sin", "qkv", "attended", "acted", "own", "own_bytes",
+    "most_keys", "counter", "give_way", "tile_shapes",
+)  # fmt: skip
+"""What the int64 of a plan are: sizes, and addresses. `own` is the first thread's room, `own_bytes` to the next's."""
+(
+    LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, INNER, NUM_ROWS, PADDED, SEGMENT_TOKENS, MAX_SEGMENTS, TABLE, POSITIONS,
+    SEGMENTS, COS, SIN, QKV, ATTENDED, ACTED, OWN, OWN_BYTES, MOST_KEYS, COUNTER, GIVE_WAY, TILE_SHAPES,
+) = range(len(PLAN))  # fmt: skip
+
+TABLE_ROW = (
+    "input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cache", "window", "out", "mlp_norm",
+    "gate", "up", "down",
+)  # fmt: skip
+"""What a layer's int64 are: addresses, 0 where there is none; and the number of keys in its window, 0 for all."""
+(
+    INPUT_NORM, Q, K, V, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, CACHE, WINDOW, OUT, MLP_NORM, GATE, UP, DOWN,
+) = range(len(TABLE_ROW))  # fmt: skip
+
+
+@part()
+def _start_plain(plan: Any) -> None:
+    pass
+
+
+@part()
+def _end_plain() -> None:
+    pass
+
+
+@part()
+def _put_plain(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
+    """Numbers of x, from `at` on, as those from `place` on of a row of `size`: the room is float32 [padded, size]."""
+    out, to = floats(room), U(row * size + place)
+    for j in range(U(count)):
+        write(out, to + j, read(x, at + j))
+
+
+@part()
+def _put_block_plain(room: Any, padded: Any, place: Any, size: Any, found: Any) -> None:
+    """OUTPUTS × padded numbers, as those from `place` on of all rows."""
+    out = floats(room)
+    for row in range(padded):
+        for o in range(OUTPUTS):
+            write(out, U(row * size + place + o), read(found, U(o * padded + row)))
+
+
+@part()
+def _multiply_plain(weight: Any, output: Any, size: Any, room: Any, padded: Any, out: Any) -> None:
+    """out [OUTPUTS, padded] float32 = the weights of OUTPUTS outputs from `output` on × the rows in the room."""
+    x = floats(room)
+    for o in range(OUTPUTS):
+        at = U((output + o) * size)
+        for row in range(0, padded, 4):
+            b0, b1, b2, b3 = U(row * size), U((row + 1) * size), U((row + 2) * size), U((row + 3) * size)
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            for j in range(U(size)):
+                w = read(weight, at + j)
+                s0 += w * read(x, b0 + j)
+                s1 += w * read(x, b1 + j)
+                s2 += w * read(x, b2 + j)
+                s3 += w * read(x, b3 + j)
+            to = U(o * padded + row)
+            write(out, to, s0)
+            write(out, to + U(1), s1)
+            write(out, to + U(2), s2)
+            write(out, to + U(3), s3)
+
+
+@part()
+def _score_plain(
+    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
+    scores: Any, to: Any, step: Any,
+) -> None:  # fmt: skip
+    """scores [G, step] of keys [first, end) of a segment that starts at row `start` of the cache, to place `to` on."""
+    for t in range(first, end):
+        at = U((start + t) * width)
+        for g in range(0, group, 4):
+            b0, b1, b2, b3 = U(g * width), U((g + 1) * width), U((g + 2) * width), U((g + 3) * width)
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            for j in range(U(width)):
+                key = read(cache, at + j)
+                s0 += key * read(queries, b0 + j)
+                s1 += key * read(queries, b1 + j)
+                s2 += key * read(queries, b2 + j)
+                s3 += key * read(queries, b3 + j)
+            place = U(g * step + to + t - first)
+            write(scores, place, s0)
+            write(scores, place + U(step), s1)
+            write(scores, place + U(2 * step), s2)
+            write(scores, place + U(3 * step), s3)
+
+
+@part()
+def _start_tiles(plan: Any) -> None:
+    shape_tiles(read(plan, TILE_SHAPES))
+
+
+@part()
+def _end_tiles() -> None:
+    leave_tiles()
+
+
+@part()
+def _put_tiles(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
+    """In pairs, as tiles want them: the room is [groups of ROWS rows, size / 2, ROWS, 2]."""
+    out, to = halves(room), U(((row // ROWS * size + place) * ROWS) + row % ROWS * 2)
+    for j in range(U(count // 2)):
+        pair = to + j * U(2 * ROWS)
+        write(out, pair, read(x, at + U(2) * j))
+        write(out, pair + U(1), read(x, at + U(2) * j + U(1)))
+
+
+@part()
+def _put_block_tiles(room: Any, padded: Any, place: Any, size: Any, found: Any) -> None:
+    out = halves(room)
+    for group in range(0, padded, ROWS):
+        for o in range(0, OUTPUTS, 2):
+            to, one = U((group // ROWS * size + place + o) * ROWS), U(o * padded + group)
+            other = one + U(padded)
+            for row in range(U(ROWS)):
+                write(out, to + U(2) * row, read(found, one + row))
+                write(out, to + U(2) * row + U(1), read(found, other + row))
+
+
+@part()
+def _multiply_tiles(weight: Any, output: Any, size: Any, room: Any, padded: Any, out: Any) -> None:
+    x = halves(room)
+    for row in range(0, padded, ROWS):
+        zero()
+        for j in range(0, size, DEPTH):
+            load_weights(weight, output * size + j, 2 * size)
+            load_rows(x, row * size + j * ROWS, 4 * ROWS)
+            dot()
+        store(out, row, 4 * padded)
+
+
+@part()
+def _score_tiles(
+    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
+    scores: Any, to: Any, step: Any,
+) -> None:  # fmt: skip
+    """As `_score_plain`. room: of queries in pairs of dimensions, then a tile of scores."""
+    x, tile = halves(room), floats(room + width * ROWS * 2)
+    for t in range(first, end, ROWS):
+        begin = min(t, tokens - ROWS)  # not beyond the segment
+        zero()
+        for j in range(0, width, DEPTH):
+            load_weights(cache, (start + begin) * width + j, 2 * width)
+            load_rows(x, j * ROWS, 4 * ROWS)
+            dot()
+        store(tile, 0, 4 * ROWS)
+        if begin == t and t + ROWS <= end:
+            for g in range(group):
+                at = U(g * step + to + t - first)
+                for key in range(U(ROWS)):
+                    write(scores, at + key, read(tile, key * U(ROWS) + U(g)))
+            continue
+        for g in range(group):
+            for key in range(t, min(end, begin + ROWS)):
+                write(scores, U(g * step + to + key - first), read(tile, U((key - begin) * ROWS + g)))
+
+
+@part()
+def _meet(plan: Any, goal: Any) -> None:
+    """Wait until `goal` threads in all have come here."""
+    counter, looks = words(read(plan, COUNTER)), 0
+    count_up(counter)
+    while seen(counter) < goal:
+        looks += 1
+        if looks >= PATIENCE:
+            call(read(plan, GIVE_WAY))
+
+
+@part()
+def _put_norm(put: Any, plan: Any, x: Any, weight: Any, eps: Any, room: Any) -> None:
+    """The norm of every row, each thread for itself: telling the others would take longer.
+
+    room: of one row, then of all as products read them.
+    """
+    width, normed = read(plan, WIDTH), pointer_like(room, x)
+    room += width * 4
+    for row in range(read(plan, NUM_ROWS)):
+        norm(x, U(row * width), weight, eps, normed, U(0), width)
+        put(room, row, 0, width, normed, U(0), width)
+
+
+@part()
+def _project_heads(
+    multiply: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any, threads: Any
+) -> None:
+    """Queries, keys and values of all rows, [R, (H + 2 K) W]."""
+    width, padded, head_width = read(plan, WIDTH), read(plan, PADDED), read(plan, HEAD_WIDTH)
+    of_q, of_kv = read(plan, HEADS) * head_width, read(plan, KV_HEADS) * head_width
+    every = of_q + 2 * of_kv
+    out, blocks = pointer_like(read(plan, QKV), x), every // OUTPUTS
+    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+        first = block * OUTPUTS
+        matrix, bias, start = Q, Q_BIAS, 0
+        if first >= of_q + of_kv:
+            matrix, bias, start = V, V_BIAS, of_q + of_kv
+        elif first >= of_q:
+            matrix, bias, start = K, K_BIAS, of_q
+        multiply(pointer_like(read(layer, matrix), x), first - start, width, room, padded, found)
+        has_bias = read(layer, bias) != 0
+        added = pointer_like(read(layer, bias), x)
+        for row in range(read(plan, NUM_ROWS)):
+            for o in range(OUTPUTS):
+                value = read(found, U(o * padded + row))
+                if has_bias:
+                    value += read(added, U(first - start + o))
+                write(out, U(row * every + first + o), value)
+
+
+@part()
+def _head(plan: Any, layer: Any, x: Any, at: Any, which: Any, eps: Any, angle: Any, out: Any, to: Any) -> None:
+    """One head of a query or a key, normalised where the model does that, and rotated."""
+    width, heads = read(plan, HEAD_WIDTH), pointer_like(read(plan, QKV), x)
+    cos, sin = pointer_like(read(plan, COS), x), pointer_like(read(plan, SIN), x)
+    if read(layer, which) != 0:
+        norm(heads, at, pointer_like(read(layer, which), x), eps, heads, at, width)
+    turn(heads, at, cos, sin, angle, np.float32(1.0), out, to, U(width // 2))
+
+
+@part()
+def _share(scores: Any, at: Any, count: Any, scale: Any) -> None:
+    """Softmax of scores × scale, in place."""
+    largest = largest_of(scores, at, count)
+    total = np.float32(0.0)
+    for t in range(count):
+        power = exp((read(scores, at + t) - largest) * scale)
+        write(scores, at + t, power)
+        total += power
+    inverse = np.float32(1.0) / total
+    for t in range(count):
+        write(scores, at + t, read(scores, at + t) * inverse)
+
+
+@part()
+def _add_values(
+    scores: Any, at: Any, step: Any, cache: Any, first: Any, count: Any, width: Any, sums: Any, to: Any
+) -> None:
+    """sums [TOGETHER, W] += shares × values."""
+    wide = width // (4 * LANES) * 4 * LANES
+    for j in range(0, wide, 4 * LANES):
+        add_weighted_wide(scores, at, step, cache, first + j, count, width, sums, to + j)
+    for j in range(wide, width, LANES):
+        add_weighted(scores, at, step, cache, first + j, count, width, sums, to + j)
+
+
+@part()
+def _attend_row(put: Any, score: Any, plan: Any, layer: Any, x: Any, eps: Any, own: Any, row: Any, head: Any) -> None:
+    """The queries that share a key/value head, of one row: its key and value are kept, and all it may see is read."""
+    heads, kv_heads, width = read(plan, HEADS), read(plan, KV_HEADS), read(plan, HEAD_WIDTH)
+    group, tokens, most = heads // kv_heads, read(plan, SEGMENT_TOKENS), read(plan, MOST_KEYS)
+    segments, position = words(read(plan, SEGMENTS)), read(words(read(plan, POSITIONS)), row)
+    places = row * read(plan, MAX_SEGMENTS)
+    cache, qkv = pointer_like(read(layer, CACHE), x), pointer_like(read(plan, QKV), x)
+    padded = (group + TOGETHER - 1) // TOGETHER * TOGETHER
+    queries, packed = pointer_like(own, x), own + padded * width * 4
+    scores = floats(packed + ROWS * (width + ROWS) * 4)
+    sums = floats(packed + (ROWS * (width + ROWS) + padded * most) * 4)
+    angle, at = U(position * width + width // 2), row * (heads + 2 * kv_heads) * width
+    for g in range(group):
+        _head(plan, layer, x, U(at + (head * group + g) * width), Q_NORM, eps, angle, queries, U(g * width))
+    start = read(segments, places + position // tokens) * 2 * kv_heads
+    key = U(((start + head) * tokens + position % tokens) * width)
+    _head(plan, layer, x, U(at + (heads + head) * width), K_NORM, eps, angle, cache, key)
+    value = U(((start + kv_heads + head) * tokens + position % tokens) * width)
+    copy(qkv, U(at + (heads + kv_heads + head) * width), cache, value, U(width))
+
+    for g in range(group):
+        put(packed, g, 0, width, queries, U(g * width), width)
+    window = read(layer, WINDOW)
+    first = max(0, position - window + 1) if window else 0
+    for number in range(first // tokens, position // tokens + 1):
+        start = (read(segments, places + number) * 2 * kv_heads + head) * tokens
+        begin, end = max(first - number * tokens, 0), min(position + 1 - number * tokens, tokens)
+        to = number * tokens + begin - first
+        score(queries, packed, cache, start, begin, end, tokens, group, width, scores, to, most)
+    for j in range(U(padded * width)):
+        write(sums, j, np.float32(0.0))
+    for g in range(group):
+        _share(scores, U(g * most), U(position + 1 - first), np.float32(1.0) / np.sqrt(np.float32(width)))
+    for number in range(first // tokens, position // tokens + 1):
+        start = (read(segments, places + number) * 2 * kv_heads + kv_heads + head) * tokens
+        begin, end = max(first - number * tokens, 0), min(position + 1 - number * tokens, tokens)
+        to = number * tokens + begin - first
+        for g in range(0, padded, TOGETHER):
+            _add_values(
+                scores, g * most + to, most, cache, (start + begin) * width, end - begin, width, sums, g * width
+            )
+    for g in range(group):
+        copy(sums, U(g * width), queries, U(0), U(width))
+        put(read(plan, ATTENDED), row, (head * group + g) * width, heads * width, queries, U(0), width)
+
+
+@part()
+def _add_product(
+    multiply: Any, plan: Any, weight: Any, size: Any, room: Any, x: Any, found: Any, thread: Any, threads: Any
+) -> None:
+    """x += a product, each thread its outputs."""
+    width, padded = read(plan, WIDTH), read(plan, PADDED)
+    blocks = width // OUTPUTS
+    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+        first = block * OUTPUTS
+        multiply(weight, first, size, room, padded, found)
+        for row in range(read(plan, NUM_ROWS)):
+            at = U(row * width + first)
+            for o in range(OUTPUTS):
+                write(x, at + U(o), read(x, at + U(o)) + rounded(x, read(found, U(o * padded + row))))
+
+
+@part()
+def _act(
+    put_block: Any, multiply: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any, threads: Any
+) -> None:
+    """silu(gate) × up into their room."""
+    width, padded, inner = read(plan, WIDTH), read(plan, PADDED), read(plan, INNER)
+    gates, ups = pointer_like(read(layer, GATE), x), pointer_like(read(layer, UP), x)
+    blocks, half = inner // OUTPUTS, OUTPUTS * padded
+    also = floats(read(plan, OWN) + thread * read(plan, OWN_BYTES) + half * 4)
+    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+        first = block * OUTPUTS
+        multiply(gates, first, width, room, padded, found)
+        multiply(ups, first, width, room, padded, also)
+        for j in range(U(half)):
+            gate, up = rounded(x, read(found, j)), rounded(x, read(also, j))
+            write(found, j, rounded(x, gate * sigmoid(gate) * up))
+        put_block(read(plan, ACTED), padded, first, inner, found)
+
+
+@part()
+def _answer(
+    start: Any, put: Any, put_block: Any, multiply: Any, score: Any, end: Any, plan: Any, x: Any, eps: Any, thread: Any,
+    threads: Any,
+) -> None:  # fmt: skip
+    """A thread's own room: [2, OUTPUTS, padded] float32 of products, then the normalised rows; or what heads need."""
+    own, met = read(plan, OWN) + thread * read(plan, OWN_BYTES), 0
+    found, room = floats(own), own + 2 * OUTPUTS * read(plan, PADDED) * 4
+    rows = room + read(plan, WIDTH) * 4
+    kv_heads, inner = read(plan, KV_HEADS), read(plan, INNER)
+    of_heads, num_rows = read(plan, HEADS) * read(plan, HEAD_WIDTH), read(plan, NUM_ROWS)
+    pairs = num_rows * kv_heads
+    start(plan)
+    for index in range(read(plan, LAYERS)):
+        layer = words(read(plan, TABLE) + index * len(TABLE_ROW) * 8)
+        _put_norm(put, plan, x, pointer_like(read(layer, INPUT_NORM), x), eps, room)
+        _project_heads(multiply, plan, layer, x, rows, found, thread, threads)
+        met += threads
+        _meet(plan, met)
+        for pair in range(pairs * thread // threads, pairs * (thread + 1) // threads):
+            # By heads: what rows share is still at hand, and no two threads write to one line.
+            _attend_row(put, score, plan, layer, x, eps, own, pair % num_rows, pair // num_rows)
+        met += threads
+        _meet(plan, met)
+        out = pointer_like(read(layer, OUT), x)
+        _add_product(multiply, plan, out, of_heads, read(plan, ATTENDED), x, found, thread, threads)
+        met += threads
+        _meet(plan, met)
+        _put_norm(put, plan, x, pointer_like(read(layer, MLP_NORM), x), eps, room)
+        _act(put_block, multiply, plan, layer, x, rows, found, thread, threads)
+        met += threads
+        _meet(plan, met)
+        down = pointer_like(read(layer, DOWN), x)
+        _add_product(multiply, plan, down, inner, read(plan, ACTED), x, found, thread, threads)
+        met += threads
+        _meet(plan, met)
+    end()
+
+
+@loop("int64*", "x*", "float")
+def answer(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
+    """x [R, D] through all layers, in place. `first` is the thread's number, `last` how many there are."""
+    _answer(
+        _start_plain, _put_plain, _put_block_plain, _multiply_plain, _score_plain, _end_plain, plan, x, eps, first, last
+    )
+
+
+@loop("int64*", "x*", "float")
+def answer_by_tiles(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
+    """As `answer`, for bfloat16 and matrices whose sides are multiples of a tile's."""
+    _answer(
+        _start_tiles, _put_tiles, _put_block_tiles, _multiply_tiles, _score_tiles, _end_tiles, plan, x, eps, first, last
+    )
