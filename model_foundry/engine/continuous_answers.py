@@ -12,60 +12,64 @@ from typing import Any
 
 import torch
 
+from model_foundry.engine.continuous_products import Product
 from model_foundry.models import answer_loops, fused
-from model_foundry.models.answer_loops import OUTPUTS, PLAN, TABLE_ROW
+from model_foundry.models.answer_loops import AT_ONCE, AT_ONCE_BY_TILES, PLAN, TABLE_ROW
 from model_foundry.models.decoder import Decoder
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import GatedMLP
 from model_foundry.models.packing import PackedLinear
-from model_foundry.models.primitives import TOGETHER
-from model_foundry.models.tiles import DEPTH, ROWS, have_tiles, tile_shapes
+from model_foundry.models.primitives import LANES, TOGETHER
+from model_foundry.models.tiles import DEPTH, ROWS, tile_shapes
+
 
 class AnswerLoop:
     """The loop for one decoder.
 
     Args:
+        products: of each layer's queries, keys and values, output, gate and up, and down.
         cache: of each layer [segments, 2 K, segment_tokens, W], keys and then values.
         tables: cosines and sines [positions, .., W] whose second half counts.
-        windows: how many keys each layer sees, its own among them; None: all.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: Sequence[torch.Tensor], tables: tuple[torch.Tensor, torch.Tensor],
-        windows: Sequence[int | None],
+        self, decoder: Decoder, products: Sequence[Sequence[Product]], cache: Sequence[torch.Tensor],
+        tables: tuple[torch.Tensor, torch.Tensor],
     ) -> None:  # fmt: skip
         config = decoder.config
-        self._by_tiles = _in_tiles(decoder)
         self._eps, self._num_kv, self._width = config.rms_norm_eps, config.num_key_value_heads, config.head_dim
-        self._cache, self._tables = cache, tables
-        rows = [
-            _addresses(layer, kept, window) for layer, kept, window in zip(decoder.layers, cache, windows, strict=True)
-        ]
-        self._weights = [kept for _, kept in rows]  # as long as their addresses
-        self._table = torch.tensor([row for row, _ in rows])
+        self._cache, self._tables, self._products = cache, tables, products
+        blocks = _blocks(decoder, products)
+        self.by_tiles = blocks is not None
+        rows = []
+        for index, (layer, kept) in enumerate(zip(decoder.layers, cache, strict=True)):
+            found = {**_addresses(layer), "cache": kept.data_ptr(), "window": config.window(index) or 0}
+            found |= _addresses_of_tiles(layer, products[index]) if self.by_tiles else {}
+            rows.append([found[name] for name in TABLE_ROW])
+        self._weights = [each.detach() for each in decoder.layers.parameters()]  # as long as their addresses
+        self._table = torch.tensor(rows)
         self._group = config.num_attention_heads // self._num_kv
         self._counter = torch.zeros(8, dtype=torch.int64)
         self._shapes = torch.from_numpy(tile_shapes())
         self._room = torch.zeros(0, dtype=torch.float32)
+        self._at_once = AT_ONCE_BY_TILES if self.by_tiles else AT_ONCE
+        block_outputs, block_inputs = blocks or (0, 0)
         self._sizes = {
             "layers": len(rows), "width": config.hidden_size, "heads": config.num_attention_heads,
             "kv_heads": self._num_kv, "head_width": self._width, "inner": config.intermediate_size,
             "segment_tokens": cache[0].shape[2],
             "table": self._table.data_ptr(), "cos": tables[0].data_ptr(), "sin": tables[1].data_ptr(),
             "counter": self._counter.data_ptr(), "give_way": _give_way(), "tile_shapes": self._shapes.data_ptr(),
+            "block_outputs": block_outputs, "block_inputs": block_inputs,
         }  # fmt: skip
 
     @staticmethod
     def fits(decoder: Decoder) -> bool:
         """Whether the loop does what this decoder's layers do."""
-        config = decoder.config
-        sides = (
-            config.hidden_size, config.intermediate_size, config.head_dim * config.num_attention_heads,
-            config.head_dim * config.num_key_value_heads,
-        )  # fmt: skip
         return (
             sys.platform != "win32"
-            and all(side % OUTPUTS == 0 for side in sides)
+            and decoder.config.head_dim % LANES == 0
+            and all(side % AT_ONCE == 0 for side in _sides(decoder))
             and all(_fits(layer, decoder.compute_dtype) for layer in decoder.layers)
         )
 
@@ -74,15 +78,18 @@ class AnswerLoop:
 
         Args:
             x: [R, D], without gaps.
-            positions: int64 [R], segments: int64 [R, S], of each row's sequence in their order.
+            positions: int64 [R], segments: int64 [R, S], of each row's sequence in their order; what lies beyond its
+                position is not looked at.
 
         Raises:
             IndexError: a position or a segment is none.
         """
         num_rows, num_threads = x.shape[0], torch.get_num_threads()
-        fused.check_within(positions, min(len(self._tables[0]), segments.shape[1] * self._sizes["segment_tokens"]))
-        fused.check_within(segments, self._cache[0].shape[0])
-        step = ROWS if self._by_tiles else 4
+        segment_tokens = self._sizes["segment_tokens"]
+        fused.check_within(positions, min(len(self._tables[0]), segments.shape[1] * segment_tokens))
+        looked_at = torch.arange(segments.shape[1]) <= (positions // segment_tokens)[:, None]
+        fused.check_within(segments[looked_at], self._cache[0].shape[0])
+        step = ROWS if self.by_tiles else 4
         padded, most_keys = -(-num_rows // step) * step, int(positions.max()) + 1
         plan = dict(self._sizes)
         plan |= self._rooms(num_rows, padded, -(-most_keys // 256) * 256, num_threads)
@@ -91,9 +98,10 @@ class AnswerLoop:
             "positions": positions.data_ptr(), "segments": segments.data_ptr(),
         }  # fmt: skip
         numbers = torch.tensor([plan[name] for name in PLAN])
-        loop = answer_loops.answer_by_tiles if self._by_tiles else answer_loops.answer
-        self._counter.zero_()
-        fused.run_together(loop, x, numbers.data_ptr(), x.data_ptr(), self._eps)
+        loop = answer_loops.answer_by_tiles if self.by_tiles else answer_loops.answer
+        fused.run_together(
+            loop, x, (numbers.data_ptr(), x.data_ptr(), self._eps), counter=self._counter, num_threads=num_threads
+        )
 
     def _rooms(self, num_rows: int, padded: int, most_keys: int, num_threads: int) -> dict[str, int]:
         """Where threads put what they make, in one stretch of memory that is kept; sizes in float32, on lines of 64
@@ -104,7 +112,7 @@ class AnswerLoop:
             "attended": padded * of_heads,
             "acted": padded * self._sizes["inner"],
         }
-        for_products = 2 * OUTPUTS * padded + (1 + padded) * self._sizes["width"]
+        for_products = 2 * self._at_once * padded + (1 + padded) * self._sizes["width"]
         queries = -(-self._group // TOGETHER) * TOGETHER
         for_heads = 2 * queries * self._width + ROWS * (self._width + ROWS) + queries * most_keys
         own = _lines(max(for_products, for_heads))
@@ -135,27 +143,55 @@ def _fits(layer: Any, dtype: torch.dtype) -> bool:
     return fused.fits(*tensors) and all(each.dtype == dtype and each.is_contiguous() for each in tensors)
 
 
-def _addresses(layer: Any, cache: torch.Tensor, window: int | None) -> tuple[list[int], list[torch.Tensor]]:
-    """A layer's row of the table, and whose addresses are in it."""
+def _addresses(layer: Any) -> dict[str, int]:
+    """Of a layer's weights as they are; 0 where there is none."""
     attn, mlp = layer.self_attn, layer.mlp
-    q, k, v = attn.q_proj, attn.k_proj, attn.v_proj
     found = {
-        "input_norm": layer.input_layernorm.weight, "q": q.weight, "k": k.weight, "v": v.weight,
-        "q_bias": q.bias, "k_bias": k.bias, "v_bias": v.bias,
+        "input_norm": layer.input_layernorm.weight, "q": attn.q_proj.weight, "k": attn.k_proj.weight,
+        "v": attn.v_proj.weight, "q_bias": attn.q_proj.bias, "k_bias": attn.k_proj.bias, "v_bias": attn.v_proj.bias,
         "q_norm": attn.q_norm.weight if layer.config.qk_norm else None,
         "k_norm": attn.k_norm.weight if layer.config.qk_norm else None,
-        "cache": cache, "out": attn.o_proj.weight, "mlp_norm": layer.post_attention_layernorm.weight,
+        "out": attn.o_proj.weight, "mlp_norm": layer.post_attention_layernorm.weight,
         "gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": mlp.down_proj.weight,
     }  # fmt: skip
-    numbers = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in found.items()}
-    numbers["window"] = window or 0
-    return [numbers[name] for name in TABLE_ROW], [tensor for tensor in found.values() if tensor is not None]
+    return {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in found.items()}
 
 
-def _in_tiles(decoder: Decoder) -> bool:
+def _addresses_of_tiles(layer: Any, products: Sequence[Product]) -> dict[str, int]:
+    """Matrices that share a product follow each other."""
+    attn, mlp, found = layer.self_attn, layer.mlp, {}
+    together = [
+        {"q": attn.q_proj, "k": attn.k_proj, "v": attn.v_proj}, {"out": attn.o_proj},
+        {"gate": mlp.gate_proj, "up": mlp.up_proj}, {"down": mlp.down_proj},
+    ]  # fmt: skip
+    for product, linears in zip(products, together, strict=True):
+        assert product.tiles is not None
+        address = product.tiles.address
+        for name, linear in linears.items():
+            found[name] = address
+            address += 2 * linear.shape[0] * linear.shape[1]
+    return found
+
+
+def _sides(decoder: Decoder) -> tuple[int, ...]:
     config = decoder.config
-    sides = (config.hidden_size, config.intermediate_size, config.head_dim * config.num_attention_heads)
-    return decoder.compute_dtype == torch.bfloat16 and have_tiles() and all(side % DEPTH == 0 for side in sides)
+    of_heads = [config.head_dim * number for number in (config.num_attention_heads, config.num_key_value_heads)]
+    return (config.hidden_size, config.intermediate_size, *of_heads)
+
+
+def _blocks(decoder: Decoder, products: Sequence[Sequence[Product]]) -> tuple[int, int] | None:
+    """The sides of a block of every matrix, where all can be read as tiles and have the same."""
+    config = decoder.config
+    tiles = [product.tiles for of_layer in products for product in of_layer]
+    blocks = {None if each is None else (each.outputs, each.inputs) for each in tiles}
+    sides = (*_sides(decoder), config.head_dim)
+    fits = all(side % max(AT_ONCE_BY_TILES, DEPTH) == 0 for side in sides)
+    few_queries = config.num_attention_heads // config.num_key_value_heads <= ROWS
+    block = blocks.pop() if len(blocks) == 1 else None
+    if block is None or not (fits and few_queries):
+        return None
+    # A matrix begins where a block does, and its part of the product is whole blocks.
+    return block if all(side % block[0] == 0 for side in sides[:-1]) else None
 
 
 def _give_way() -> int:

@@ -225,7 +225,10 @@ class BatchedDecoder:
         self.scale = 1.0 / config.head_dim**0.5
         self.answers = None
         if AnswerLoop.fits(decoder):
-            self.answers = AnswerLoop(decoder, self.cache, (self.cos, self.sin), self.windows)
+            products = [
+                [each.product for each in layer.projections if each.product is not None] for layer in self.layers
+            ]
+            self.answers = AnswerLoop(decoder, products, self.cache, (self.cos, self.sin))
         self._together = Together(MOST_TOGETHER, max(1, QUERY_BLOCK // self.group))
         self.blocks_together = 1
         if invariant:
@@ -243,7 +246,7 @@ class BatchedDecoder:
         for part in products.values():
             assert part.product is not None
             rows = cancelling_rows(part.matrix(self.dtype), MOST_BLOCKS * BLOCK_TOKENS)
-            check_places(part.product, rows[:: len(rows) // ANSWER_ROWS])
+            check_places(part.product, rows[torch.linspace(0, len(rows) - 1, ANSWER_ROWS).long()])
             sizes &= blocks_together(part.product, rows, BLOCK_TOKENS)
         if all(part.product is not None for part in projections):
             self.blocks_together = next(size for size in range(1, MOST_BLOCKS + 1) if size + 1 not in sizes)
@@ -295,7 +298,7 @@ class BatchedDecoder:
         """As `run`, of rows that have no adapter: [spans, D]."""
         rows = [span.first_row for span in work.spans]
         x, positions = self.decoder.embed(work.tokens[rows]), work.positions[rows].contiguous()
-        segments = torch.zeros(len(rows), max(len(span.segments) for span in work.spans), dtype=torch.int64)
+        segments = torch.full((len(rows), max(len(span.segments) for span in work.spans)), -1)
         for row, span in enumerate(work.spans):
             segments[row, : len(span.segments)] = torch.tensor(span.segments)
         answers.run(x, positions, segments)

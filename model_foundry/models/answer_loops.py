@@ -32,10 +32,25 @@ from model_foundry.models.primitives import (
     words,
     write,
 )
-from model_foundry.models.tiles import DEPTH, ROWS, dot, leave_tiles, load_rows, load_weights, shape_tiles, store, zero
+from model_foundry.models.tiles import (
+    DEPTH,
+    OUTPUTS,
+    ROWS,
+    add_0,
+    add_1,
+    leave_tiles,
+    load_rows,
+    load_weights_0,
+    load_weights_1,
+    shape_tiles,
+    store_0,
+    store_1,
+    zero_0,
+    zero_1,
+)
 
 U = np.uint64
-OUTPUTS = 16
+AT_ONCE, AT_ONCE_BY_TILES = 16, 2 * OUTPUTS
 """Outputs computed together; what a matrix has must be a multiple."""
 PATIENCE = 20_000
 """Looks at the others' count before the processor is offered to somebody else."""
@@ -43,12 +58,13 @@ PATIENCE = 20_000
 PLAN = (
     "layers", "width", "heads", "kv_heads", "head_width", "inner", "rows", "padded_rows", "segment_tokens",
     "max_segments", "table", "positions", "segments", "cos", "sin", "qkv", "attended", "acted", "own", "own_bytes",
-    "most_keys", "counter", "give_way", "tile_shapes",
+    "most_keys", "counter", "give_way", "tile_shapes", "block_outputs", "block_inputs",
 )  # fmt: skip
 """What the int64 of a plan are: sizes, and addresses. `own` is the first thread's room, `own_bytes` to the next's."""
 (
     LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, INNER, NUM_ROWS, PADDED, SEGMENT_TOKENS, MAX_SEGMENTS, TABLE, POSITIONS,
-    SEGMENTS, COS, SIN, QKV, ATTENDED, ACTED, OWN, OWN_BYTES, MOST_KEYS, COUNTER, GIVE_WAY, TILE_SHAPES,
+    SEGMENTS, COS, SIN, QKV, ATTENDED, ACTED, OWN, OWN_BYTES, MOST_KEYS, COUNTER, GIVE_WAY, TILE_SHAPES, BLOCK_OUTPUTS,
+    BLOCK_INPUTS,
 ) = range(len(PLAN))  # fmt: skip
 
 TABLE_ROW = (
@@ -74,28 +90,17 @@ def _end_plain() -> None:
 @part()
 def _put_plain(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
     """Numbers of x, from `at` on, as those from `place` on of a row of `size`: the room is float32 [padded, size]."""
-    out, to = floats(room), U(row * size + place)
-    for j in range(U(count)):
-        write(out, to + j, read(x, at + j))
+    copy(x, at, floats(room), U(row * size + place), U(count))
 
 
 @part()
-def _put_block_plain(room: Any, padded: Any, place: Any, size: Any, found: Any) -> None:
-    """OUTPUTS × padded numbers, as those from `place` on of all rows."""
-    out = floats(room)
-    for row in range(padded):
-        for o in range(OUTPUTS):
-            write(out, U(row * size + place + o), read(found, U(o * padded + row)))
-
-
-@part()
-def _multiply_plain(weight: Any, output: Any, size: Any, room: Any, padded: Any, out: Any) -> None:
-    """out [OUTPUTS, padded] float32 = the weights of OUTPUTS outputs from `output` on × the rows in the room."""
+def _multiply_plain(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
+    """found [padded, AT_ONCE] float32 = the rows in the room × the weights of AT_ONCE outputs from `output` on."""
     x = floats(room)
-    for o in range(OUTPUTS):
-        at = U((output + o) * size)
-        for row in range(0, padded, 4):
-            b0, b1, b2, b3 = U(row * size), U((row + 1) * size), U((row + 2) * size), U((row + 3) * size)
+    for row in range(0, read(plan, PADDED), 4):
+        b0, b1, b2, b3 = U(row * size), U((row + 1) * size), U((row + 2) * size), U((row + 3) * size)
+        for o in range(AT_ONCE):
+            at = U((output + o) * size)
             s0 = s1 = s2 = s3 = np.float32(0.0)
             for j in range(U(size)):
                 w = read(weight, at + j)
@@ -103,11 +108,11 @@ def _multiply_plain(weight: Any, output: Any, size: Any, room: Any, padded: Any,
                 s1 += w * read(x, b1 + j)
                 s2 += w * read(x, b2 + j)
                 s3 += w * read(x, b3 + j)
-            to = U(o * padded + row)
-            write(out, to, s0)
-            write(out, to + U(1), s1)
-            write(out, to + U(2), s2)
-            write(out, to + U(3), s3)
+            to = U(row * AT_ONCE + o)
+            write(found, to, s0)
+            write(found, to + U(AT_ONCE), s1)
+            write(found, to + U(2 * AT_ONCE), s2)
+            write(found, to + U(3 * AT_ONCE), s3)
 
 
 @part()
@@ -146,36 +151,53 @@ def _end_tiles() -> None:
 
 @part()
 def _put_tiles(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
-    """In pairs, as tiles want them: the room is [groups of ROWS rows, size / 2, ROWS, 2]."""
-    out, to = halves(room), U(((row // ROWS * size + place) * ROWS) + row % ROWS * 2)
-    for j in range(U(count // 2)):
-        pair = to + j * U(2 * ROWS)
-        write(out, pair, read(x, at + U(2) * j))
-        write(out, pair + U(1), read(x, at + U(2) * j + U(1)))
+    copy(x, at, halves(room), U(row * size + place), U(count))
 
 
 @part()
-def _put_block_tiles(room: Any, padded: Any, place: Any, size: Any, found: Any) -> None:
-    out = halves(room)
-    for group in range(0, padded, ROWS):
-        for o in range(0, OUTPUTS, 2):
-            to, one = U((group // ROWS * size + place + o) * ROWS), U(o * padded + group)
-            other = one + U(padded)
-            for row in range(U(ROWS)):
-                write(out, to + U(2) * row, read(found, one + row))
-                write(out, to + U(2) * row + U(1), read(found, other + row))
+def _multiply_tiles(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
+    """As `_multiply_plain`, of AT_ONCE_BY_TILES outputs. The weights are those of `tiles.in_tiles`."""
+    x, outputs, inputs = halves(room), read(plan, BLOCK_OUTPUTS), read(plan, BLOCK_INPUTS)
+    for row in range(0, read(plan, PADDED), ROWS):
+        _multiply_rows(x, row, weight, output, size, outputs, inputs, found)
 
 
 @part()
-def _multiply_tiles(weight: Any, output: Any, size: Any, room: Any, padded: Any, out: Any) -> None:
-    x = halves(room)
-    for row in range(0, padded, ROWS):
-        zero()
-        for j in range(0, size, DEPTH):
-            load_weights(weight, output * size + j, 2 * size)
-            load_rows(x, row * size + j * ROWS, 4 * ROWS)
-            dot()
-        store(out, row, 4 * padded)
+def _multiply_rows(
+    x: Any, row: Any, weight: Any, output: Any, size: Any, outputs: Any, inputs: Any, found: Any
+) -> None:  # fmt: skip
+    """Of ROWS rows; `outputs` and `inputs` are the sides of a block of weights."""
+    at = output // outputs * outputs * size + output % outputs * 2
+    zero_0()
+    zero_1()
+    for block in range(0, size, inputs):
+        for j in range(0, inputs, DEPTH):
+            load_rows(x, row * size + block + j, 2 * size)
+            load_weights_0(weight, at + j * outputs, 4 * outputs)
+            add_0()
+            load_weights_1(weight, at + j * outputs + 2 * OUTPUTS, 4 * outputs)
+            add_1()
+        at += outputs * inputs
+    store_0(found, row * AT_ONCE_BY_TILES, 4 * AT_ONCE_BY_TILES)
+    store_1(found, row * AT_ONCE_BY_TILES + OUTPUTS, 4 * AT_ONCE_BY_TILES)
+
+
+@loop("int", "x*", "x*", "int", "int", "float32*", "x*", "int", "int", "int")
+def product_of_few(
+    shapes: int, x: Any, weight: Any, outputs: int, inputs: int, found: Any, out: Any, num_rows: int, size: int,
+    num_out: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """out [R, num_out] = x × weightᵀ, of outputs `first` to `last` in blocks of AT_ONCE_BY_TILES; x has ROWS rows.
+
+    found: room for [ROWS, AT_ONCE_BY_TILES].
+    """
+    shape_tiles(shapes)
+    for block in range(first, last):
+        output = block * AT_ONCE_BY_TILES
+        _multiply_rows(x, 0, weight, output, size, outputs, inputs, found)
+        for row in range(num_rows):
+            copy(found, U(row * AT_ONCE_BY_TILES), out, U(row * num_out + output), U(AT_ONCE_BY_TILES))
+    leave_tiles()
 
 
 @part()
@@ -183,16 +205,20 @@ def _score_tiles(
     queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
     scores: Any, to: Any, step: Any,
 ) -> None:  # fmt: skip
-    """As `_score_plain`. room: of queries in pairs of dimensions, then a tile of scores."""
+    """As `_score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores."""
     x, tile = halves(room), floats(room + width * ROWS * 2)
+    for g in range(group):
+        for j in range(0, width, 2):
+            write(x, U(j * ROWS + 2 * g), read(queries, U(g * width + j)))
+            write(x, U(j * ROWS + 2 * g + 1), read(queries, U(g * width + j + 1)))
     for t in range(first, end, ROWS):
         begin = min(t, tokens - ROWS)  # not beyond the segment
-        zero()
+        zero_0()
         for j in range(0, width, DEPTH):
-            load_weights(cache, (start + begin) * width + j, 2 * width)
-            load_rows(x, j * ROWS, 4 * ROWS)
-            dot()
-        store(tile, 0, 4 * ROWS)
+            load_rows(cache, (start + begin) * width + j, 2 * width)
+            load_weights_0(x, j * ROWS, 4 * ROWS)
+            add_0()
+        store_0(tile, 0, 4 * ROWS)
         if begin == t and t + ROWS <= end:
             for g in range(group):
                 at = U(g * step + to + t - first)
@@ -230,29 +256,29 @@ def _put_norm(put: Any, plan: Any, x: Any, weight: Any, eps: Any, room: Any) -> 
 
 @part()
 def _project_heads(
-    multiply: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any, threads: Any
+    multiply: Any, at_once: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any, threads: Any
 ) -> None:
     """Queries, keys and values of all rows, [R, (H + 2 K) W]."""
-    width, padded, head_width = read(plan, WIDTH), read(plan, PADDED), read(plan, HEAD_WIDTH)
+    width, head_width = read(plan, WIDTH), read(plan, HEAD_WIDTH)
     of_q, of_kv = read(plan, HEADS) * head_width, read(plan, KV_HEADS) * head_width
     every = of_q + 2 * of_kv
-    out, blocks = pointer_like(read(plan, QKV), x), every // OUTPUTS
+    out, blocks = pointer_like(read(plan, QKV), x), every // at_once
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-        first = block * OUTPUTS
+        first = block * at_once
         matrix, bias, start = Q, Q_BIAS, 0
         if first >= of_q + of_kv:
             matrix, bias, start = V, V_BIAS, of_q + of_kv
         elif first >= of_q:
             matrix, bias, start = K, K_BIAS, of_q
-        multiply(pointer_like(read(layer, matrix), x), first - start, width, room, padded, found)
-        has_bias = read(layer, bias) != 0
-        added = pointer_like(read(layer, bias), x)
+        multiply(plan, pointer_like(read(layer, matrix), x), first - start, width, room, found)
+        added, of_bias = pointer_like(read(layer, bias), x), U(first - start)
         for row in range(read(plan, NUM_ROWS)):
-            for o in range(OUTPUTS):
-                value = read(found, U(o * padded + row))
-                if has_bias:
-                    value += read(added, U(first - start + o))
-                write(out, U(row * every + first + o), value)
+            to, of = U(row * every + first), U(row * at_once)
+            if read(layer, bias) != 0:
+                for o in range(U(at_once)):
+                    write(out, to + o, read(found, of + o) + read(added, of_bias + o))
+            else:
+                copy(found, of, out, to, U(at_once))
 
 
 @part()
@@ -312,8 +338,6 @@ def _attend_row(put: Any, score: Any, plan: Any, layer: Any, x: Any, eps: Any, o
     value = U(((start + kv_heads + head) * tokens + position % tokens) * width)
     copy(qkv, U(at + (heads + kv_heads + head) * width), cache, value, U(width))
 
-    for g in range(group):
-        put(packed, g, 0, width, queries, U(g * width), width)
     window = read(layer, WINDOW)
     first = max(0, position - window + 1) if window else 0
     for number in range(first // tokens, position // tokens + 1):
@@ -340,47 +364,50 @@ def _attend_row(put: Any, score: Any, plan: Any, layer: Any, x: Any, eps: Any, o
 
 @part()
 def _add_product(
-    multiply: Any, plan: Any, weight: Any, size: Any, room: Any, x: Any, found: Any, thread: Any, threads: Any
-) -> None:
+    multiply: Any, at_once: Any, plan: Any, weight: Any, size: Any, room: Any, x: Any, found: Any, thread: Any,
+    threads: Any,
+) -> None:  # fmt: skip
     """x += a product, each thread its outputs."""
-    width, padded = read(plan, WIDTH), read(plan, PADDED)
-    blocks = width // OUTPUTS
+    width = read(plan, WIDTH)
+    blocks = width // at_once
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-        first = block * OUTPUTS
-        multiply(weight, first, size, room, padded, found)
+        first = block * at_once
+        multiply(plan, weight, first, size, room, found)
         for row in range(read(plan, NUM_ROWS)):
-            at = U(row * width + first)
-            for o in range(OUTPUTS):
-                write(x, at + U(o), read(x, at + U(o)) + rounded(x, read(found, U(o * padded + row))))
+            at, of = U(row * width + first), U(row * at_once)
+            for o in range(U(at_once)):
+                write(x, at + o, read(x, at + o) + rounded(x, read(found, of + o)))
 
 
 @part()
 def _act(
-    put_block: Any, multiply: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any, threads: Any
-) -> None:
+    put: Any, multiply: Any, at_once: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any,
+    threads: Any,
+) -> None:  # fmt: skip
     """silu(gate) × up into their room."""
-    width, padded, inner = read(plan, WIDTH), read(plan, PADDED), read(plan, INNER)
+    width, inner, size = read(plan, WIDTH), read(plan, INNER), at_once * read(plan, PADDED)
     gates, ups = pointer_like(read(layer, GATE), x), pointer_like(read(layer, UP), x)
-    blocks, half = inner // OUTPUTS, OUTPUTS * padded
-    also = floats(read(plan, OWN) + thread * read(plan, OWN_BYTES) + half * 4)
+    blocks = inner // at_once
+    also = floats(read(plan, OWN) + thread * read(plan, OWN_BYTES) + size * 4)
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-        first = block * OUTPUTS
-        multiply(gates, first, width, room, padded, found)
-        multiply(ups, first, width, room, padded, also)
-        for j in range(U(half)):
+        first = block * at_once
+        multiply(plan, gates, first, width, room, found)
+        multiply(plan, ups, first, width, room, also)
+        for j in range(U(read(plan, NUM_ROWS) * at_once)):
             gate, up = rounded(x, read(found, j)), rounded(x, read(also, j))
             write(found, j, rounded(x, gate * sigmoid(gate) * up))
-        put_block(read(plan, ACTED), padded, first, inner, found)
+        for row in range(read(plan, NUM_ROWS)):
+            put(read(plan, ACTED), row, first, inner, found, U(row * at_once), at_once)
 
 
 @part()
 def _answer(
-    start: Any, put: Any, put_block: Any, multiply: Any, score: Any, end: Any, plan: Any, x: Any, eps: Any, thread: Any,
+    start: Any, put: Any, multiply: Any, score: Any, end: Any, at_once: Any, plan: Any, x: Any, eps: Any, thread: Any,
     threads: Any,
 ) -> None:  # fmt: skip
-    """A thread's own room: [2, OUTPUTS, padded] float32 of products, then the normalised rows; or what heads need."""
+    """A thread's own room: [2, padded, at_once] float32 of products, then the normalised rows; or what heads need."""
     own, met = read(plan, OWN) + thread * read(plan, OWN_BYTES), 0
-    found, room = floats(own), own + 2 * OUTPUTS * read(plan, PADDED) * 4
+    found, room = floats(own), own + 2 * at_once * read(plan, PADDED) * 4
     rows = room + read(plan, WIDTH) * 4
     kv_heads, inner = read(plan, KV_HEADS), read(plan, INNER)
     of_heads, num_rows = read(plan, HEADS) * read(plan, HEAD_WIDTH), read(plan, NUM_ROWS)
@@ -389,7 +416,7 @@ def _answer(
     for index in range(read(plan, LAYERS)):
         layer = words(read(plan, TABLE) + index * len(TABLE_ROW) * 8)
         _put_norm(put, plan, x, pointer_like(read(layer, INPUT_NORM), x), eps, room)
-        _project_heads(multiply, plan, layer, x, rows, found, thread, threads)
+        _project_heads(multiply, at_once, plan, layer, x, rows, found, thread, threads)
         met += threads
         _meet(plan, met)
         for pair in range(pairs * thread // threads, pairs * (thread + 1) // threads):
@@ -398,15 +425,15 @@ def _answer(
         met += threads
         _meet(plan, met)
         out = pointer_like(read(layer, OUT), x)
-        _add_product(multiply, plan, out, of_heads, read(plan, ATTENDED), x, found, thread, threads)
+        _add_product(multiply, at_once, plan, out, of_heads, read(plan, ATTENDED), x, found, thread, threads)
         met += threads
         _meet(plan, met)
         _put_norm(put, plan, x, pointer_like(read(layer, MLP_NORM), x), eps, room)
-        _act(put_block, multiply, plan, layer, x, rows, found, thread, threads)
+        _act(put, multiply, at_once, plan, layer, x, rows, found, thread, threads)
         met += threads
         _meet(plan, met)
         down = pointer_like(read(layer, DOWN), x)
-        _add_product(multiply, plan, down, inner, read(plan, ACTED), x, found, thread, threads)
+        _add_product(multiply, at_once, plan, down, inner, read(plan, ACTED), x, found, thread, threads)
         met += threads
         _meet(plan, met)
     end()
@@ -415,14 +442,12 @@ def _answer(
 @loop("int64*", "x*", "float")
 def answer(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
     """x [R, D] through all layers, in place. `first` is the thread's number, `last` how many there are."""
-    _answer(
-        _start_plain, _put_plain, _put_block_plain, _multiply_plain, _score_plain, _end_plain, plan, x, eps, first, last
-    )
+    _answer(_start_plain, _put_plain, _multiply_plain, _score_plain, _end_plain, AT_ONCE, plan, x, eps, first, last)
 
 
 @loop("int64*", "x*", "float")
 def answer_by_tiles(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
-    """As `answer`, for bfloat16 and matrices whose sides are multiples of a tile's."""
+    """As `answer`, for bfloat16 and matrices whose sides are multiples of AT_ONCE_BY_TILES."""
     _answer(
-        _start_tiles, _put_tiles, _put_block_tiles, _multiply_tiles, _score_tiles, _end_tiles, plan, x, eps, first, last
+        _start_tiles, _put_tiles, _multiply_tiles, _score_tiles, _end_tiles, AT_ONCE_BY_TILES, plan, x, eps, first, last
     )

@@ -48,7 +48,8 @@ def sigmoid(x: Any) -> Any:
 
 @part()
 def largest_of(x: Any, begin: Any, count: Any) -> Any:
-    """As integers in the order of the floats, which can be compared in lanes; what is no number is the largest."""
+    """As integers in the order of the floats, which can be compared in lanes; what is no number is
+    the largest, or the least where its sign is set."""
     most = np.int32(-2147483648)
     for j in range(count):
         bits = as_int(read(x, begin + j))

@@ -16,8 +16,9 @@ from typing import Any
 
 import numba
 import torch
+from torch.nn import functional
 
-from model_foundry.models import choice_loops, cpu_loops
+from model_foundry.models import answer_loops, choice_loops, cpu_loops, tiles
 from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
 
 MIN_SHARE_ELEMENTS = 32_768
@@ -28,6 +29,7 @@ Rope = Sequence[torch.Tensor]
 Call = Callable[..., None]
 _pools: dict[int, ThreadPoolExecutor] = {}
 _making_pool, _all_threads = threading.Lock(), threading.Lock()
+_NOBODY_IS_AWAITED = 2**62
 
 
 def fits(*tensors: torch.Tensor) -> bool:
@@ -250,14 +252,14 @@ def score_gradient_(
 def choose_tokens(
     logits: torch.Tensor, temperatures: Sequence[float], draws: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token of each row of contiguous [R, V], int64 [R], and its log-probability at temperature 1, float32 [R].
+    """The next token of each row of contiguous [R, V], int64 [R], and its log-probability, float32 [R].
 
     Args:
-        temperatures: of each row; 0 takes the likeliest.
+        temperatures: of each row; 0 takes the likeliest. Log-probabilities are those of temperature 1.
         draws: in [0, 1), by which the others are chosen.
     """
     num_rows, width = logits.shape
-    sharpness = torch.tensor([1 / each if each else 0.0 for each in temperatures], dtype=torch.float32)
+    sharpness = torch.tensor([max(1 / each, 1e-37) if each else 0.0 for each in temperatures], dtype=torch.float32)
     luck, tokens = torch.tensor(draws, dtype=torch.float32), torch.empty(num_rows, dtype=torch.int64)
     logprobs = torch.empty(num_rows, dtype=torch.float32)
     _with_room(
@@ -266,6 +268,23 @@ def choose_tokens(
         (tokens.data_ptr(), logprobs.data_ptr(), width),
     )  # fmt: skip
     return tokens, logprobs
+
+
+def product_of_few(x: torch.Tensor, weight: int, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+    """x [R, in] × weightᵀ [R, out] in bfloat16, R ≤ `tiles.ROWS`, by tiles.
+
+    Args:
+        weight: the address of `tiles.in_tiles`, whose blocks have `block` outputs and inputs.
+        shape: of the weight, (out, in); out is a multiple of `answer_loops.AT_ONCE_BY_TILES`.
+    """
+    (num_rows, size), num_out, at_once = x.shape, shape[0], answer_loops.AT_ONCE_BY_TILES
+    rows = functional.pad(x, (0, 0, 0, tiles.ROWS - num_rows)).contiguous()
+    out, shapes = torch.empty(num_rows, num_out, dtype=x.dtype), torch.from_numpy(tiles.tile_shapes())
+    _with_room(
+        answer_loops.product_of_few.of(_TYPES[x.dtype]), num_out // at_once, size * at_once, tiles.ROWS * at_once,
+        (shapes.data_ptr(), rows.data_ptr(), weight, *block), (out.data_ptr(), num_rows, size, num_out),
+    )  # fmt: skip
+    return out
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -312,14 +331,29 @@ def _spans(num_rows: int, row_elements: int) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def run_together(loop: CompiledLoop, x: torch.Tensor, *fixed: Any) -> None:
-    """A loop for x's type on all threads, (*fixed, its number, how many there are): they wait for each other.
+def run_together(
+    loop: CompiledLoop, x: torch.Tensor, fixed: tuple[Any, ...], *, counter: torch.Tensor, num_threads: int
+) -> None:
+    """A loop for x's type on so many threads, (*fixed, its number, how many there are).
 
-    One such call at a time: threads of two could wait for those that the other keeps from starting.
+    They wait for each other by a counter, int64. One such call at a time: threads of two could wait for those that the
+    other keeps from starting.
     """
-    call, number = loop.of(_TYPES[x.dtype]), torch.get_num_threads()
+    call = loop.of(_TYPES[x.dtype])
     with _all_threads:
-        _run(call, [(*fixed, thread, number) for thread in range(number)])
+        counter.zero_()
+        futures: list[Future[None]] = []
+        try:
+            for thread in range(1, num_threads):
+                futures.append(_pool(num_threads - 1).submit(call, *fixed, thread, num_threads))
+            call(*fixed, 0, num_threads)
+        except BaseException:
+            counter.fill_(_NOBODY_IS_AWAITED)
+            raise
+        finally:
+            _wait_for_all(futures)
+        for future in futures:
+            future.result()
 
 
 def _run(call: Call, calls: list[tuple[Any, ...]]) -> None:
@@ -329,7 +363,8 @@ def _run(call: Call, calls: list[tuple[Any, ...]]) -> None:
         return
     futures: list[Future[None]] = []
     try:
-        futures += [_pool().submit(call, *arguments) for arguments in calls[1:]]
+        for arguments in calls[1:]:
+            futures.append(_pool(torch.get_num_threads() - 1).submit(call, *arguments))
         call(*calls[0])
     finally:
         _wait_for_all(futures)
@@ -349,12 +384,19 @@ def _wait_for_all(futures: list[Future[None]]) -> None:
         raise interrupt
 
 
-def _pool() -> ThreadPoolExecutor:
-    """As many threads as torch has beside the caller's, started when they are first needed."""
-    number = torch.get_num_threads() - 1
+def _pool(number: int) -> ThreadPoolExecutor:
+    """So many threads, which have all been started: a loop that waits for one that cannot start would wait for ever."""
     with _making_pool:
         if number not in _pools:
-            _pools[number] = ThreadPoolExecutor(number, thread_name_prefix="rows")
+            pool, started = ThreadPoolExecutor(number, thread_name_prefix="rows"), threading.Barrier(number)
+            try:
+                for future in [pool.submit(started.wait) for _ in range(number)]:
+                    future.result()
+            except BaseException:
+                started.abort()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            _pools[number] = pool
         return _pools[number]
 
 

@@ -204,8 +204,9 @@ def _add_weighted(blocks: int) -> Any:
 
 
 add_weighted, add_weighted_wide = _add_weighted(1), _add_weighted(4)
-"""sums[to + q size + l] += Σ_t weights[at + q step + t] × rows[first + t size + l], t < count, for TOGETHER q and LANES l,
-or four times as many. The sums stay in registers."""
+"""sums[to + q size + l] += Σ_t weights[at + q step + t] × rows[first + t size + l], t < count.
+
+Of TOGETHER q, and of LANES l or four times as many. The sums stay in registers."""
 
 
 def _function(builder: Any, name: str, result: Any, args: Any) -> Any:

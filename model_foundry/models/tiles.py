@@ -1,7 +1,7 @@
 """Products of bfloat16 tiles, where a processor multiplies them in one instruction (Intel's AMX, 2023).
 
-A tile is 16 rows of 64 bytes. `dot` adds to tile 0, [16 outputs, 16 rows] float32, the product of tile 1, 16 outputs'
-weights for 32 inputs, and tile 2, those inputs of 16 rows in pairs.
+A tile is 16 rows of 64 bytes. A product adds to a tile of [16 rows, 16 outputs] float32 that of a tile of 16 rows of 32
+inputs, and one of 16 outputs' weights for those inputs, in pairs: [input / 2, output, 2].
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import platform
 import sys
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 
 from model_foundry.models.primitives import primitive
 
-ROWS, DEPTH = 16, 32
-"""Rows and outputs of a tile, and inputs."""
+ROWS, OUTPUTS, DEPTH = 16, 16, 32
+"""Rows, outputs and inputs of a tile."""
 _BYTE, _WORD, _VOID = ir.IntType(8), ir.IntType(64), ir.VoidType()
 _TEXT = _BYTE.as_pointer()
-_NEEDED = ("amx-tile", "amx-bf16")
+_NEEDED = ("+amx-tile", "+amx-bf16")
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
 
 
@@ -32,8 +33,9 @@ def have_tiles() -> bool:
     """Whether this processor has them and the system lets this process use them, which has to be asked for once."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    features = llvmlite.binding.get_host_cpu_features()
-    if not all(features.get(name) for name in _NEEDED):
+    context: Any = cpu_target.target_context
+    _, _, features = context.codegen().magic_tuple()  # of what is compiled for, which may be less than this machine
+    if not set(_NEEDED) <= set(features.split(",")):
         return False
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
 
@@ -42,7 +44,7 @@ def tile_shapes() -> np.ndarray:
     """uint8 [64]: what `shape_tiles` is to be shown."""
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
-    shapes[16:22:2], shapes[48:51] = 64, ROWS
+    shapes[16:26:2], shapes[48:53] = 64, ROWS
     return shapes
 
 
@@ -71,17 +73,11 @@ def leave_tiles(typing: Any) -> Any:
     return types.void(), lambda context, builder, signature, args: _do(context, builder, "tilerelease")
 
 
-@primitive
-def zero(typing: Any) -> Any:
-    """Tile 0."""
-    return types.void(), lambda context, builder, signature, args: _do(context, builder, "tilezero", _tile(0))
+def _each(name: str, *tiles: int) -> Any:
+    def act(typing: Any) -> Any:
+        return types.void(), lambda context, builder, signature, args: _do(context, builder, name, *map(_tile, tiles))
 
-
-@primitive
-def dot(typing: Any) -> Any:
-    return types.void(), lambda context, builder, signature, args: _do(
-        context, builder, "tdpbf16ps", _tile(0), _tile(1), _tile(2)
-    )
+    return primitive(act)
 
 
 def _moved(name: str, number: int) -> Any:
@@ -95,5 +91,18 @@ def _moved(name: str, number: int) -> Any:
     return primitive(move)
 
 
-load_weights, load_rows, store = _moved("tileloadd64", 1), _moved("tileloadd64", 2), _moved("tilestored64", 0)
-"""(pointer, place, bytes from one row of the tile to the next): into tiles 1 and 2, and tile 0 out."""
+zero_0, zero_1 = (_each("tilezero", number) for number in (0, 1))
+"""Sums 0 and 1 are tiles 0 and 1; rows are tile 2, and weights 0 and 1 tiles 3 and 4."""
+add_0, add_1 = _each("tdpbf16ps", 0, 2, 3), _each("tdpbf16ps", 1, 2, 4)
+"""To a sum the product of the rows and those weights."""
+load_rows, load_weights_0, load_weights_1 = (_moved("tileloadd64", number) for number in (2, 3, 4))
+store_0, store_1 = (_moved("tilestored64", number) for number in (0, 1))
+"""(pointer, place, bytes from one row of the tile to the next)."""
+
+
+def in_tiles(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """bfloat16 [out, in] as blocks of so many outputs and inputs, in pairs of inputs: from a block every tile is read,
+    and blocks lie one after the other. [out / outputs, in / inputs, inputs / 2, outputs, 2]."""
+    num_out, num_in = weight.shape
+    blocks = weight.view(num_out // outputs, outputs, num_in // inputs, inputs // 2, 2)
+    return blocks.permute(0, 2, 3, 1, 4).contiguous()

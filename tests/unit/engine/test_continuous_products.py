@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model_foundry.engine.continuous_products import Product, cancelling_rows, check_places
+from model_foundry.engine.continuous_products import (
+    Product,
+    blocks_together,
+    cancelling_rows,
+    check_places,
+    find_tiles,
+)
 from model_foundry.errors import EngineError
+from model_foundry.models.tiles import have_tiles, in_tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,3 +57,43 @@ def test_rows_whose_terms_cancel_tell_every_order_of_summation(dtype: torch.dtyp
         return total
 
     assert (summed(range(96)) != summed(reversed(range(96)))).sum() >= 14
+
+
+def test_blocks_are_put_together_where_their_bits_stay() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 24), torch.randn(4 * 8, 24)
+
+    def by_rows(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([functional.linear(row[None], weight) for row in rows])
+
+    assert blocks_together(by_rows, x, 8) == {1, 2, 3, 4}
+    assert blocks_together(lambda rows: by_rows(rows) * (1 + 1e-6 * (len(rows) > 16)), x, 8) == {1, 2}
+    # In the first place alike, in others not.
+    uneven = torch.cat([torch.ones(8), torch.full((24,), 1 + 1e-6)])
+    assert blocks_together(lambda rows: by_rows(rows) * uneven[: len(rows), None], x, 8) == {1}
+
+
+def test_the_layout_of_tiles() -> None:
+    """[out / 4, in / 6, 3 pairs, 4 outputs, 2]."""
+    weight = torch.arange(8 * 12).view(8, 12)
+    tiles = in_tiles(weight, 4, 6)
+    assert tiles.shape == (2, 2, 3, 4, 2)
+    for output in range(8):
+        for place in range(12):
+            found = tiles[output // 4, place // 6, place % 6 // 2, output % 4, place % 2]
+            assert found == weight[output, place]
+
+
+@pytest.mark.skipif(not have_tiles(), reason="this processor multiplies no tiles")
+def test_an_order_of_the_weight_is_compared_before_tiles_are_read_from_it() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128, dtype=torch.bfloat16)
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+    found = find_tiles(weight, ordered)
+    assert found is not None
+    assert (found.outputs % 32, found.inputs % 32) == (0, 0)
+    other = weight.clone()
+    other[63, 127] += 1
+    assert find_tiles(other, ordered) is None
+    assert find_tiles(weight[:32], ordered) is None
+    assert Product(torch.randn(40, 24, dtype=torch.bfloat16)).tiles is None
