@@ -325,11 +325,11 @@ class ContinuousBatch:
 
     def _continue(self, answering: Sequence[_Sequence]) -> None:
         """Append each one's last token and keep the hidden state after it."""
-        if self._decoder.answers is not None:
-            # Rows of adapters go another way, and whose company an answer has must not choose its way.
-            plain = [sequence for sequence in answering if sequence.adapter is None]
-            self._append(plain)
-            answering = [sequence for sequence in answering if sequence.adapter is not None]
+        if (loop := self._decoder.answers) is not None:
+            # Rows of some adapters go another way, and whose company an answer has must not choose its way.
+            taken = [sequence.adapter is None or loop.takes(sequence.adapter) for sequence in answering]
+            self._append([sequence for sequence, is_taken in zip(answering, taken, strict=True) if is_taken])
+            answering = [sequence for sequence, is_taken in zip(answering, taken, strict=True) if not is_taken]
         self._append(answering)
 
     def _append(self, answering: Sequence[_Sequence]) -> None:

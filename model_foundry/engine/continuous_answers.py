@@ -1,6 +1,6 @@
 """Answers' tokens through all layers at once, by the compiled loop of `models.answer_loops`.
 
-It knows a decoder's weights and where keys and values are kept. It does not know sequences, prompts or adapters.
+It knows a decoder's weights and where keys and values are kept. It does not know sequences or prompts.
 """
 
 from __future__ import annotations
@@ -8,19 +8,35 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from model_foundry.engine.continuous_adapters import ServedAdapter
 from model_foundry.engine.continuous_products import Product
 from model_foundry.models import answer_loops, fused
 from model_foundry.models.answer_loops import AT_ONCE, AT_ONCE_BY_TILES, PLAN, TABLE_ROW
+from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.decoder import Decoder
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import GatedMLP
 from model_foundry.models.packing import PackedLinear
 from model_foundry.models.primitives import LANES, TOGETHER
 from model_foundry.models.tiles import DEPTH, ROWS, tile_shapes
+
+_NAMES = (
+    *(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)  # fmt: skip
+"""Of `answer_loops.PROJECTIONS`, in a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    num_rows: int
+    padded: int
+    most_keys: int
+    most_rank: int
 
 
 class AnswerLoop:
@@ -49,6 +65,7 @@ class AnswerLoop:
         self._weights = [each.detach() for each in decoder.layers.parameters()]  # as long as their addresses
         self._table = torch.tensor(rows)
         self._group = config.num_attention_heads // self._num_kv
+        self._adapters: dict[int, torch.Tensor] = {}
         self._counter = torch.zeros(8, dtype=torch.int64)
         self._shapes = torch.from_numpy(tile_shapes())
         self._room = torch.zeros(0, dtype=torch.float32)
@@ -73,7 +90,14 @@ class AnswerLoop:
             and all(_fits(layer, decoder.compute_dtype) for layer in decoder.layers)
         )
 
-    def run(self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> None:
+    def takes(self, adapter: ServedAdapter) -> bool:
+        """Whether it does what this adapter does: to the head others do it, and DoRA it does not."""
+        return all(part.gain is None or name == HEAD_LAYER for name, part in adapter.parts.items())
+
+    def run(
+        self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor,
+        adapters: Sequence[ServedAdapter | None] | None = None,
+    ) -> None:  # fmt: skip
         """One token of each row through all layers, in place; its keys and values are kept.
 
         Args:
@@ -89,12 +113,19 @@ class AnswerLoop:
         fused.check_within(positions, min(len(self._tables[0]), segments.shape[1] * segment_tokens))
         looked_at = torch.arange(segments.shape[1]) <= (positions // segment_tokens)[:, None]
         fused.check_within(segments[looked_at], self._cache[0].shape[0])
+        adapters = adapters or [None] * num_rows
+        # Of those in use alone: a table must not outlive what it points to.
+        self._adapters = {each.number: self._table_of(each) for each in adapters if each is not None}
+        owned = torch.tensor([0 if each is None else self._adapters[each.number].data_ptr() for each in adapters])
+        ranks = [int(table[:, :, 2].max()) for table in self._adapters.values()]
         step = ROWS if self.by_tiles else 4
-        padded, most_keys = -(-num_rows // step) * step, int(positions.max()) + 1
-        plan = dict(self._sizes)
-        plan |= self._rooms(num_rows, padded, -(-most_keys // 256) * 256, num_threads)
+        sizes = _Sizes(
+            num_rows, -(-num_rows // step) * step, -(-(int(positions.max()) + 1) // 256) * 256, max(ranks, default=0)
+        )
+        plan = {**self._sizes, **self._rooms(sizes, num_threads)}
         plan |= {
-            "rows": num_rows, "padded_rows": padded, "max_segments": segments.shape[1],
+            "rows": num_rows, "padded_rows": sizes.padded, "max_segments": segments.shape[1],
+            "adapters": owned.data_ptr(), "most_rank": sizes.most_rank,
             "positions": positions.data_ptr(), "segments": segments.data_ptr(),
         }  # fmt: skip
         numbers = torch.tensor([plan[name] for name in PLAN])
@@ -103,24 +134,37 @@ class AnswerLoop:
             loop, x, (numbers.data_ptr(), x.data_ptr(), self._eps), counter=self._counter, num_threads=num_threads
         )
 
-    def _rooms(self, num_rows: int, padded: int, most_keys: int, num_threads: int) -> dict[str, int]:
+    def _table_of(self, adapter: ServedAdapter) -> torch.Tensor:
+        """int64 [layers, projections, 3], see `answer_loops.PROJECTIONS`."""
+        if (known := self._adapters.get(adapter.number)) is not None:
+            return known
+        rows = []
+        for index in range(self._sizes["layers"]):
+            for name in _NAMES:
+                part = adapter.parts.get(f"model.layers.{index}.{name}")
+                rows.append((0, 0, 0) if part is None else (part.down.data_ptr(), part.up.data_ptr(), len(part.down)))
+        return torch.tensor(rows).view(self._sizes["layers"], len(_NAMES), 3)
+
+    def _rooms(self, sizes: _Sizes, num_threads: int) -> dict[str, int]:
         """Where threads put what they make, in one stretch of memory that is kept; sizes in float32, on lines of 64
         bytes."""
         of_heads = self._num_kv * self._group * self._width
-        sizes = {
+        num_rows, padded, most_keys = sizes.num_rows, sizes.padded, sizes.most_keys
+        shared = {
             "qkv": num_rows * (of_heads + 2 * self._num_kv * self._width),
             "attended": padded * of_heads,
             "acted": padded * self._sizes["inner"],
         }
-        for_products = 2 * self._at_once * padded + (1 + padded) * self._sizes["width"]
+        for_adapters = _lines(3 * num_rows * sizes.most_rank)
+        for_products = 2 * self._at_once * padded + for_adapters + (1 + padded) * self._sizes["width"]
         queries = -(-self._group // TOGETHER) * TOGETHER
         for_heads = 2 * queries * self._width + ROWS * (self._width + ROWS) + queries * most_keys
         own = _lines(max(for_products, for_heads))
-        needed = sum(map(_lines, sizes.values())) + own * num_threads + 16
+        needed = sum(map(_lines, shared.values())) + own * num_threads + 16
         if len(self._room) < needed:
             self._room = torch.zeros(needed, dtype=torch.float32)
         place, rooms = -(-self._room.data_ptr() // 64) * 64, {}
-        for name, size in sizes.items():
+        for name, size in shared.items():
             rooms[name] = place
             place += _lines(size) * 4
         return {**rooms, "own": place, "own_bytes": own * 4, "most_keys": most_keys}

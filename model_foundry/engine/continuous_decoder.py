@@ -269,7 +269,8 @@ class BatchedDecoder:
         for span in work.spans:
             if span.position % SEGMENT_TOKENS == 0:
                 self._clear(span.segments[span.position // SEGMENT_TOKENS])
-        if self.answers is not None and work.spans[0].num_rows == 1 and not any(work.adapted):
+        adapters = {adapter.number: adapter for adapted in work.adapted for adapter, _ in adapted}
+        if work.spans[0].num_rows == 1 and self.answers and all(map(self.answers.takes, adapters.values())):
             return self._answer(work, self.answers)
         xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
         pieces = list(zip(range(0, len(work.tokens), work.piece_rows), work.adapted, strict=True))
@@ -295,13 +296,20 @@ class BatchedDecoder:
         return torch.cat(ends) if len(ends) > 1 else ends[0]
 
     def _answer(self, work: Pass, answers: AnswerLoop) -> torch.Tensor:
-        """As `run`, of rows that have no adapter: [spans, D]."""
+        """As `run`, of rows whose adapters the loop takes: [spans, D]."""
         rows = [span.first_row for span in work.spans]
         x, positions = self.decoder.embed(work.tokens[rows]), work.positions[rows].contiguous()
         segments = torch.full((len(rows), max(len(span.segments) for span in work.spans)), -1)
         for row, span in enumerate(work.spans):
             segments[row, : len(span.segments)] = torch.tensor(span.segments)
-        answers.run(x, positions, segments)
+        owners: list[ServedAdapter | None] = [None] * len(work.tokens)
+        for piece, adapted in enumerate(work.adapted):
+            first = piece * work.piece_rows
+            for adapter, mask in adapted:
+                for row in range(first, min(first + work.piece_rows, len(owners))):
+                    if mask is None or bool(mask[row - first]):
+                        owners[row] = adapter
+        answers.run(x, positions, segments, [owners[row] for row in rows])
         return x
 
     @torch.inference_mode()

@@ -59,12 +59,13 @@ PLAN = (
     "layers", "width", "heads", "kv_heads", "head_width", "inner", "rows", "padded_rows", "segment_tokens",
     "max_segments", "table", "positions", "segments", "cos", "sin", "qkv", "attended", "acted", "own", "own_bytes",
     "most_keys", "counter", "give_way", "tile_shapes", "block_outputs", "block_inputs",
+    "adapters", "most_rank",
 )  # fmt: skip
 """What the int64 of a plan are: sizes, and addresses. `own` is the first thread's room, `own_bytes` to the next's."""
 (
     LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, INNER, NUM_ROWS, PADDED, SEGMENT_TOKENS, MAX_SEGMENTS, TABLE, POSITIONS,
     SEGMENTS, COS, SIN, QKV, ATTENDED, ACTED, OWN, OWN_BYTES, MOST_KEYS, COUNTER, GIVE_WAY, TILE_SHAPES, BLOCK_OUTPUTS,
-    BLOCK_INPUTS,
+    BLOCK_INPUTS, ADAPTERS, MOST_RANK,
 ) = range(len(PLAN))  # fmt: skip
 
 TABLE_ROW = (
@@ -77,6 +78,11 @@ TABLE_ROW = (
 ) = range(len(TABLE_ROW))  # fmt: skip
 
 
+PROJECTIONS = ("q", "k", "v", "out", "gate", "up", "down")
+"""What an adapter may change; of each its table has (address of down [r, in], of up [out, r], r), r 0 for none."""
+OF_Q, OF_K, OF_V, OF_OUT, OF_GATE, OF_UP, OF_DOWN = range(len(PROJECTIONS))
+
+
 @part()
 def _start_plain(plan: Any) -> None:
     pass
@@ -85,6 +91,11 @@ def _start_plain(plan: Any) -> None:
 @part()
 def _end_plain() -> None:
     pass
+
+
+@part()
+def _numbers_plain(room: Any) -> Any:
+    return floats(room)
 
 
 @part()
@@ -147,6 +158,11 @@ def _start_tiles(plan: Any) -> None:
 @part()
 def _end_tiles() -> None:
     leave_tiles()
+
+
+@part()
+def _numbers_tiles(room: Any) -> Any:
+    return halves(room)
 
 
 @part()
@@ -255,22 +271,71 @@ def _put_norm(put: Any, plan: Any, x: Any, weight: Any, eps: Any, room: Any) -> 
 
 
 @part()
+def _change(plan: Any, index: Any, which: Any, row: Any) -> Any:
+    """Where the table of a row's adapter has what it changes of a layer; 0 where that is nothing."""
+    table = read(words(read(plan, ADAPTERS)), row)
+    if table == 0:
+        return 0
+    place = table + (index * len(PROJECTIONS) + which) * 3 * 8
+    return place if read(words(place), 2) != 0 else 0
+
+
+@part()
+def _go_down(numbers: Any, plan: Any, index: Any, which: Any, x: Any, room: Any, size: Any, low: Any) -> None:
+    """low [R, most_rank] float32 = rows in the room × down, of rows whose adapter changes this projection; each thread
+    for itself."""
+    rows, most = numbers(room), read(plan, MOST_RANK)
+    for row in range(read(plan, NUM_ROWS)):
+        place = _change(plan, index, which, row)
+        if place != 0:
+            down, at = pointer_like(read(words(place), 0), x), U(row * size)
+            for k in range(read(words(place), 2)):
+                total, of = np.float32(0.0), U(k * size)
+                for j in range(U(size)):
+                    total += read(rows, at + j) * read(down, of + j)
+                write(low, U(row * most + k), rounded(x, total))
+
+
+@part()
+def _add_up(
+    plan: Any, index: Any, which: Any, x: Any, low: Any, output: Any, at_once: Any, found: Any
+) -> None:  # fmt: skip
+    """found += low × up, of outputs from `output` on."""
+    most = read(plan, MOST_RANK)
+    for row in range(read(plan, NUM_ROWS)):
+        place = _change(plan, index, which, row)
+        if place != 0:
+            rank, up = read(words(place), 2), pointer_like(read(words(place), 1), x)
+            for o in range(at_once):
+                total, of, to = np.float32(0.0), U((output + o) * rank), U(row * at_once + o)
+                for k in range(U(rank)):
+                    total += read(low, U(row * most) + k) * read(up, of + k)
+                write(found, to, read(found, to) + rounded(x, total))
+
+
+@part()
 def _project_heads(
-    multiply: Any, at_once: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any, threads: Any
-) -> None:
+    multiply: Any, numbers: Any, at_once: Any, plan: Any, index: Any, layer: Any, x: Any, room: Any, found: Any,
+    low: Any, thread: Any, threads: Any,
+) -> None:  # fmt: skip
     """Queries, keys and values of all rows, [R, (H + 2 K) W]."""
+    step = read(plan, NUM_ROWS) * read(plan, MOST_RANK) * 4
+    for which in range(OF_Q, OF_V + 1):
+        _go_down(numbers, plan, index, which, x, room, read(plan, WIDTH), floats(low + which * step))
     width, head_width = read(plan, WIDTH), read(plan, HEAD_WIDTH)
     of_q, of_kv = read(plan, HEADS) * head_width, read(plan, KV_HEADS) * head_width
     every = of_q + 2 * of_kv
     out, blocks = pointer_like(read(plan, QKV), x), every // at_once
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
         first = block * at_once
-        matrix, bias, start = Q, Q_BIAS, 0
+        which, start = OF_Q, 0
         if first >= of_q + of_kv:
-            matrix, bias, start = V, V_BIAS, of_q + of_kv
+            which, start = OF_V, of_q + of_kv
         elif first >= of_q:
-            matrix, bias, start = K, K_BIAS, of_q
-        multiply(plan, pointer_like(read(layer, matrix), x), first - start, width, room, found)
+            which, start = OF_K, of_q
+        bias = Q_BIAS + which
+        multiply(plan, pointer_like(read(layer, Q + which), x), first - start, width, room, found)
+        _add_up(plan, index, which, x, floats(low + which * step), first - start, at_once, found)
         added, of_bias = pointer_like(read(layer, bias), x), U(first - start)
         for row in range(read(plan, NUM_ROWS)):
             to, of = U(row * every + first), U(row * at_once)
@@ -364,15 +429,17 @@ def _attend_row(put: Any, score: Any, plan: Any, layer: Any, x: Any, eps: Any, o
 
 @part()
 def _add_product(
-    multiply: Any, at_once: Any, plan: Any, weight: Any, size: Any, room: Any, x: Any, found: Any, thread: Any,
-    threads: Any,
+    multiply: Any, numbers: Any, at_once: Any, plan: Any, index: Any, which: Any, weight: Any, size: Any, room: Any,
+    x: Any, found: Any, low: Any, thread: Any, threads: Any,
 ) -> None:  # fmt: skip
     """x += a product, each thread its outputs."""
     width = read(plan, WIDTH)
+    _go_down(numbers, plan, index, which, x, room, size, floats(low))
     blocks = width // at_once
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
         first = block * at_once
         multiply(plan, weight, first, size, room, found)
+        _add_up(plan, index, which, x, floats(low), first, at_once, found)
         for row in range(read(plan, NUM_ROWS)):
             at, of = U(row * width + first), U(row * at_once)
             for o in range(U(at_once)):
@@ -381,10 +448,13 @@ def _add_product(
 
 @part()
 def _act(
-    put: Any, multiply: Any, at_once: Any, plan: Any, layer: Any, x: Any, room: Any, found: Any, thread: Any,
-    threads: Any,
+    put: Any, multiply: Any, numbers: Any, at_once: Any, plan: Any, index: Any, layer: Any, x: Any, room: Any,
+    found: Any, low: Any, thread: Any, threads: Any,
 ) -> None:  # fmt: skip
     """silu(gate) × up into their room."""
+    of_up = low + read(plan, NUM_ROWS) * read(plan, MOST_RANK) * 4
+    _go_down(numbers, plan, index, OF_GATE, x, room, read(plan, WIDTH), floats(low))
+    _go_down(numbers, plan, index, OF_UP, x, room, read(plan, WIDTH), floats(of_up))
     width, inner, size = read(plan, WIDTH), read(plan, INNER), at_once * read(plan, PADDED)
     gates, ups = pointer_like(read(layer, GATE), x), pointer_like(read(layer, UP), x)
     blocks = inner // at_once
@@ -392,7 +462,9 @@ def _act(
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
         first = block * at_once
         multiply(plan, gates, first, width, room, found)
+        _add_up(plan, index, OF_GATE, x, floats(low), first, at_once, found)
         multiply(plan, ups, first, width, room, also)
+        _add_up(plan, index, OF_UP, x, floats(of_up), first, at_once, also)
         for j in range(U(read(plan, NUM_ROWS) * at_once)):
             gate, up = rounded(x, read(found, j)), rounded(x, read(also, j))
             write(found, j, rounded(x, gate * sigmoid(gate) * up))
@@ -402,21 +474,22 @@ def _act(
 
 @part()
 def _answer(
-    start: Any, put: Any, multiply: Any, score: Any, end: Any, at_once: Any, plan: Any, x: Any, eps: Any, thread: Any,
-    threads: Any,
+    start: Any, numbers: Any, put: Any, multiply: Any, score: Any, end: Any, at_once: Any, plan: Any, x: Any, eps: Any,
+    thread: Any, threads: Any,
 ) -> None:  # fmt: skip
-    """A thread's own room: [2, padded, at_once] float32 of products, then the normalised rows; or what heads need."""
-    own, met = read(plan, OWN) + thread * read(plan, OWN_BYTES), 0
-    found, room = floats(own), own + 2 * at_once * read(plan, PADDED) * 4
+    """A thread's own room: [2, padded, at_once] float32 of products, [3, R, most_rank] of adapters, a row, then the
+    normalised rows; or what heads need."""
+    own, met, num_rows = read(plan, OWN) + thread * read(plan, OWN_BYTES), 0, read(plan, NUM_ROWS)
+    found, low = floats(own), own + 2 * at_once * read(plan, PADDED) * 4
+    room = low + (3 * num_rows * read(plan, MOST_RANK) + 15) // 16 * 64
     rows = room + read(plan, WIDTH) * 4
-    kv_heads, inner = read(plan, KV_HEADS), read(plan, INNER)
-    of_heads, num_rows = read(plan, HEADS) * read(plan, HEAD_WIDTH), read(plan, NUM_ROWS)
+    kv_heads, inner, of_heads = read(plan, KV_HEADS), read(plan, INNER), read(plan, HEADS) * read(plan, HEAD_WIDTH)
     pairs = num_rows * kv_heads
     start(plan)
     for index in range(read(plan, LAYERS)):
         layer = words(read(plan, TABLE) + index * len(TABLE_ROW) * 8)
         _put_norm(put, plan, x, pointer_like(read(layer, INPUT_NORM), x), eps, room)
-        _project_heads(multiply, at_once, plan, layer, x, rows, found, thread, threads)
+        _project_heads(multiply, numbers, at_once, plan, index, layer, x, rows, found, low, thread, threads)
         met += threads
         _meet(plan, met)
         for pair in range(pairs * thread // threads, pairs * (thread + 1) // threads):
@@ -424,16 +497,20 @@ def _answer(
             _attend_row(put, score, plan, layer, x, eps, own, pair % num_rows, pair // num_rows)
         met += threads
         _meet(plan, met)
-        out = pointer_like(read(layer, OUT), x)
-        _add_product(multiply, at_once, plan, out, of_heads, read(plan, ATTENDED), x, found, thread, threads)
+        weight, attended = pointer_like(read(layer, OUT), x), read(plan, ATTENDED)
+        _add_product(
+            multiply, numbers, at_once, plan, index, OF_OUT, weight, of_heads, attended, x, found, low, thread, threads
+        )
         met += threads
         _meet(plan, met)
         _put_norm(put, plan, x, pointer_like(read(layer, MLP_NORM), x), eps, room)
-        _act(put, multiply, at_once, plan, layer, x, rows, found, thread, threads)
+        _act(put, multiply, numbers, at_once, plan, index, layer, x, rows, found, low, thread, threads)
         met += threads
         _meet(plan, met)
-        down = pointer_like(read(layer, DOWN), x)
-        _add_product(multiply, at_once, plan, down, inner, read(plan, ACTED), x, found, thread, threads)
+        weight, acted = pointer_like(read(layer, DOWN), x), read(plan, ACTED)
+        _add_product(
+            multiply, numbers, at_once, plan, index, OF_DOWN, weight, inner, acted, x, found, low, thread, threads
+        )
         met += threads
         _meet(plan, met)
     end()
@@ -442,12 +519,16 @@ def _answer(
 @loop("int64*", "x*", "float")
 def answer(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
     """x [R, D] through all layers, in place. `first` is the thread's number, `last` how many there are."""
-    _answer(_start_plain, _put_plain, _multiply_plain, _score_plain, _end_plain, AT_ONCE, plan, x, eps, first, last)
+    _answer(
+        _start_plain, _numbers_plain, _put_plain, _multiply_plain, _score_plain, _end_plain, AT_ONCE, plan, x, eps,
+        first, last,
+    )  # fmt: skip
 
 
 @loop("int64*", "x*", "float")
 def answer_by_tiles(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
     """As `answer`, for bfloat16 and matrices whose sides are multiples of AT_ONCE_BY_TILES."""
     _answer(
-        _start_tiles, _put_tiles, _multiply_tiles, _score_tiles, _end_tiles, AT_ONCE_BY_TILES, plan, x, eps, first, last
-    )
+        _start_tiles, _numbers_tiles, _put_tiles, _multiply_tiles, _score_tiles, _end_tiles, AT_ONCE_BY_TILES, plan, x,
+        eps, first, last,
+    )  # fmt: skip

@@ -22,7 +22,9 @@ from tests.tiny_models import random_rows, write_tiny_model
 
 TinyFolder = Callable[[str], Path]
 CPU = torch.device("cpu")
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+WIDE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
 """Sides that tiles can be cut from, and three queries to a key."""
 
 
@@ -126,28 +128,63 @@ def _states(model: LanguageModel, *, by_loop: bool) -> torch.Tensor:
     return sequence.end.float().clone()
 
 
-def test_adapters_and_none_in_one_batch(tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    """Rows of adapters go through torch, and nobody's answer depends on whose go where."""
-    base = tiny_folder("qwen3")
-    model, (row,) = load(base), random_rows((70,), seed=5)
+ADAPTERS = {
+    "every": LoraConfig(r=3, lora_alpha=6),
+    "some": LoraConfig(r=33, target_modules=("q_proj", "v_proj", "up_proj")),
+    "others": LoraConfig(r=16, target_modules=("k_proj", "o_proj", "down_proj", "gate_proj")),
+    "dora": LoraConfig(r=4, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_row_by_row(dtype: torch.dtype, threads: int, tmp_path: Path) -> None:
+    """What torch gives, and in the bits that an answer has alone; DoRA's rows go through torch, beside the others."""
+    base = write_tiny_model(tmp_path / "model", "qwen3", **WIDE)
+    model, (row,) = load(base, dtype), random_rows((70,), seed=5)
     start, params = row.numpy().astype(np.int32), SamplingParams(max_tokens=8)
-    alone, together = [], batch_of(model)
-    folder = write_tiny_adapter(tmp_path / "lua", base, LoraConfig(r=3, lora_alpha=6), seed=1)
-    together.add_adapter("lua", folder)
-    for adapter in (None, "lua"):
-        batch = batch_of(model)
-        batch.add_adapter("lua", folder)
-        batch.add(start, params, adapter=adapter)
-        events: list[TokenEvent] = []
+    for seed, (name, lora) in enumerate(ADAPTERS.items()):
+        write_tiny_adapter(tmp_path / name, base, lora, seed=seed)
+
+    def answers(names: list[str | None], *, by_loop: bool = True) -> list[list[TokenEvent]]:
+        batch = batch_of(model, by_loop=by_loop)
+        for name in ADAPTERS:
+            batch.add_adapter(name, tmp_path / name)
+        numbers = [batch.add(start, params, adapter=name) for name in names]
+        found: dict[int, list[TokenEvent]] = {number: [] for number in numbers}
         while batch.num_running or batch.num_waiting:
-            events += batch.step()
-        alone.append(bits(events))
-    numbers = [together.add(start, params, adapter=adapter) for adapter in (None, "lua", None)]
-    found: dict[int, list[TokenEvent]] = {number: [] for number in numbers}
-    while together.num_running or together.num_waiting:
-        for event in together.step():
-            found[event.number].append(event)
-    assert [bits(found[number]) for number in numbers] == [alone[0], alone[1], alone[0]]
+            for event in batch.step():
+                found[event.number].append(event)
+        return [found[number] for number in numbers]
+
+    names = [None, *ADAPTERS, "every", None]
+    together, by_torch = answers(names), answers(names, by_loop=False)
+    alone = {name: bits(answers([name])[0]) for name in {*names}}
+    assert [bits(events) for events in together] == [alone[name] for name in names]
+    assert len({tuple(each) for each in alone.values()}) == len(alone)
+    for mine, other in zip(together, by_torch, strict=True):
+        if dtype == torch.float32:
+            assert [event.token for event in mine] == [event.token for event in other]
+            assert [event.logprob for event in mine] == pytest.approx([event.logprob for event in other], abs=5e-5)
+        else:  # near, as long as they have said the same
+            same = [a.token == b.token for a, b in zip(mine, other, strict=True)]
+            said = same.index(False) if False in same else len(same)
+            assert [e.logprob for e in mine[:said]] == pytest.approx([e.logprob for e in other[:said]], abs=0.1)
+
+
+def test_an_adapter_that_is_gone_is_not_kept(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3")
+    batch = batch_of(load(base))
+    batch.add_adapter("lua", write_tiny_adapter(tmp_path / "lua", base, LoraConfig(r=3), seed=1))
+    loop = batch._decoder.answers
+    assert loop is not None
+    start = random_rows((9,), seed=9)[0].numpy().astype(np.int32)
+    batch.add(start, SamplingParams(max_tokens=3), adapter="lua")
+    while batch.num_running or batch.num_waiting:
+        batch.step()
+    assert len(loop._adapters) == 1
+    batch.remove_adapter("lua")
+    ask(batch, [9], max_tokens=3)
+    assert not loop._adapters
 
 
 @pytest.mark.parametrize(
