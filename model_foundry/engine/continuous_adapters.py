@@ -50,11 +50,16 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """An adapter's parts by the layer's Hugging Face name; `number` tells it from every other, also of its name."""
+    """An adapter's parts by the layer's Hugging Face name; `number` tells it from every other, also of its name.
+
+    Attributes:
+        rescales: whether a layer has a gain (DoRA).
+    """
 
     name: str
     number: int
     parts: Mapping[str, LowRank]
+    rescales: bool
 
 
 class _StandIn(Linear):
@@ -134,4 +139,4 @@ def read_served_adapter(
         down = functional.pad(down.detach(), (0, 0, 0, spare)).to(dtype)
         up = functional.pad(up.detach() * config.scaling, (0, spare)).to(dtype)
         parts[layer_name] = LowRank(down, up, gain, bias)
-    return ServedAdapter(name, number, parts)
+    return ServedAdapter(name, number, parts, any(part.gain is not None for part in parts.values()))

@@ -17,7 +17,6 @@ from model_foundry.engine.continuous_adapters import ServedAdapter
 from model_foundry.engine.continuous_products import Product
 from model_foundry.models import answer_loops, fused
 from model_foundry.models.answer_loops import AT_ONCE, AT_ONCE_BY_TILES, PLAN, TABLE_ROW
-from model_foundry.models.config import HEAD_LAYER
 from model_foundry.models.decoder import Decoder
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import GatedMLP
@@ -91,8 +90,8 @@ class AnswerLoop:
         )
 
     def takes(self, adapter: ServedAdapter) -> bool:
-        """Whether it does what this adapter does: to the head others do it, and DoRA it does not."""
-        return all(part.gain is None or name == HEAD_LAYER for name, part in adapter.parts.items())
+        """Whether it does what this adapter does: DoRA it does not, and the head is not its affair."""
+        return not adapter.rescales
 
     def run(
         self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor,
