@@ -16,7 +16,8 @@ import torch
 from model_foundry.engine.continuous_adapters import ServedAdapter
 from model_foundry.engine.continuous_products import Product
 from model_foundry.models import answer_loops, fused
-from model_foundry.models.answer_loops import AT_ONCE, AT_ONCE_BY_TILES, PLAN, TABLE_ROW
+from model_foundry.models.answer_plan import PLAN, TABLE_ROW
+from model_foundry.models.answer_products import AT_ONCE, AT_ONCE_BY_TILES
 from model_foundry.models.decoder import Decoder
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import GatedMLP
@@ -27,7 +28,7 @@ from model_foundry.models.tiles import DEPTH, ROWS, tile_shapes
 _NAMES = (
     *(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
 )  # fmt: skip
-"""Of `answer_loops.PROJECTIONS`, in a layer."""
+"""Of `answer_plan.PROJECTIONS`, in a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class AnswerLoop:
         )
 
     def _table_of(self, adapter: ServedAdapter) -> torch.Tensor:
-        """int64 [layers, projections, 3], see `answer_loops.PROJECTIONS`."""
+        """int64 [layers, projections, 3], see `answer_plan.PROJECTIONS`."""
         if (known := self._adapters.get(adapter.number)) is not None:
             return known
         rows = []

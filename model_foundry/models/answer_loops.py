@@ -14,8 +14,82 @@ from typing import Any
 
 import numpy as np
 
-from model_foundry.models.compiled_loop import loop, part
-from model_foundry.models.cpu_loops import copy, exp, largest_of, norm, sigmoid, turn
+from model_foundry.models.answer_plan import (
+    ACTED,
+    ADAPTERS,
+    ATTENDED,
+    CACHE,
+    COS,
+    COUNTER,
+    DOWN,
+    GATE,
+    GIVE_WAY,
+    HEAD_WIDTH,
+    HEADS,
+    INNER,
+    INPUT_NORM,
+    K_NORM,
+    KV_HEADS,
+    LAYERS,
+    MAX_SEGMENTS,
+    MLP_NORM,
+    MOST_KEYS,
+    MOST_RANK,
+    NUM_ROWS,
+    OF_DOWN,
+    OF_GATE,
+    OF_K,
+    OF_OUT,
+    OF_Q,
+    OF_UP,
+    OF_V,
+    OUT,
+    OWN,
+    OWN_BYTES,
+    PADDED,
+    POSITIONS,
+    PROJECTIONS,
+    Q_BIAS,
+    Q_NORM,
+    QKV,
+    SEGMENT_TOKENS,
+    SEGMENTS,
+    SIN,
+    TABLE,
+    TABLE_ROW,
+    UP,
+    WIDTH,
+    WINDOW,
+    Q,
+)
+from model_foundry.models.answer_products import (
+    AT_ONCE,
+    AT_ONCE_BY_TILES,
+    end_plain,
+    end_tiles,
+    multiply_plain,
+    multiply_tiles,
+    numbers_plain,
+    numbers_tiles,
+    put_plain,
+    put_tiles,
+    score_plain,
+    score_tiles,
+    start_plain,
+    start_tiles,
+)
+from model_foundry.models.compiled_loop import (
+    loop,
+    part,
+)
+from model_foundry.models.cpu_loops import (
+    copy,
+    exp,
+    largest_of,
+    norm,
+    sigmoid,
+    turn,
+)
 from model_foundry.models.primitives import (
     LANES,
     TOGETHER,
@@ -24,7 +98,6 @@ from model_foundry.models.primitives import (
     call,
     count_up,
     floats,
-    halves,
     pointer_like,
     read,
     rounded,
@@ -33,217 +106,12 @@ from model_foundry.models.primitives import (
     write,
 )
 from model_foundry.models.tiles import (
-    DEPTH,
-    OUTPUTS,
     ROWS,
-    add_0,
-    add_1,
-    leave_tiles,
-    load_rows,
-    load_weights_0,
-    load_weights_1,
-    shape_tiles,
-    store_0,
-    store_1,
-    zero_0,
-    zero_1,
 )
 
 U = np.uint64
-AT_ONCE, AT_ONCE_BY_TILES = 16, 2 * OUTPUTS
-"""Outputs computed together; what a matrix has must be a multiple."""
 PATIENCE = 20_000
 """Looks at the others' count before the processor is offered to somebody else."""
-
-PLAN = (
-    "layers", "width", "heads", "kv_heads", "head_width", "inner", "rows", "padded_rows", "segment_tokens",
-    "max_segments", "table", "positions", "segments", "cos", "sin", "qkv", "attended", "acted", "own", "own_bytes",
-    "most_keys", "counter", "give_way", "tile_shapes", "block_outputs", "block_inputs",
-    "adapters", "most_rank",
-)  # fmt: skip
-"""What the int64 of a plan are: sizes, and addresses. `own` is the first thread's room, `own_bytes` to the next's."""
-(
-    LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, INNER, NUM_ROWS, PADDED, SEGMENT_TOKENS, MAX_SEGMENTS, TABLE, POSITIONS,
-    SEGMENTS, COS, SIN, QKV, ATTENDED, ACTED, OWN, OWN_BYTES, MOST_KEYS, COUNTER, GIVE_WAY, TILE_SHAPES, BLOCK_OUTPUTS,
-    BLOCK_INPUTS, ADAPTERS, MOST_RANK,
-) = range(len(PLAN))  # fmt: skip
-
-TABLE_ROW = (
-    "input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cache", "window", "out", "mlp_norm",
-    "gate", "up", "down",
-)  # fmt: skip
-"""What a layer's int64 are: addresses, 0 where there is none; and the number of keys in its window, 0 for all."""
-(
-    INPUT_NORM, Q, K, V, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, CACHE, WINDOW, OUT, MLP_NORM, GATE, UP, DOWN,
-) = range(len(TABLE_ROW))  # fmt: skip
-
-
-PROJECTIONS = ("q", "k", "v", "out", "gate", "up", "down")
-"""What an adapter may change; of each its table has (address of down [r, in], of up [out, r], r), r 0 for none."""
-OF_Q, OF_K, OF_V, OF_OUT, OF_GATE, OF_UP, OF_DOWN = range(len(PROJECTIONS))
-
-
-@part()
-def _start_plain(plan: Any) -> None:
-    pass
-
-
-@part()
-def _end_plain() -> None:
-    pass
-
-
-@part()
-def _numbers_plain(room: Any) -> Any:
-    return floats(room)
-
-
-@part()
-def _put_plain(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
-    """Numbers of x, from `at` on, as those from `place` on of a row of `size`: the room is float32 [padded, size]."""
-    copy(x, at, floats(room), U(row * size + place), U(count))
-
-
-@part()
-def _multiply_plain(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
-    """found [padded, AT_ONCE] float32 = the rows in the room × the weights of AT_ONCE outputs from `output` on."""
-    x = floats(room)
-    for row in range(0, read(plan, PADDED), 4):
-        b0, b1, b2, b3 = U(row * size), U((row + 1) * size), U((row + 2) * size), U((row + 3) * size)
-        for o in range(AT_ONCE):
-            at = U((output + o) * size)
-            s0 = s1 = s2 = s3 = np.float32(0.0)
-            for j in range(U(size)):
-                w = read(weight, at + j)
-                s0 += w * read(x, b0 + j)
-                s1 += w * read(x, b1 + j)
-                s2 += w * read(x, b2 + j)
-                s3 += w * read(x, b3 + j)
-            to = U(row * AT_ONCE + o)
-            write(found, to, s0)
-            write(found, to + U(AT_ONCE), s1)
-            write(found, to + U(2 * AT_ONCE), s2)
-            write(found, to + U(3 * AT_ONCE), s3)
-
-
-@part()
-def _score_plain(
-    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
-    scores: Any, to: Any, step: Any,
-) -> None:  # fmt: skip
-    """scores [G, step] of keys [first, end) of a segment that starts at row `start` of the cache, to place `to` on."""
-    for t in range(first, end):
-        at = U((start + t) * width)
-        for g in range(0, group, 4):
-            b0, b1, b2, b3 = U(g * width), U((g + 1) * width), U((g + 2) * width), U((g + 3) * width)
-            s0 = s1 = s2 = s3 = np.float32(0.0)
-            for j in range(U(width)):
-                key = read(cache, at + j)
-                s0 += key * read(queries, b0 + j)
-                s1 += key * read(queries, b1 + j)
-                s2 += key * read(queries, b2 + j)
-                s3 += key * read(queries, b3 + j)
-            place = U(g * step + to + t - first)
-            write(scores, place, s0)
-            write(scores, place + U(step), s1)
-            write(scores, place + U(2 * step), s2)
-            write(scores, place + U(3 * step), s3)
-
-
-@part()
-def _start_tiles(plan: Any) -> None:
-    shape_tiles(read(plan, TILE_SHAPES))
-
-
-@part()
-def _end_tiles() -> None:
-    leave_tiles()
-
-
-@part()
-def _numbers_tiles(room: Any) -> Any:
-    return halves(room)
-
-
-@part()
-def _put_tiles(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
-    copy(x, at, halves(room), U(row * size + place), U(count))
-
-
-@part()
-def _multiply_tiles(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
-    """As `_multiply_plain`, of AT_ONCE_BY_TILES outputs. The weights are those of `tiles.in_tiles`."""
-    x, outputs, inputs = halves(room), read(plan, BLOCK_OUTPUTS), read(plan, BLOCK_INPUTS)
-    for row in range(0, read(plan, PADDED), ROWS):
-        _multiply_rows(x, row, weight, output, size, outputs, inputs, found)
-
-
-@part()
-def _multiply_rows(
-    x: Any, row: Any, weight: Any, output: Any, size: Any, outputs: Any, inputs: Any, found: Any
-) -> None:  # fmt: skip
-    """Of ROWS rows; `outputs` and `inputs` are the sides of a block of weights."""
-    at = output // outputs * outputs * size + output % outputs * 2
-    zero_0()
-    zero_1()
-    for block in range(0, size, inputs):
-        for j in range(0, inputs, DEPTH):
-            load_rows(x, row * size + block + j, 2 * size)
-            load_weights_0(weight, at + j * outputs, 4 * outputs)
-            add_0()
-            load_weights_1(weight, at + j * outputs + 2 * OUTPUTS, 4 * outputs)
-            add_1()
-        at += outputs * inputs
-    store_0(found, row * AT_ONCE_BY_TILES, 4 * AT_ONCE_BY_TILES)
-    store_1(found, row * AT_ONCE_BY_TILES + OUTPUTS, 4 * AT_ONCE_BY_TILES)
-
-
-@loop("int", "x*", "x*", "int", "int", "float32*", "x*", "int", "int", "int")
-def product_of_few(
-    shapes: int, x: Any, weight: Any, outputs: int, inputs: int, found: Any, out: Any, num_rows: int, size: int,
-    num_out: int, first: int, last: int,
-) -> None:  # fmt: skip
-    """out [R, num_out] = x × weightᵀ, of outputs `first` to `last` in blocks of AT_ONCE_BY_TILES; x has ROWS rows.
-
-    found: room for [ROWS, AT_ONCE_BY_TILES].
-    """
-    shape_tiles(shapes)
-    for block in range(first, last):
-        output = block * AT_ONCE_BY_TILES
-        _multiply_rows(x, 0, weight, output, size, outputs, inputs, found)
-        for row in range(num_rows):
-            copy(found, U(row * AT_ONCE_BY_TILES), out, U(row * num_out + output), U(AT_ONCE_BY_TILES))
-    leave_tiles()
-
-
-@part()
-def _score_tiles(
-    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
-    scores: Any, to: Any, step: Any,
-) -> None:  # fmt: skip
-    """As `_score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores."""
-    x, tile = halves(room), floats(room + width * ROWS * 2)
-    for g in range(group):
-        for j in range(0, width, 2):
-            write(x, U(j * ROWS + 2 * g), read(queries, U(g * width + j)))
-            write(x, U(j * ROWS + 2 * g + 1), read(queries, U(g * width + j + 1)))
-    for t in range(first, end, ROWS):
-        begin = min(t, tokens - ROWS)  # not beyond the segment
-        zero_0()
-        for j in range(0, width, DEPTH):
-            load_rows(cache, (start + begin) * width + j, 2 * width)
-            load_weights_0(x, j * ROWS, 4 * ROWS)
-            add_0()
-        store_0(tile, 0, 4 * ROWS)
-        if begin == t and t + ROWS <= end:
-            for g in range(group):
-                at = U(g * step + to + t - first)
-                for key in range(U(ROWS)):
-                    write(scores, at + key, read(tile, key * U(ROWS) + U(g)))
-            continue
-        for g in range(group):
-            for key in range(t, min(end, begin + ROWS)):
-                write(scores, U(g * step + to + key - first), read(tile, U((key - begin) * ROWS + g)))
 
 
 @part()
@@ -520,7 +388,7 @@ def _answer(
 def answer(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
     """x [R, D] through all layers, in place. `first` is the thread's number, `last` how many there are."""
     _answer(
-        _start_plain, _numbers_plain, _put_plain, _multiply_plain, _score_plain, _end_plain, AT_ONCE, plan, x, eps,
+        start_plain, numbers_plain, put_plain, multiply_plain, score_plain, end_plain, AT_ONCE, plan, x, eps,
         first, last,
     )  # fmt: skip
 
@@ -529,6 +397,6 @@ def answer(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
 def answer_by_tiles(plan: Any, x: Any, eps: Any, first: int, last: int) -> None:
     """As `answer`, for bfloat16 and matrices whose sides are multiples of AT_ONCE_BY_TILES."""
     _answer(
-        _start_tiles, _numbers_tiles, _put_tiles, _multiply_tiles, _score_tiles, _end_tiles, AT_ONCE_BY_TILES, plan, x,
+        start_tiles, numbers_tiles, put_tiles, multiply_tiles, score_tiles, end_tiles, AT_ONCE_BY_TILES, plan, x,
         eps, first, last,
     )  # fmt: skip

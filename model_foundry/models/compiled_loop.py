@@ -54,9 +54,14 @@ _ALL_LOOPS = tuple(
 
 
 def _sources(function: Callable[..., None]) -> list[str]:
-    """Hashes of the files of a loop and of the parts that it is made of."""
-    parts = [function, *(part.py_func for part in function.__globals__.values() if hasattr(part, "py_func"))]
-    return sorted({_hash_of(inspect.getfile(each)) for each in parts})
+    """Hashes of the files of a loop and of the parts that it can be made of."""
+    left, files = [function], set()
+    while left:
+        each = left.pop()
+        if (file := inspect.getfile(each)) not in files:
+            files.add(file)
+            left += [part.py_func for part in each.__globals__.values() if hasattr(part, "py_func")]
+    return sorted(_hash_of(file) for file in files)
 
 
 class CompiledLoop:

@@ -18,7 +18,7 @@ import numba
 import torch
 from torch.nn import functional
 
-from model_foundry.models import answer_loops, choice_loops, cpu_loops, tiles
+from model_foundry.models import answer_products, choice_loops, cpu_loops, tiles
 from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
 
 MIN_SHARE_ELEMENTS = 32_768
@@ -275,13 +275,13 @@ def product_of_few(x: torch.Tensor, weight: int, shape: tuple[int, int], block: 
 
     Args:
         weight: the address of `tiles.in_tiles`, whose blocks have `block` outputs and inputs.
-        shape: of the weight, (out, in); out is a multiple of `answer_loops.AT_ONCE_BY_TILES`.
+        shape: of the weight, (out, in); out is a multiple of `answer_products.AT_ONCE_BY_TILES`.
     """
-    (num_rows, size), num_out, at_once = x.shape, shape[0], answer_loops.AT_ONCE_BY_TILES
+    (num_rows, size), num_out, at_once = x.shape, shape[0], answer_products.AT_ONCE_BY_TILES
     rows = functional.pad(x, (0, 0, 0, tiles.ROWS - num_rows)).contiguous()
     out, shapes = torch.empty(num_rows, num_out, dtype=x.dtype), torch.from_numpy(tiles.tile_shapes())
     _with_room(
-        answer_loops.product_of_few.of(_TYPES[x.dtype]), num_out // at_once, size * at_once, tiles.ROWS * at_once,
+        answer_products.product_of_few.of(_TYPES[x.dtype]), num_out // at_once, size * at_once, tiles.ROWS * at_once,
         (shapes.data_ptr(), rows.data_ptr(), weight, *block), (out.data_ptr(), num_rows, size, num_out),
     )  # fmt: skip
     return out

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from model_foundry.models import cpu_loops, fused
 from model_foundry.models.attention import attend_packed
 from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, loop
 from model_foundry.models.packed_rows import PackedRows
-from model_foundry.models.primitives import add_weighted, add_weighted_wide, count_up, read, seen, write
+from model_foundry.models.primitives import read, write
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
@@ -331,110 +328,6 @@ def test_rows_that_are_not_those_of_the_tokens_are_refused() -> None:
             fused.check_within(torch.tensor(wrong), 10)
 
 
-def test_an_interrupt_waits_for_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors were freed under a loop that still wrote to them."""
-    monkeypatch.setattr(fused, "_pools", {1: ThreadPoolExecutor(1)})
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    ended, waits = threading.Event(), iter([KeyboardInterrupt, None])
-
-    def interrupted(futures: Any) -> None:
-        if (error := next(waits)) is not None:
-            raise error
-        wait(futures)
-
-    def slow(on_thread: bool) -> None:
-        if on_thread:
-            time.sleep(0.2)
-            ended.set()
-
-    monkeypatch.setattr(fused, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fused._run(slow, [(False,), (True,)])
-    assert ended.is_set()
-
-
-class _Stops:
-    """A pool that fails at a submit."""
-
-    def __init__(self, pool: ThreadPoolExecutor, error: type[BaseException]) -> None:
-        self.pool, self.error, self.left = pool, error, 1
-
-    def submit(self, *given: Any) -> Any:
-        if not self.left:
-            raise self.error
-        self.left -= 1
-        return self.pool.submit(*given)
-
-
-@loop("int64*", "x*", "int")
-def waits(counter: Any, x: Any, mark: int, first: int, last: int) -> None:
-    count_up(counter)
-    while seen(counter) < last:
-        pass
-    write(x, first, np.float32(mark))
-
-
-def test_threads_that_wait_for_each_other() -> None:
-    x, counter = torch.zeros(3), torch.zeros(1, dtype=torch.int64)
-    for mark in (1, 2):
-        fused.run_together(waits, x, (counter.data_ptr(), x.data_ptr(), mark), counter=counter, num_threads=3)
-        assert x.tolist() == [mark] * 3
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_who_waits_for_one_that_never_starts_is_let_go(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It span for ever on memory that had been given away, and no interrupt ended it."""
-    x, counter = torch.zeros(3), torch.zeros(1, dtype=torch.int64)
-    pool = ThreadPoolExecutor(2)
-    with monkeypatch.context() as patch:
-        stops = _Stops(pool, error)
-        patch.setattr(fused, "_pool", lambda number: stops)
-        with pytest.raises(error):
-            fused.run_together(waits, x, (counter.data_ptr(), x.data_ptr(), 1), counter=counter, num_threads=3)
-    assert x.tolist() == [0, 1, 0]  # it has ended
-    pool.shutdown(wait=True)
-    fused.run_together(waits, x, (counter.data_ptr(), x.data_ptr(), 2), counter=counter, num_threads=3)
-    assert x.tolist() == [2, 2, 2]
-
-
-def test_a_thread_that_cannot_start_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_pools", {})
-    starts = iter([None, None, RuntimeError("can't start new thread")])
-    start = threading.Thread.start
-
-    def limited(thread: threading.Thread) -> None:
-        if (error := next(starts)) is not None:
-            raise error
-        start(thread)
-
-    before = threading.active_count()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", limited)
-        with pytest.raises(RuntimeError, match="can't start"):
-            fused._pool(3)
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
-    assert not fused._pools
-
-
-def test_threads_are_as_many_as_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool for every number of shares would be hundreds of threads on a large machine."""
-    monkeypatch.setattr(fused, "MIN_SHARE_ELEMENTS", 64)
-    monkeypatch.setattr(fused, "_pools", {})
-    before, mine = torch.get_num_threads(), threading.active_count()
-    torch.set_num_threads(5)
-    try:
-        for num_rows in range(1, 40):
-            fused.rms_norm(torch.ones(num_rows, 64), torch.ones(64), 1e-6)
-    finally:
-        torch.set_num_threads(before)
-    assert threading.active_count() - mine <= 4
-
-
 def test_nothing_of_nothing() -> None:
     empty, weight = torch.empty(0, 8), torch.ones(8)
     assert fused.rms_norm(empty, weight, 1e-6).shape == (0, 8)
@@ -454,65 +347,3 @@ def test_other_types_and_compilers_of_graphs_go_another_way(dtype: torch.dtype) 
     assert not fused.fits(torch.ones(2, 2), torch.ones(2, dtype=dtype))
     assert not fused.fits(torch.ones(2, device="meta"))
     assert fused.fits(torch.ones(2, 2), torch.ones(2, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 256, 257, 1000])
-def test_the_next_token_of_each_row(width: int, dtype: torch.dtype, threads: int) -> None:
-    """The first whose share, with all before it, exceeds the draw: as torch's operations find it in float64."""
-    logits = numbers(40, width, dtype=dtype, scale=3.0)
-    temperatures = [0.0, 1.0, 0.3, 2.0] * 10
-    draws = torch.linspace(0, 0.999, 40).tolist()
-    tokens, logprobs = fused.choose_tokens(logits, temperatures, draws)
-    exact = logits.double()
-    assert logprobs.double() == pytest.approx(torch.log_softmax(exact, 1)[torch.arange(40), tokens], abs=1e-5)
-    for row, (temperature, draw) in enumerate(zip(temperatures, draws, strict=True)):
-        if not temperature:
-            assert tokens[row] == int(logits[row].argmax())
-            continue
-        sums = torch.softmax(exact[row] / temperature, 0).cumsum(0)
-        before = float(sums[tokens[row] - 1]) if tokens[row] else 0.0
-        assert before - 1e-6 <= draw <= float(sums[tokens[row]]) + 1e-6
-
-
-def test_a_token_that_cannot_be_is_never_drawn() -> None:
-    """Not by the largest draw there is, where rounding leaves the sum of the shares below it."""
-    logits = torch.full((3, 600), float("-inf"))
-    logits[:, 100:400] = numbers(300, dtype=torch.float32)
-    tokens, _ = fused.choose_tokens(logits, [1.0, 1e300, 1e-30], [0.0, 1 - 2**-24, 0.5])
-    assert (tokens[0], tokens[1]) == (100, 399)
-    assert tokens[2] == int(logits[2].argmax())
-
-
-def test_rows_that_are_no_numbers_give_a_token_of_the_vocabulary() -> None:
-    logits = torch.full((4, 300), float("nan"))
-    logits[1, 7] = float("inf")
-    logits[2] = float("inf")
-    logits[3] = float("-inf")
-    tokens, logprobs = fused.choose_tokens(logits, [0.0, 1.0, 0.0, 1.0], [0.5] * 4)
-    assert all(0 <= token < 300 for token in tokens.tolist())
-    assert bool(logprobs[:2].isnan().all())
-
-
-@loop("float32*", "x*", "float32*", "int", "int", "int", "int", "int")
-def weighted(
-    weights: Any, rows: Any, sums: Any, step: int, count: int, size: int, wide: int, start: int, first: int, last: int
-) -> None:
-    if wide:
-        add_weighted_wide(weights, start, step, rows, start * size, count, size, sums, 0)
-    else:
-        add_weighted(weights, start, step, rows, start * size, count, size, sums, 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [0, 1, 5])
-@pytest.mark.parametrize("wide", [0, 1])
-def test_rows_are_added_by_their_weights(wide: int, count: int, dtype: torch.dtype) -> None:
-    size = 64 if wide else 16
-    weights, rows = numbers(4, 9, dtype=torch.float32), numbers(9, size, dtype=dtype)
-    sums = numbers(4, size, dtype=torch.float32)
-    wanted = sums.double() + weights[:, 2 : 2 + count].double() @ rows[2 : 2 + count].double()
-    weighted.of(fused._TYPES[dtype])(
-        weights.data_ptr(), rows.data_ptr(), sums.data_ptr(), 9, count, size, wide, 2, 0, 1
-    )
-    assert far(sums, wanted) < 1e-6

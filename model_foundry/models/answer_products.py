@@ -1,0 +1,213 @@
+"""How a thread of `answer_loops` multiplies, plainly and by tiles: the two sets of parts that differ.
+
+Rows wait for products in a room, [padded rows, inputs], as float32 plainly and as bfloat16 for tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from model_foundry.models.answer_plan import (
+    BLOCK_INPUTS,
+    BLOCK_OUTPUTS,
+    PADDED,
+    TILE_SHAPES,
+)
+from model_foundry.models.compiled_loop import (
+    loop,
+    part,
+)
+from model_foundry.models.cpu_loops import (
+    copy,
+)
+from model_foundry.models.primitives import (
+    floats,
+    halves,
+    read,
+    write,
+)
+from model_foundry.models.tiles import (
+    DEPTH,
+    OUTPUTS,
+    ROWS,
+    add_0,
+    add_1,
+    leave_tiles,
+    load_rows,
+    load_weights_0,
+    load_weights_1,
+    shape_tiles,
+    store_0,
+    store_1,
+    zero_0,
+    zero_1,
+)
+
+U = np.uint64
+AT_ONCE, AT_ONCE_BY_TILES = 16, 2 * OUTPUTS
+"""Outputs computed together; what a matrix has must be a multiple."""
+
+
+@part()
+def start_plain(plan: Any) -> None:
+    pass
+
+
+@part()
+def end_plain() -> None:
+    pass
+
+
+@part()
+def numbers_plain(room: Any) -> Any:
+    return floats(room)
+
+
+@part()
+def put_plain(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
+    """Numbers of x, from `at` on, as those from `place` on of a row of `size`: the room is float32 [padded, size]."""
+    copy(x, at, floats(room), U(row * size + place), U(count))
+
+
+@part()
+def multiply_plain(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
+    """found [padded, AT_ONCE] float32 = the rows in the room × the weights of AT_ONCE outputs from `output` on."""
+    x = floats(room)
+    for row in range(0, read(plan, PADDED), 4):
+        b0, b1, b2, b3 = U(row * size), U((row + 1) * size), U((row + 2) * size), U((row + 3) * size)
+        for o in range(AT_ONCE):
+            at = U((output + o) * size)
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            for j in range(U(size)):
+                w = read(weight, at + j)
+                s0 += w * read(x, b0 + j)
+                s1 += w * read(x, b1 + j)
+                s2 += w * read(x, b2 + j)
+                s3 += w * read(x, b3 + j)
+            to = U(row * AT_ONCE + o)
+            write(found, to, s0)
+            write(found, to + U(AT_ONCE), s1)
+            write(found, to + U(2 * AT_ONCE), s2)
+            write(found, to + U(3 * AT_ONCE), s3)
+
+
+@part()
+def score_plain(
+    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
+    scores: Any, to: Any, step: Any,
+) -> None:  # fmt: skip
+    """scores [G, step] of keys [first, end) of a segment that starts at row `start` of the cache, to place `to` on."""
+    for t in range(first, end):
+        at = U((start + t) * width)
+        for g in range(0, group, 4):
+            b0, b1, b2, b3 = U(g * width), U((g + 1) * width), U((g + 2) * width), U((g + 3) * width)
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            for j in range(U(width)):
+                key = read(cache, at + j)
+                s0 += key * read(queries, b0 + j)
+                s1 += key * read(queries, b1 + j)
+                s2 += key * read(queries, b2 + j)
+                s3 += key * read(queries, b3 + j)
+            place = U(g * step + to + t - first)
+            write(scores, place, s0)
+            write(scores, place + U(step), s1)
+            write(scores, place + U(2 * step), s2)
+            write(scores, place + U(3 * step), s3)
+
+
+@part()
+def start_tiles(plan: Any) -> None:
+    shape_tiles(read(plan, TILE_SHAPES))
+
+
+@part()
+def end_tiles() -> None:
+    leave_tiles()
+
+
+@part()
+def numbers_tiles(room: Any) -> Any:
+    return halves(room)
+
+
+@part()
+def put_tiles(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count: Any) -> None:
+    copy(x, at, halves(room), U(row * size + place), U(count))
+
+
+@part()
+def multiply_tiles(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
+    """As `_multiply_plain`, of AT_ONCE_BY_TILES outputs. The weights are those of `tiles.in_tiles`."""
+    x, outputs, inputs = halves(room), read(plan, BLOCK_OUTPUTS), read(plan, BLOCK_INPUTS)
+    for row in range(0, read(plan, PADDED), ROWS):
+        multiply_rows(x, row, weight, output, size, outputs, inputs, found)
+
+
+@part()
+def multiply_rows(
+    x: Any, row: Any, weight: Any, output: Any, size: Any, outputs: Any, inputs: Any, found: Any
+) -> None:  # fmt: skip
+    """Of ROWS rows; `outputs` and `inputs` are the sides of a block of weights."""
+    at = output // outputs * outputs * size + output % outputs * 2
+    zero_0()
+    zero_1()
+    for block in range(0, size, inputs):
+        for j in range(0, inputs, DEPTH):
+            load_rows(x, row * size + block + j, 2 * size)
+            load_weights_0(weight, at + j * outputs, 4 * outputs)
+            add_0()
+            load_weights_1(weight, at + j * outputs + 2 * OUTPUTS, 4 * outputs)
+            add_1()
+        at += outputs * inputs
+    store_0(found, row * AT_ONCE_BY_TILES, 4 * AT_ONCE_BY_TILES)
+    store_1(found, row * AT_ONCE_BY_TILES + OUTPUTS, 4 * AT_ONCE_BY_TILES)
+
+
+@loop("int", "x*", "x*", "int", "int", "float32*", "x*", "int", "int", "int")
+def product_of_few(
+    shapes: int, x: Any, weight: Any, outputs: int, inputs: int, found: Any, out: Any, num_rows: int, size: int,
+    num_out: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """out [R, num_out] = x × weightᵀ, of outputs `first` to `last` in blocks of AT_ONCE_BY_TILES; x has ROWS rows.
+
+    found: room for [ROWS, AT_ONCE_BY_TILES].
+    """
+    shape_tiles(shapes)
+    for block in range(first, last):
+        output = block * AT_ONCE_BY_TILES
+        multiply_rows(x, 0, weight, output, size, outputs, inputs, found)
+        for row in range(num_rows):
+            copy(found, U(row * AT_ONCE_BY_TILES), out, U(row * num_out + output), U(AT_ONCE_BY_TILES))
+    leave_tiles()
+
+
+@part()
+def score_tiles(
+    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
+    scores: Any, to: Any, step: Any,
+) -> None:  # fmt: skip
+    """As `_score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores."""
+    x, tile = halves(room), floats(room + width * ROWS * 2)
+    for g in range(group):
+        for j in range(0, width, 2):
+            write(x, U(j * ROWS + 2 * g), read(queries, U(g * width + j)))
+            write(x, U(j * ROWS + 2 * g + 1), read(queries, U(g * width + j + 1)))
+    for t in range(first, end, ROWS):
+        begin = min(t, tokens - ROWS)  # not beyond the segment
+        zero_0()
+        for j in range(0, width, DEPTH):
+            load_rows(cache, (start + begin) * width + j, 2 * width)
+            load_weights_0(x, j * ROWS, 4 * ROWS)
+            add_0()
+        store_0(tile, 0, 4 * ROWS)
+        if begin == t and t + ROWS <= end:
+            for g in range(group):
+                at = U(g * step + to + t - first)
+                for key in range(U(ROWS)):
+                    write(scores, at + key, read(tile, key * U(ROWS) + U(g)))
+            continue
+        for g in range(group):
+            for key in range(t, min(end, begin + ROWS)):
+                write(scores, U(g * step + to + key - first), read(tile, U((key - begin) * ROWS + g)))
