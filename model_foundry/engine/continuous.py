@@ -31,11 +31,10 @@ from model_foundry.engine.continuous_cache import (
     segments_for,
 )
 from model_foundry.engine.continuous_decoder import ANSWER_ROWS, Adapted, BatchedDecoder, Pass
-from model_foundry.engine.sampling import GREEDY_BELOW, check_params, check_prompts, choose, random_source
+from model_foundry.engine.sampling import GREEDY_BELOW, check_params, check_prompts, choose, draw, random_source
 from model_foundry.errors import EngineError
 from model_foundry.models import fused
 from model_foundry.models.language_model import LanguageModel, NativeModel
-from model_foundry.models.randomness import generator
 from model_foundry.types import SamplingParams
 
 BLOCKS_BESIDE_ANSWERS = 4
@@ -87,12 +86,13 @@ class _Sequence:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is drawn from all, and nobody asks for others' logprobs."""
+        """Whether the next token is chosen from all, and nobody asks for others' logprobs."""
         return not self.params.top_k and self.params.top_p == 1 and not self.top_logprobs
 
-    def draw(self) -> float:
-        """In [0, 1), for the next token."""
-        return float(torch.rand((), generator=generator(self.params.seed, self.source, self.num_generated)))
+    @property
+    def temperature(self) -> float:
+        """0 where the likeliest token is asked for."""
+        return 0.0 if self.params.temperature < GREEDY_BELOW else self.params.temperature
 
     @property
     def num_segments(self) -> int:
@@ -327,15 +327,15 @@ class ContinuousBatch:
         """Append each one's last token and keep the hidden state after it."""
         if (loop := self._decoder.answers) is not None:
             # Rows of some adapters go another way, and whose company an answer has must not choose its way.
-            taken = [sequence.adapter is None or loop.takes(sequence.adapter) for sequence in answering]
-            self._append([sequence for sequence, is_taken in zip(answering, taken, strict=True) if is_taken])
-            answering = [sequence for sequence, is_taken in zip(answering, taken, strict=True) if not is_taken]
-        self._append(answering)
+            taken = [sequence for sequence in answering if sequence.adapter is None or loop.takes(sequence.adapter)]
+            self._append(taken, in_loop=True)
+            answering = [sequence for sequence in answering if sequence.end is None]
+        self._append(answering, in_loop=False)
 
-    def _append(self, answering: Sequence[_Sequence]) -> None:
+    def _append(self, answering: Sequence[_Sequence], *, in_loop: bool) -> None:
         if not answering:
             return
-        num_rows = self._padded(len(answering))
+        num_rows = len(answering) if in_loop else self._padded(len(answering))
         tokens = np.zeros(num_rows, dtype=np.int64)
         positions = np.zeros(num_rows, dtype=np.int64)
         spans: list[Span] = []
@@ -344,9 +344,12 @@ class ContinuousBatch:
             position = len(sequence.prompt) + sequence.num_generated - 1
             tokens[row], positions[row], owners[row] = sequence.last_token, position, sequence.adapter
             spans.append(Span(row, 1, position, sequence.segments))
-        hidden = self._decoder.run(
-            self._pass(tokens, positions, spans, owners, ANSWER_ROWS if self.invariant else num_rows)
-        )
+        if in_loop:
+            hidden = self._decoder.answer(torch.from_numpy(tokens), spans, owners)
+        else:
+            hidden = self._decoder.run(
+                self._pass(tokens, positions, spans, owners, ANSWER_ROWS if self.invariant else num_rows)
+            )
         for row, sequence in enumerate(answering):
             sequence.end = hidden[row]
 
@@ -393,15 +396,19 @@ class ContinuousBatch:
 
 def _next_tokens(sequences: Sequence[_Sequence], logits: torch.Tensor) -> list[TokenEvent]:
     """logits: [R, V]. Row by row: sums over the vocabulary must not depend on how many rows there are."""
-    plain = [sequence.is_plain for sequence in sequences]
-    if not (any(plain) and fused.fits(logits)):
-        return [_next_token(sequence, row) for sequence, row in zip(sequences, logits.float(), strict=True)]
-    temperatures = [_temperature(sequence.params) for sequence in sequences]
-    draws = [sequence.draw() if warm else 0.0 for sequence, warm in zip(sequences, temperatures, strict=True)]
-    tokens, logprobs = (found.tolist() for found in fused.choose_tokens(logits, temperatures, draws))
+    plain = [row for row, sequence in enumerate(sequences) if sequence.is_plain] if fused.fits(logits) else []
+    events: dict[int, TokenEvent] = {}
+    if plain:
+        temperatures = [sequences[row].temperature for row in plain]
+        draws = [draw(each.params, each.source, each.num_generated) for each in (sequences[row] for row in plain)]
+        tokens, logprobs = fused.choose_tokens(
+            logits if len(plain) == len(logits) else logits[plain], temperatures, draws
+        )  # fmt: skip
+        found = zip(plain, tokens.tolist(), logprobs.tolist(), strict=True)
+        events = {row: _event(sequences[row], token, logprob) for row, token, logprob in found}
     return [
-        _event(sequence, token, logprob) if is_plain else _next_token(sequence, row.float())
-        for sequence, is_plain, token, logprob, row in zip(sequences, plain, tokens, logprobs, logits, strict=True)
+        events[row] if row in events else _next_token(sequence, logits[row].float())
+        for row, sequence in enumerate(sequences)
     ]
 
 
@@ -424,11 +431,6 @@ def _event(
         finish = "length"
     cached = sequence.num_cached if sequence.num_generated == 0 else 0
     return TokenEvent(sequence.number, token, logprob, top, finish, cached)
-
-
-def _temperature(params: SamplingParams) -> float:
-    """0 where the likeliest token is asked for."""
-    return 0.0 if params.temperature < GREEDY_BELOW else params.temperature
 
 
 def _due(sequence: _Sequence) -> Iterable[bytes]:

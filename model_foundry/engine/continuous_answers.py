@@ -96,7 +96,7 @@ class AnswerLoop:
 
     def run(
         self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor,
-        adapters: Sequence[ServedAdapter | None] | None = None,
+        adapters: Sequence[ServedAdapter | None],
     ) -> None:  # fmt: skip
         """One token of each row through all layers, in place; its keys and values are kept.
 
@@ -104,6 +104,7 @@ class AnswerLoop:
             x: [R, D], without gaps.
             positions: int64 [R], segments: int64 [R, S], of each row's sequence in their order; what lies beyond its
                 position is not looked at.
+            adapters: of each row, if any; those that it takes.
 
         Raises:
             IndexError: a position or a segment is none.
@@ -113,7 +114,6 @@ class AnswerLoop:
         fused.check_within(positions, min(len(self._tables[0]), segments.shape[1] * segment_tokens))
         looked_at = torch.arange(segments.shape[1]) <= (positions // segment_tokens)[:, None]
         fused.check_within(segments[looked_at], self._cache[0].shape[0])
-        adapters = adapters or [None] * num_rows
         # Of those in use alone: a table must not outlive what it points to.
         self._adapters = {each.number: self._table_of(each) for each in adapters if each is not None}
         owned = torch.tensor([0 if each is None else self._adapters[each.number].data_ptr() for each in adapters])

@@ -263,15 +263,16 @@ class BatchedDecoder:
         for kept in self.cache:
             kept[segment].zero_()
 
+    def _clear_new(self, spans: Sequence[Span]) -> None:
+        """The segments that these rows begin."""
+        for span in spans:
+            if span.position % SEGMENT_TOKENS == 0:
+                self._clear(span.segments[span.position // SEGMENT_TOKENS])
+
     @torch.inference_mode()
     def run(self, work: Pass) -> torch.Tensor:
         """Hidden states [N, D] before the final norm; keys and values of all spans are written."""
-        for span in work.spans:
-            if span.position % SEGMENT_TOKENS == 0:
-                self._clear(span.segments[span.position // SEGMENT_TOKENS])
-        adapters = {adapter.number: adapter for adapted in work.adapted for adapter, _ in adapted}
-        if work.spans[0].num_rows == 1 and self.answers and all(map(self.answers.takes, adapters.values())):
-            return self._answer(work, self.answers)
+        self._clear_new(work.spans)
         xs = list(self.decoder.embed(work.tokens).split(work.piece_rows))
         pieces = list(zip(range(0, len(work.tokens), work.piece_rows), work.adapted, strict=True))
         # What a layer adds is added where the next norm reads it.
@@ -295,21 +296,18 @@ class BatchedDecoder:
         ends = [x if part is None else x + part for x, part in zip(xs, more, strict=True)]
         return torch.cat(ends) if len(ends) > 1 else ends[0]
 
-    def _answer(self, work: Pass, answers: AnswerLoop) -> torch.Tensor:
-        """As `run`, of rows whose adapters the loop takes: [spans, D]."""
-        rows = [span.first_row for span in work.spans]
-        x, positions = self.decoder.embed(work.tokens[rows]), work.positions[rows].contiguous()
-        segments = torch.full((len(rows), max(len(span.segments) for span in work.spans)), -1)
-        for row, span in enumerate(work.spans):
+    @torch.inference_mode()
+    def answer(
+        self, tokens: torch.Tensor, spans: Sequence[Span], adapters: Sequence[ServedAdapter | None]
+    ) -> torch.Tensor:
+        """As `run`, by the loop, of one row for each span, whose adapters it takes: [R, D] of tokens int64 [R]."""
+        assert self.answers is not None
+        self._clear_new(spans)
+        x = self.decoder.embed(tokens)
+        segments = torch.full((len(spans), max(len(span.segments) for span in spans)), -1)
+        for row, span in enumerate(spans):
             segments[row, : len(span.segments)] = torch.tensor(span.segments)
-        owners: list[ServedAdapter | None] = [None] * len(work.tokens)
-        for piece, adapted in enumerate(work.adapted):
-            first = piece * work.piece_rows
-            for adapter, mask in adapted:
-                for row in range(first, min(first + work.piece_rows, len(owners))):
-                    if mask is None or bool(mask[row - first]):
-                        owners[row] = adapter
-        answers.run(x, positions, segments, [owners[row] for row in rows])
+        self.answers.run(x, torch.tensor([span.position for span in spans]), segments, adapters)
         return x
 
     @torch.inference_mode()

@@ -19,6 +19,8 @@ from model_foundry.models.tiles import ROWS, have_tiles, in_tiles
 
 ORDERS = ((32, 64), (32, 32), (64, 64), (64, 32))
 """(outputs, inputs) of the blocks that oneDNN is known to use."""
+_orders: dict[tuple[int, int], tuple[int, int]] = {}
+"""Those found, by the shape of the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +62,24 @@ class Product:
 
 
 def find_tiles(weight: torch.Tensor, ordered: torch.Tensor) -> Tiles | None:
-    """oneDNN does not say which order it has chosen, so what lies there is compared with the weight [out, in]."""
+    """oneDNN does not say which order it has chosen, so what lies there is compared with the weight [out, in].
+
+    It chooses by the shape: the first of a shape is compared whole, others in their last outputs.
+    """
     if not (have_tiles() and hasattr(torch.ops.mkldnn, "data_ptr")):
         return None
     address, num_bytes = int(torch.ops.mkldnn.data_ptr(ordered)), int(torch.ops.mkldnn._nbytes(ordered))
     if num_bytes != weight.numel() * 2:
         return None
     there = torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=torch.int16)
-    for outputs, inputs in ORDERS:
-        if weight.shape[0] % outputs == 0 and weight.shape[1] % inputs == 0:
-            wanted = in_tiles(weight.contiguous().view(torch.int16), outputs, inputs)
-            if torch.equal(there, wanted.view(-1)):
+    num_out, num_in = weight.shape
+    known = _orders.get((num_out, num_in))
+    for outputs, inputs in ORDERS if known is None else (known,):
+        if num_out % outputs == 0 and num_in % inputs == 0:
+            rows = weight if known is None else weight[-outputs:]
+            wanted = in_tiles(rows.contiguous().view(torch.int16), outputs, inputs).view(-1)
+            if torch.equal(there[-len(wanted) :], wanted):
+                _orders[num_out, num_in] = outputs, inputs
                 return Tiles(address, outputs, inputs)
     return None
 

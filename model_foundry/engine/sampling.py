@@ -152,6 +152,11 @@ def check_prompts(model: LanguageModel, prompts: Sequence[np.ndarray], params: S
                 raise EngineError(what, where=f"prompt {number}")
 
 
+def draw(params: SamplingParams, source: str, position: int) -> float:
+    """In [0, 1), for the token at a position of a prompt's answer."""
+    return float(torch.rand((), generator=generator(params.seed, source, position)))
+
+
 def choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str], position: int) -> torch.Tensor:
     """int64 [B] from float32 [B, V]."""
     if params.temperature < GREEDY_BELOW:
@@ -160,7 +165,7 @@ def choose(logits: torch.Tensor, params: SamplingParams, sources: Sequence[str],
         # The largest logit first, so that dividing by a small temperature overflows towards certainty.
         logits = (logits - logits.amax(dim=1, keepdim=True)) / params.temperature
     cumulative = torch.softmax(filtered(logits, params), dim=1).cpu().cumsum(1, dtype=torch.float64)
-    draws = [float(torch.rand((), generator=generator(params.seed, source, position))) for source in sources]
+    draws = [draw(params, source, position) for source in sources]
     thresholds = torch.tensor(draws, dtype=torch.float64)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[1] - 1).to(logits.device)
 

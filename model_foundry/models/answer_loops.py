@@ -78,18 +78,8 @@ from model_foundry.models.answer_products import (
     start_plain,
     start_tiles,
 )
-from model_foundry.models.compiled_loop import (
-    loop,
-    part,
-)
-from model_foundry.models.cpu_loops import (
-    copy,
-    exp,
-    largest_of,
-    norm,
-    sigmoid,
-    turn,
-)
+from model_foundry.models.compiled_loop import loop, part
+from model_foundry.models.cpu_loops import copy, exp, largest_of, norm, sigmoid, turn
 from model_foundry.models.primitives import (
     LANES,
     TOGETHER,
@@ -105,9 +95,7 @@ from model_foundry.models.primitives import (
     words,
     write,
 )
-from model_foundry.models.tiles import (
-    ROWS,
-)
+from model_foundry.models.tiles import ROWS
 
 U = np.uint64
 PATIENCE = 20_000
@@ -115,14 +103,15 @@ PATIENCE = 20_000
 
 
 @part()
-def _meet(plan: Any, goal: Any) -> None:
-    """Wait until `goal` threads in all have come here."""
+def _meet(plan: Any, goal: Any) -> Any:
+    """Wait until threads have come here `goal` times in all, which is returned."""
     counter, looks = words(read(plan, COUNTER)), 0
     count_up(counter)
     while seen(counter) < goal:
         looks += 1
         if looks >= PATIENCE:
             call(read(plan, GIVE_WAY))
+    return goal
 
 
 @part()
@@ -358,29 +347,24 @@ def _answer(
         layer = words(read(plan, TABLE) + index * len(TABLE_ROW) * 8)
         _put_norm(put, plan, x, pointer_like(read(layer, INPUT_NORM), x), eps, room)
         _project_heads(multiply, numbers, at_once, plan, index, layer, x, rows, found, low, thread, threads)
-        met += threads
-        _meet(plan, met)
+        met = _meet(plan, met + threads)
         for pair in range(pairs * thread // threads, pairs * (thread + 1) // threads):
             # By heads: what rows share is still at hand, and no two threads write to one line.
             _attend_row(put, score, plan, layer, x, eps, own, pair % num_rows, pair // num_rows)
-        met += threads
-        _meet(plan, met)
+        met = _meet(plan, met + threads)
         weight, attended = pointer_like(read(layer, OUT), x), read(plan, ATTENDED)
         _add_product(
             multiply, numbers, at_once, plan, index, OF_OUT, weight, of_heads, attended, x, found, low, thread, threads
         )
-        met += threads
-        _meet(plan, met)
+        met = _meet(plan, met + threads)
         _put_norm(put, plan, x, pointer_like(read(layer, MLP_NORM), x), eps, room)
         _act(put, multiply, numbers, at_once, plan, index, layer, x, rows, found, low, thread, threads)
-        met += threads
-        _meet(plan, met)
+        met = _meet(plan, met + threads)
         weight, acted = pointer_like(read(layer, DOWN), x), read(plan, ACTED)
         _add_product(
             multiply, numbers, at_once, plan, index, OF_DOWN, weight, inner, acted, x, found, low, thread, threads
         )
-        met += threads
-        _meet(plan, met)
+        met = _meet(plan, met + threads)
     end()
 
 

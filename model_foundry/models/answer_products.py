@@ -9,25 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from model_foundry.models.answer_plan import (
-    BLOCK_INPUTS,
-    BLOCK_OUTPUTS,
-    PADDED,
-    TILE_SHAPES,
-)
-from model_foundry.models.compiled_loop import (
-    loop,
-    part,
-)
-from model_foundry.models.cpu_loops import (
-    copy,
-)
-from model_foundry.models.primitives import (
-    floats,
-    halves,
-    read,
-    write,
-)
+from model_foundry.models.answer_plan import BLOCK_INPUTS, BLOCK_OUTPUTS, PADDED, TILE_SHAPES
+from model_foundry.models.compiled_loop import loop, part
+from model_foundry.models.cpu_loops import copy
+from model_foundry.models.primitives import floats, halves, read, write
 from model_foundry.models.tiles import (
     DEPTH,
     OUTPUTS,
@@ -72,25 +57,31 @@ def put_plain(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count
 
 
 @part()
+def _four_dots(
+    one: Any, row: Any, others: Any, first: Any, size: Any, out: Any, to: Any, step: Any
+) -> None:  # fmt: skip
+    """Of a row of `one` with four of `others` from `first` on, all of `size`: to places `to`, `to` + step, .."""
+    at = U(row * size)
+    b0, b1, b2, b3 = U(first * size), U((first + 1) * size), U((first + 2) * size), U((first + 3) * size)
+    s0 = s1 = s2 = s3 = np.float32(0.0)
+    for j in range(U(size)):
+        value = read(one, at + j)
+        s0 += value * read(others, b0 + j)
+        s1 += value * read(others, b1 + j)
+        s2 += value * read(others, b2 + j)
+        s3 += value * read(others, b3 + j)
+    write(out, U(to), s0)
+    write(out, U(to + step), s1)
+    write(out, U(to + 2 * step), s2)
+    write(out, U(to + 3 * step), s3)
+
+
+@part()
 def multiply_plain(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
     """found [padded, AT_ONCE] float32 = the rows in the room × the weights of AT_ONCE outputs from `output` on."""
-    x = floats(room)
     for row in range(0, read(plan, PADDED), 4):
-        b0, b1, b2, b3 = U(row * size), U((row + 1) * size), U((row + 2) * size), U((row + 3) * size)
         for o in range(AT_ONCE):
-            at = U((output + o) * size)
-            s0 = s1 = s2 = s3 = np.float32(0.0)
-            for j in range(U(size)):
-                w = read(weight, at + j)
-                s0 += w * read(x, b0 + j)
-                s1 += w * read(x, b1 + j)
-                s2 += w * read(x, b2 + j)
-                s3 += w * read(x, b3 + j)
-            to = U(row * AT_ONCE + o)
-            write(found, to, s0)
-            write(found, to + U(AT_ONCE), s1)
-            write(found, to + U(2 * AT_ONCE), s2)
-            write(found, to + U(3 * AT_ONCE), s3)
+            _four_dots(weight, output + o, floats(room), row, size, found, row * AT_ONCE + o, AT_ONCE)
 
 
 @part()
@@ -100,21 +91,8 @@ def score_plain(
 ) -> None:  # fmt: skip
     """scores [G, step] of keys [first, end) of a segment that starts at row `start` of the cache, to place `to` on."""
     for t in range(first, end):
-        at = U((start + t) * width)
         for g in range(0, group, 4):
-            b0, b1, b2, b3 = U(g * width), U((g + 1) * width), U((g + 2) * width), U((g + 3) * width)
-            s0 = s1 = s2 = s3 = np.float32(0.0)
-            for j in range(U(width)):
-                key = read(cache, at + j)
-                s0 += key * read(queries, b0 + j)
-                s1 += key * read(queries, b1 + j)
-                s2 += key * read(queries, b2 + j)
-                s3 += key * read(queries, b3 + j)
-            place = U(g * step + to + t - first)
-            write(scores, place, s0)
-            write(scores, place + U(step), s1)
-            write(scores, place + U(2 * step), s2)
-            write(scores, place + U(3 * step), s3)
+            _four_dots(cache, start + t, queries, g, width, scores, g * step + to + t - first, step)
 
 
 @part()
@@ -139,7 +117,7 @@ def put_tiles(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count
 
 @part()
 def multiply_tiles(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
-    """As `_multiply_plain`, of AT_ONCE_BY_TILES outputs. The weights are those of `tiles.in_tiles`."""
+    """As `multiply_plain`, of AT_ONCE_BY_TILES outputs. The weights are those of `tiles.in_tiles`."""
     x, outputs, inputs = halves(room), read(plan, BLOCK_OUTPUTS), read(plan, BLOCK_INPUTS)
     for row in range(0, read(plan, PADDED), ROWS):
         multiply_rows(x, row, weight, output, size, outputs, inputs, found)
@@ -188,7 +166,7 @@ def score_tiles(
     queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
     scores: Any, to: Any, step: Any,
 ) -> None:  # fmt: skip
-    """As `_score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores."""
+    """As `score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores."""
     x, tile = halves(room), floats(room + width * ROWS * 2)
     for g in range(group):
         for j in range(0, width, 2):

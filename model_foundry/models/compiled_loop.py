@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import inspect
 import json
@@ -43,6 +44,7 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 _DIGEST_BYTES = 32
 
 
+@functools.cache
 def _hash_of(file: str) -> str:
     """As it is when it is imported: what is changed later is not what runs."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -215,10 +215,10 @@ def test_places_that_are_none_are_refused(tiny_folder: TinyFolder) -> None:
     x = decoder.embed(torch.tensor([5]))
     for positions, segments in ((-1, 0), (300, 0), (0, 32), (0, -1)):
         with pytest.raises(IndexError, match="out of bounds"):
-            loop.run(x, torch.tensor([positions]), torch.tensor([[segments]]))
+            loop.run(x, torch.tensor([positions]), torch.tensor([[segments]]), [None])
     # Of two rows the first has one segment, and its position is in a second.
     with pytest.raises(IndexError, match="-1 is out of bounds"):
-        loop.run(x.expand(2, -1).contiguous(), torch.tensor([300, 300]), torch.tensor([[0, -1], [1, 2]]))
+        loop.run(x.expand(2, -1).contiguous(), torch.tensor([300, 300]), torch.tensor([[0, -1], [1, 2]]), [None] * 2)
 
 
 def test_two_batches_at_once_end(tiny_folder: TinyFolder) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from model_foundry.engine import continuous_products
 from model_foundry.engine.continuous_products import (
     Product,
     blocks_together,
@@ -85,15 +86,28 @@ def test_the_layout_of_tiles() -> None:
 
 
 @pytest.mark.skipif(not have_tiles(), reason="this processor multiplies no tiles")
-def test_an_order_of_the_weight_is_compared_before_tiles_are_read_from_it() -> None:
+def test_an_order_of_the_weight_is_compared_before_tiles_are_read_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight)
     found = find_tiles(weight, ordered)
     assert found is not None
     assert (found.outputs % 32, found.inputs % 32) == (0, 0)
+    # Few rows are multiplied by tiles read out of that order, padded or not.
+    product = Product(weight)
+    for num_rows in (1, 7, 16):
+        x = torch.randn(num_rows, 128, dtype=torch.bfloat16)
+        want = functional.linear(x.double(), weight.double())
+        assert torch.allclose(product(x).double(), want, rtol=2**-7, atol=1e-2)
+        assert torch.equal(product(x), product(torch.cat([x, x])[:16])[:num_rows])
     other = weight.clone()
     other[63, 127] += 1
     assert find_tiles(other, ordered) is None
+    # The first of a shape whole.
+    other = weight.clone()
+    other[0, 0] += 1
+    monkeypatch.setattr(continuous_products, "_orders", {})
+    assert find_tiles(other, ordered) is None
+    assert find_tiles(weight, ordered) == found
     assert find_tiles(weight[:32], ordered) is None
     assert Product(torch.randn(40, 24, dtype=torch.bfloat16)).tiles is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +65,17 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("FOUNDRY_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return home
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """So many for compiled loops, which hand out small tensors too."""
+    import torch
+
+    from model_foundry.models import fused
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(fused, "MIN_SHARE_ELEMENTS", 64)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,6 @@ from model_foundry.models.compiled_loop import loop
 from model_foundry.models.primitives import add_weighted, add_weighted_wide
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """So many, and small tensors are handed out too."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(fused, "MIN_SHARE_ELEMENTS", 64)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def numbers(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,6 @@ from model_foundry.models.primitives import read, write
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """So many, and small tensors are handed out too."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(fused, "MIN_SHARE_ELEMENTS", 64)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
