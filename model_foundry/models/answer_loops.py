@@ -266,7 +266,8 @@ def _attend_row(put: Any, score: Any, plan: Any, layer: Any, x: Any, eps: Any, o
         start = (read(segments, places + number) * 2 * kv_heads + head) * tokens
         begin, end = max(first - number * tokens, 0), min(position + 1 - number * tokens, tokens)
         to = number * tokens + begin - first
-        score(queries, packed, cache, start, begin, end, tokens, group, width, scores, to, most)
+        values = start + kv_heads * tokens
+        score(queries, packed, cache, start, values, begin, end, tokens, group, width, scores, to, most)
     for j in range(U(padded * width)):
         write(sums, j, np.float32(0.0))
     for g in range(group):

@@ -12,7 +12,7 @@ import numpy as np
 from model_foundry.models.answer_plan import BLOCK_INPUTS, BLOCK_OUTPUTS, PADDED, TILE_SHAPES
 from model_foundry.models.compiled_loop import loop, part
 from model_foundry.models.cpu_loops import copy
-from model_foundry.models.primitives import floats, halves, read, write
+from model_foundry.models.primitives import LINE_BYTES, fetch, floats, halves, read, write
 from model_foundry.models.tiles import (
     DEPTH,
     OUTPUTS,
@@ -33,6 +33,10 @@ from model_foundry.models.tiles import (
 U = np.uint64
 AT_ONCE, AT_ONCE_BY_TILES = 16, 2 * OUTPUTS
 """Outputs computed together; what a matrix has must be a multiple."""
+
+
+AHEAD = 4 * ROWS
+"""Keys that are fetched before they are read."""
 
 
 @part()
@@ -86,8 +90,8 @@ def multiply_plain(plan: Any, weight: Any, output: Any, size: Any, room: Any, fo
 
 @part()
 def score_plain(
-    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
-    scores: Any, to: Any, step: Any,
+    queries: Any, room: Any, cache: Any, start: Any, values: Any, first: Any, end: Any, tokens: Any, group: Any,
+    width: Any, scores: Any, to: Any, step: Any,
 ) -> None:  # fmt: skip
     """scores [G, step] of keys [first, end) of a segment that starts at row `start` of the cache, to place `to` on."""
     for t in range(first, end):
@@ -163,16 +167,22 @@ def product_of_few(
 
 @part()
 def score_tiles(
-    queries: Any, room: Any, cache: Any, start: Any, first: Any, end: Any, tokens: Any, group: Any, width: Any,
-    scores: Any, to: Any, step: Any,
+    queries: Any, room: Any, cache: Any, start: Any, values: Any, first: Any, end: Any, tokens: Any, group: Any,
+    width: Any, scores: Any, to: Any, step: Any,
 ) -> None:  # fmt: skip
-    """As `score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores."""
+    """As `score_plain`: keys are the rows. room: of queries in pairs of dimensions, then of a tile of scores.
+
+    Of keys some tiles ahead, and of the values that start at row `values`, the lines are fetched meanwhile.
+    """
     x, tile = halves(room), floats(room + width * ROWS * 2)
     for g in range(group):
         for j in range(0, width, 2):
             write(x, U(j * ROWS + 2 * g), read(queries, U(g * width + j)))
             write(x, U(j * ROWS + 2 * g + 1), read(queries, U(g * width + j + 1)))
     for t in range(first, end, ROWS):
+        for line in range(0, ROWS * width, LINE_BYTES // 2):
+            fetch(cache, (start + t + AHEAD) * width + line)
+            fetch(cache, (values + t) * width + line)
         begin = min(t, tokens - ROWS)  # not beyond the segment
         zero_0()
         for j in range(0, width, DEPTH):
