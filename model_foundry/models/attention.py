@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from model_foundry.errors import ModelError
-from model_foundry.models import fused
+from model_foundry.models import fused, tiled_attention
 from model_foundry.models.packed_rows import QUERY_BLOCK_TOKENS, PackedRows, RowGroup
 from model_foundry.models.randomness import AttentionDropout
+from model_foundry.models.tiled_attention import TiledAttention
 
 Attention = Literal["auto", "flash", "sdpa", "eager"]
 """Back ends. eager: the blocks below, in plain operations. sdpa: torch's fused kernels, row by row. flash: one call of
@@ -318,6 +319,8 @@ def attend_packed(
     if backend == "auto":
         backend = choose_attention("auto", q.device, q.dtype).chosen
     if backend == "eager" or dropout is not None:
+        if dropout is None and tiled_attention.fits(q, rope, rows):
+            return TiledAttention.apply(q, k, v, rope, rows, window)  # pyright: ignore[reportReturnType]
         return PackedAttention.apply(q, k, v, rope, rows, window, dropout)  # pyright: ignore[reportReturnType]
     if backend == "flash":
         return attend_flash(q, k, v, rope, rows, window)

@@ -23,7 +23,7 @@ from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
 
 MIN_SHARE_ELEMENTS = 32_768
 """Fewer numbers are done before another thread has woken up."""
-_TYPES: dict[torch.dtype, Any] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+TYPES: dict[torch.dtype, Any] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _COMPILES = not getattr(numba.config, "DISABLE_JIT", 0)
 Rope = Sequence[torch.Tensor]
 Call = Callable[..., None]
@@ -35,7 +35,7 @@ _NOBODY_IS_AWAITED = 2**62
 def fits(*tensors: torch.Tensor) -> bool:
     """Whether all are of a CPU and of a type that the loops take, and no compiler of graphs is looking on."""
     for x in tensors:
-        if not x.is_cpu or x.dtype not in _TYPES:
+        if not x.is_cpu or x.dtype not in TYPES:
             return False
     return _COMPILES and not torch.compiler.is_compiling()
 
@@ -55,7 +55,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [.., D] / rms × weight [D], in x's shape and type."""
     rows, weight, out = _as_rows(x), weight.contiguous(), _like(x)
     num_rows, width = rows.shape
-    call = cpu_loops.rms_norm.of(_TYPES[x.dtype], _TYPES[weight.dtype])
+    call = cpu_loops.rms_norm.of(TYPES[x.dtype], TYPES[weight.dtype])
     _by_rows(
         call, num_rows, width, rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, out.data_ptr(), width
     )  # fmt: skip
@@ -69,7 +69,7 @@ def add_rms_norm(
     rows, added, weight, out = _as_rows(x), _as_rows(more.to(x.dtype)), weight.contiguous(), _like(x)
     total = rows if in_place else _like(rows)
     num_rows, width = x.shape
-    call = cpu_loops.add_rms_norm.of(_TYPES[x.dtype], _TYPES[weight.dtype])
+    call = cpu_loops.add_rms_norm.of(TYPES[x.dtype], TYPES[weight.dtype])
     _by_rows(
         call, num_rows, width, rows.data_ptr(), rows.stride(0), added.data_ptr(), added.stride(0), total.data_ptr(),
         total.stride(0), weight.data_ptr(), eps, out.data_ptr(), width,
@@ -92,7 +92,7 @@ def rms_norm_backward(
         others.data_ptr(), others.stride(0), more is not None, dx.data_ptr(),
     )  # fmt: skip
     _run(
-        cpu_loops.rms_norm_backward.of(_TYPES[x.dtype], _TYPES[weight.dtype]),
+        cpu_loops.rms_norm_backward.of(TYPES[x.dtype], TYPES[weight.dtype]),
         [(*fixed, own.data_ptr(), weight_too, width, *span) for own, span in zip(sums, spans, strict=True)],
     )
     return dx, sums.sum(0) if weight_too else None
@@ -103,7 +103,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     rows, ups, out = _as_rows(gate), _as_rows(up.to(gate.dtype)), _like(gate)
     num_rows, width = rows.shape
     _by_rows(
-        cpu_loops.gated_silu.of(_TYPES[gate.dtype]), num_rows, width, rows.data_ptr(), rows.stride(0), ups.data_ptr(),
+        cpu_loops.gated_silu.of(TYPES[gate.dtype]), num_rows, width, rows.data_ptr(), rows.stride(0), ups.data_ptr(),
         ups.stride(0), out.data_ptr(), width,
     )  # fmt: skip
     return out
@@ -117,7 +117,7 @@ def gated_silu_backward(
     d_gate, d_up = _like(gate), _like(gate)
     num_rows, width = rows.shape
     _by_rows(
-        cpu_loops.gated_silu_backward.of(_TYPES[gate.dtype]), num_rows, width, rows.data_ptr(), rows.stride(0),
+        cpu_loops.gated_silu_backward.of(TYPES[gate.dtype]), num_rows, width, rows.data_ptr(), rows.stride(0),
         ups.data_ptr(), ups.stride(0), gradients.data_ptr(), gradients.stride(0), d_gate.data_ptr(), d_up.data_ptr(),
         width,
     )  # fmt: skip
@@ -139,7 +139,7 @@ def to_heads(
     x = x if x.stride(2) == 1 and x.stride(1) == width else x.contiguous()
     out = torch.empty((num_rows, num_heads, length, width), dtype=x.dtype)
     turn, places = _contiguous(rope), _contiguous((index, valid))
-    call = cpu_loops.to_heads.of(_TYPES[x.dtype], _TYPES[turn[0].dtype] if turn else None)
+    call = cpu_loops.to_heads.of(TYPES[x.dtype], TYPES[turn[0].dtype] if turn else None)
     _by_rows(
         call, num_rows * num_heads, length * width, x.data_ptr(), x.stride(0), *_layout(start, places, turn),
         out.data_ptr(), num_heads, length, width,
@@ -154,7 +154,7 @@ def from_heads(
     """Write [rows, heads, length, D] back to its places in packed out [N, heads, D], turned back by rope."""
     num_rows, num_heads, length, width = x.shape
     x, turn, places = x.contiguous(), _contiguous(rope), _contiguous((index, valid))
-    call = cpu_loops.from_heads.of(_TYPES[x.dtype], _TYPES[turn[0].dtype] if turn else None)
+    call = cpu_loops.from_heads.of(TYPES[x.dtype], TYPES[turn[0].dtype] if turn else None)
     _by_rows(
         call, num_rows * num_heads, length * width, x.data_ptr(), *_layout(start, places, turn), out.data_ptr(),
         num_heads, length, width,
@@ -176,7 +176,7 @@ def turn_and_keep(
     """
     (num_rows, num_heads, width), num_kv = q.shape, k.shape[1]
     _by_rows(
-        cpu_loops.turn_and_keep.of(_TYPES[q.dtype]), num_rows, (num_heads + 2 * num_kv) * width,
+        cpu_loops.turn_and_keep.of(TYPES[q.dtype]), num_rows, (num_heads + 2 * num_kv) * width,
         q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), positions.data_ptr(),
         rope[0].data_ptr(), rope[1].data_ptr(), out.data_ptr(), cache.data_ptr(), places.data_ptr(),
         num_heads, num_kv, width, places.shape[0],
@@ -188,8 +188,8 @@ def join_answers(outs: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     num_levels, width = outs.shape[0], outs.shape[-1]
     out = torch.empty(outs.shape[1:], dtype=outs.dtype)
     num_rows = out.numel() // width
-    _with_room(
-        cpu_loops.join_answers.of(_TYPES[outs.dtype]), num_rows, num_levels * width, width,
+    with_room(
+        cpu_loops.join_answers.of(TYPES[outs.dtype]), num_rows, num_levels * width, width,
         (outs.data_ptr(), sums.data_ptr()), (out.data_ptr(), num_levels, num_rows, width),
     )  # fmt: skip
     return out
@@ -204,8 +204,8 @@ def causal_softmax_(scores: torch.Tensor, *, num_queries: int, before: int, wind
         window: how many keys a query sees at most, its own among them.
     """
     num_keys = scores.shape[-1]
-    _with_room(
-        cpu_loops.causal_softmax.of(_TYPES[scores.dtype]), scores.numel() // num_keys, num_keys, num_keys,
+    with_room(
+        cpu_loops.causal_softmax.of(TYPES[scores.dtype]), scores.numel() // num_keys, num_keys, num_keys,
         (scores.data_ptr(),), (num_keys, num_queries, before, window or 0),
     )  # fmt: skip
 
@@ -213,7 +213,7 @@ def causal_softmax_(scores: torch.Tensor, *, num_queries: int, before: int, wind
 def softmax_backward_(grad: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """From the gradient of probabilities p [.., keys] that of their scores, in place; both contiguous, of one type."""
     num_keys = p.shape[-1]
-    call = cpu_loops.softmax_backward.of(_TYPES[grad.dtype])
+    call = cpu_loops.softmax_backward.of(TYPES[grad.dtype])
     _by_rows(call, grad.numel() // num_keys, num_keys, grad.data_ptr(), p.data_ptr(), num_keys)
     return grad
 
@@ -225,7 +225,7 @@ def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     """
     num_rows, width = logits.shape
     out = torch.empty((num_rows, 2), dtype=torch.float32)
-    call = cpu_loops.log_normaliser.of(_TYPES[logits.dtype])
+    call = cpu_loops.log_normaliser.of(TYPES[logits.dtype])
     _by_rows(call, num_rows, width, logits.data_ptr(), out.data_ptr(), width)
     return out
 
@@ -242,8 +242,8 @@ def score_gradient_(
     targets, slopes = targets.to(torch.int64).contiguous(), slopes.contiguous()
     if num_rows:
         check_within(targets, width)
-    _with_room(
-        cpu_loops.score_gradient.of(_TYPES[logits.dtype]), num_rows, width, num_targets,
+    with_room(
+        cpu_loops.score_gradient.of(TYPES[logits.dtype]), num_rows, width, num_targets,
         (logits.data_ptr(), normaliser.data_ptr(), targets.data_ptr(), slopes.data_ptr()), (num_targets, width),
     )  # fmt: skip
     return logits
@@ -262,8 +262,8 @@ def choose_tokens(
     sharpness = torch.tensor([max(1 / each, 1e-37) if each else 0.0 for each in temperatures], dtype=torch.float32)
     luck, tokens = torch.tensor(draws, dtype=torch.float32), torch.empty(num_rows, dtype=torch.int64)
     logprobs = torch.empty(num_rows, dtype=torch.float32)
-    _with_room(
-        choice_loops.choose.of(_TYPES[logits.dtype]), num_rows, width, width + width // choice_loops.BLOCK + 1,
+    with_room(
+        choice_loops.choose.of(TYPES[logits.dtype]), num_rows, width, width + width // choice_loops.BLOCK + 1,
         (logits.data_ptr(), sharpness.data_ptr(), luck.data_ptr()),
         (tokens.data_ptr(), logprobs.data_ptr(), width),
     )  # fmt: skip
@@ -280,8 +280,8 @@ def product_of_few(x: torch.Tensor, weight: int, shape: tuple[int, int], block: 
     (num_rows, size), num_out, at_once = x.shape, shape[0], answer_products.AT_ONCE_BY_TILES
     rows = functional.pad(x, (0, 0, 0, tiles.ROWS - num_rows)).contiguous()
     out, shapes = torch.empty(num_rows, num_out, dtype=x.dtype), torch.from_numpy(tiles.tile_shapes())
-    _with_room(
-        answer_products.product_of_few.of(_TYPES[x.dtype]), num_out // at_once, size * at_once, tiles.ROWS * at_once,
+    with_room(
+        answer_products.product_of_few.of(TYPES[x.dtype]), num_out // at_once, size * at_once, tiles.ROWS * at_once,
         (shapes.data_ptr(), rows.data_ptr(), weight, *block), (out.data_ptr(), num_rows, size, num_out),
     )  # fmt: skip
     return out
@@ -313,7 +313,7 @@ def _by_rows(call: Call, num_rows: int, row_elements: int, *fixed: Any) -> None:
     _run(call, [(*fixed, *span) for span in _spans(num_rows, row_elements)])
 
 
-def _with_room(
+def with_room(
     call: Call, num_rows: int, row_elements: int, room: int, before: tuple[Any, ...], after: tuple[Any, ...]
 ) -> None:
     """As `_by_rows`, with room for so many float32 between the arguments, for each thread its own."""
@@ -339,7 +339,7 @@ def run_together(
     They wait for each other by a counter, int64. One such call at a time: threads of two could wait for those that the
     other keeps from starting.
     """
-    call = loop.of(_TYPES[x.dtype])
+    call = loop.of(TYPES[x.dtype])
     with _all_threads:
         counter.zero_()
         futures: list[Future[None]] = []

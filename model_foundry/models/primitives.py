@@ -18,8 +18,8 @@ from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32
 _FLOAT, _BITS, _HALF, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
 
 
-def primitive(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
+def primitive(emit: Callable[..., Any]) -> Any:
+    return intrinsic(emit)
 
 
 def _bits(number: int) -> ir.Constant:
@@ -107,7 +107,8 @@ def _pointer_to(kind: Any) -> Any:
 
 
 floats, halves, words = _pointer_to(types.float32), _pointer_to(BFLOAT16), _pointer_to(types.int64)
-"""An address as a pointer to float32, to bfloat16, to int64."""
+shorts, pairs = _pointer_to(types.int16), _pointer_to(types.int32)
+"""An address as a pointer to float32, to bfloat16, to int64; to a bfloat16, and to two, as they are."""
 
 
 @primitive
@@ -153,7 +154,7 @@ def fetch(typing: Any, pointer: Any, place: Any) -> Any:
     def ask(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         text = ir.IntType(8).as_pointer()
         start = builder.bitcast(builder.gep(args[0], [args[1]]), text)
-        ask_for = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [text, _BITS, _BITS, _BITS])
+        ask_for = function(builder, "llvm.prefetch.p0", ir.VoidType(), [text, _BITS, _BITS, _BITS])
         builder.call(ask_for, [start, _bits(0), _bits(2), _bits(1)])  # to read; into the second level; no code
         return context.get_dummy_value()
 
@@ -166,7 +167,7 @@ TOGETHER = 4
 """Queries whose sums are made together by `add_weighted`."""
 
 
-def _lanes(builder: Any, pointer: Any, place: Any, kind: Any) -> Any:
+def lanes(builder: Any, pointer: Any, place: Any, kind: Any) -> Any:
     """LANES numbers as float32."""
     start = builder.gep(pointer, [place])
     if kind != BFLOAT16:
@@ -176,7 +177,7 @@ def _lanes(builder: Any, pointer: Any, place: Any, kind: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * LANES)), _LANES)
 
 
-def _in_all_lanes(builder: Any, value: Any) -> Any:
+def in_all_lanes(builder: Any, value: Any) -> Any:
     one = builder.insert_element(ir.Constant(_LANES, ir.Undefined), value, _bits(0))
     return builder.shuffle_vector(
         one, ir.Constant(_LANES, ir.Undefined), ir.Constant(ir.VectorType(_BITS, LANES), [0] * LANES)
@@ -191,20 +192,20 @@ def _add_weighted(blocks: int) -> Any:
     ) -> Any:
         def add(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             weights, at, step, values, first, count, size, sums, to = args
-            fma = _function(builder, "llvm.fma.v16f32", _LANES, [_LANES] * 3)
+            fma = function(builder, "llvm.fma.v16f32", _LANES, [_LANES] * 3)
             offsets = [ir.Constant(_WORD, block * LANES) for block in range(blocks)]
             own = [builder.add(at, builder.mul(step, ir.Constant(_WORD, q))) for q in range(TOGETHER)]
             starts = [builder.add(to, builder.mul(size, ir.Constant(_WORD, q))) for q in range(TOGETHER)]
             places = [[builder.add(start, offset) for offset in offsets] for start in starts]
             held = [
-                [cgutils.alloca_once_value(builder, _lanes(builder, sums, place, FLOAT32)) for place in row]
+                [cgutils.alloca_once_value(builder, lanes(builder, sums, place, FLOAT32)) for place in row]
                 for row in places
             ]
             with cgutils.for_range(builder, count) as each:
                 begin = builder.add(first, builder.mul(each.index, size))
-                row = [_lanes(builder, values, builder.add(begin, offset), rows.dtype) for offset in offsets]
+                row = [lanes(builder, values, builder.add(begin, offset), rows.dtype) for offset in offsets]
                 for place, totals in zip(own, held, strict=True):
-                    weight = _in_all_lanes(
+                    weight = in_all_lanes(
                         builder, builder.load(builder.gep(weights, [builder.add(place, each.index)]))
                     )
                     for value, total in zip(row, totals, strict=True):
@@ -227,6 +228,6 @@ add_weighted, add_weighted_wide = _add_weighted(1), _add_weighted(4)
 Of TOGETHER q, and of LANES l or four times as many. The sums stay in registers."""
 
 
-def _function(builder: Any, name: str, result: Any, args: Any) -> Any:
+def function(builder: Any, name: str, result: Any, args: Any) -> Any:
     known = builder.module.globals.get(name)
     return known or ir.Function(builder.module, ir.FunctionType(result, args), name)

@@ -24,7 +24,7 @@ ROWS, OUTPUTS, DEPTH = 16, 16, 32
 """Rows, outputs and inputs of a tile."""
 _BYTE, _WORD, _VOID = ir.IntType(8), ir.IntType(64), ir.VoidType()
 _TEXT = _BYTE.as_pointer()
-_NEEDED = ("+amx-tile", "+amx-bf16")
+_NEEDED = ("+amx-tile", "+amx-bf16", "+avx512f", "+avx512bf16")
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
 
 
@@ -44,7 +44,7 @@ def tile_shapes() -> np.ndarray:
     """uint8 [64]: what `shape_tiles` is to be shown."""
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
-    shapes[16:26:2], shapes[48:53] = 64, ROWS
+    shapes[16:32:2], shapes[48:56] = 64, ROWS
     return shapes
 
 
@@ -98,6 +98,61 @@ add_0, add_1 = _each("tdpbf16ps", 0, 2, 3), _each("tdpbf16ps", 1, 2, 4)
 load_rows, load_weights_0, load_weights_1 = (_moved("tileloadd64", number) for number in (2, 3, 4))
 store_0, store_1 = (_moved("tilestored64", number) for number in (0, 1))
 """(pointer, place, bytes from one row of the tile to the next)."""
+
+
+@primitive
+def zero_four(typing: Any) -> Any:
+    """Sums 0 to 3, [2, 2] tiles, are nothing."""
+
+    def act(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for number in range(4):
+            _do(context, builder, "tilezero", _tile(number))
+        return context.get_dummy_value()
+
+    return types.void(), act
+
+
+def _four_moved(name: str) -> Any:
+    def move(typing: Any, pointer: Any, place: Any, step: Any, next_rows: Any) -> Any:
+        def act(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            start, place, step, next_rows = args
+            for number in range(4):
+                column = builder.add(place, ir.Constant(_WORD, number % 2 * OUTPUTS))
+                at = builder.add(column, next_rows) if number // 2 else column
+                _do(context, builder, name, _tile(number), builder.bitcast(builder.gep(start, [at]), _TEXT), step)
+            return context.get_dummy_value()
+
+        return types.void(pointer, types.int64, types.int64, types.int64), act
+
+    return primitive(move)
+
+
+load_four, store_four = _four_moved("tileloadd64"), _four_moved("tilestored64")
+"""The four sums, float32 (pointer, place, bytes to the next row, numbers to the lower two)."""
+
+
+@primitive
+def add_four(
+    typing: Any, rows: Any, at: Any, step: Any, next_rows: Any, panels: Any, place: Any, next_panel: Any
+) -> Any:
+    """To the four sums the products of two tiles of rows, `step` bytes from row to row, with two that lie in one
+    piece, in pairs of inputs, and are `next_panel` numbers apart."""
+
+    def act(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, at, step, next_rows, panels, place, next_panel = args
+        line = ir.Constant(_WORD, 4 * OUTPUTS)
+        for number, (pointer, start, apart) in enumerate(
+            ((rows, at, step), (rows, builder.add(at, next_rows), step), (panels, place, line),
+             (panels, builder.add(place, next_panel), line)), 4
+        ):  # fmt: skip
+            address = builder.bitcast(builder.gep(pointer, [start]), _TEXT)
+            _do(context, builder, "tileloadd64", _tile(number), address, apart)
+        for number in range(4):
+            _do(context, builder, "tdpbf16ps", _tile(number), _tile(4 + number // 2), _tile(6 + number % 2))
+        return context.get_dummy_value()
+
+    numbers = types.int64
+    return types.void(rows, numbers, numbers, numbers, panels, numbers, numbers), act
 
 
 def in_tiles(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:

@@ -1,0 +1,89 @@
+"""Causal attention of packed rows in bfloat16 by the loops of `attention_loops`, where a processor multiplies tiles.
+
+Elsewhere, and for rows that end in branches, `attention` does the same in torch's operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from model_foundry.models import fused
+from model_foundry.models.attention_loops import SIDE, attend, attend_backward, room_backward, room_forward
+from model_foundry.models.compiled_loop import BFLOAT16
+from model_foundry.models.packed_rows import PackedRows
+from model_foundry.models.tiles import have_tiles, tile_shapes
+
+Rope = tuple[torch.Tensor, ...]
+_FLOAT_BYTES = 4
+
+
+def fits(x: torch.Tensor, rope: Rope, rows: PackedRows) -> bool:
+    """Whether the loops compute these rows."""
+    return x.dtype == torch.bfloat16 and not any(rows.branches) and fused.fits(x, *rope) and have_tiles()
+
+
+class TiledAttention(torch.autograd.Function):
+    """softmax(q kᵀ) v within each row, causal; rotation included. q [N, H, W], k and v [N, K, W] → [N, H, W].
+
+    A row's bits depend on the row alone. Of the probabilities only the logarithms of their sums are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, rows: PackedRows, window: int | None
+    ) -> torch.Tensor:
+        q, k, v = (_by_token(x) for x in (q, k, v))
+        rope = tuple(each.contiguous() for each in rope)
+        out, sums = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+        work = _Work(q, k, rows, window)
+        fused.with_room(
+            attend.of(BFLOAT16, fused.TYPES[rope[0].dtype]), work.num_units, work.unit_elements,
+            room_forward(work.most, work.width) // _FLOAT_BYTES,
+            (*_strided(q, k, v), work.places.data_ptr(), *_addresses(*rope), *_addresses(out, sums)), work.sizes,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, sums, *rope)
+        ctx.rows, ctx.window = rows, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, sums, *rope = ctx.saved_tensors
+        grad, work = grad.contiguous(), _Work(q, k, ctx.rows, ctx.window)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        fused.with_room(
+            attend_backward.of(BFLOAT16, fused.TYPES[rope[0].dtype]), work.num_units, work.unit_elements,
+            room_backward(work.most, work.width) // _FLOAT_BYTES,
+            (*_strided(q, k, v), *_addresses(out, grad, sums, work.places, *rope, dq, dk, dv)), work.sizes,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None
+
+
+class _Work:
+    """What both loops are told of the rows: places, int64 [R, 2] (first token, tokens), and sizes."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, rows: PackedRows, window: int | None) -> None:
+        (num_tokens, num_heads, self.width), num_kv = q.shape, k.shape[1]
+        lengths = torch.tensor(rows.lengths, dtype=torch.int64)
+        self.places = torch.stack([lengths.cumsum(0) - lengths, lengths], dim=1)
+        self.most = -(-max(rows.lengths) // SIDE) * SIDE
+        self.num_units = len(rows.lengths) * num_kv
+        self.unit_elements = num_tokens * num_heads * self.width // self.num_units
+        self._shapes = torch.from_numpy(tile_shapes())  # has a name for as long as the loop reads it
+        self.sizes = (self._shapes.data_ptr(), self.most, num_heads, num_kv, self.width, window or 0)
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """[N, heads, W], the heads of a token without gaps."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _strided(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(number for x in tensors for number in (x.data_ptr(), x.stride(0)))
+
+
+def _addresses(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.data_ptr() for x in tensors)
