@@ -203,7 +203,7 @@ def _head_piece(
         return
     torch.mm(d_logits, weight, out=result.d_hidden[part])
     if head.requires_grad:
-        add_gradient(head, d_logits.t() @ hidden[part])
+        add_gradient(head, fused.weight_gradient(d_logits, hidden[part]))
     if update is not None:
         down, up = update.factors(hidden.dtype)
         d_low = d_logits @ up

@@ -57,11 +57,6 @@ class PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Any, rows: Any, window: Any, dropout: Any
     ) -> Any:
-        num_tokens = sum(rows.lengths)
-        if any(part.shape[0] != num_tokens for part in (q, k, v, *rope)):
-            raise ModelError(
-                f"rows of {num_tokens} tokens, and {[part.shape[0] for part in (q, k, v, *rope)]} are given"
-            )
         out, num_kv = torch.empty_like(q, memory_format=torch.contiguous_format), k.shape[1]
         inputs: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
@@ -319,7 +314,11 @@ def attend_packed(
     if backend == "auto":
         backend = choose_attention("auto", q.device, q.dtype).chosen
     if backend == "eager" or dropout is not None:
-        if dropout is None and tiled_attention.fits(q, rope, rows):
+        num_tokens = sum(rows.lengths)
+        if any(part.shape[0] != num_tokens for part in (q, k, v, *rope)):
+            given = [part.shape[0] for part in (q, k, v, *rope)]
+            raise ModelError(f"rows of {num_tokens} tokens, and {given} are given")
+        if dropout is None and tiled_attention.fits(q, k, v, rope, rows):
             return TiledAttention.apply(q, k, v, rope, rows, window)  # pyright: ignore[reportReturnType]
         return PackedAttention.apply(q, k, v, rope, rows, window, dropout)  # pyright: ignore[reportReturnType]
     if backend == "flash":

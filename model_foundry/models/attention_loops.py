@@ -17,7 +17,7 @@ import numpy as np
 
 from model_foundry.models.compiled_loop import loop, part
 from model_foundry.models.cpu_loops import copy, turn
-from model_foundry.models.lanes import largest_in_lanes, powers, slopes_of_scores
+from model_foundry.models.lanes import largest_in_lanes, pair_rows, powers, slopes_of_scores, turn_block
 from model_foundry.models.primitives import LINE_BYTES, fetch, floats, halves, pairs, read, shorts, write
 from model_foundry.models.tiles import add_four, leave_tiles, load_four, shape_tiles, store_four, zero_four
 
@@ -80,34 +80,27 @@ def take_heads(
 @part()
 def panels_across(x: Any, size: Any, depth: Any, out: Any) -> None:
     """x [size, depth] as panels whose columns are its rows."""
-    words, found, half = pairs(x), pairs(out), depth // 2
+    half = depth // 2
     for panel in range(size // 16):
-        for j in range(half):
-            for c in range(16):
-                write(found, U((panel * half + j) * 16 + c), read(words, U((panel * 16 + c) * half + j)))
+        for j in range(0, half, 16):
+            turn_block(pairs(x), panel * 16 * half + j, half, pairs(out), (panel * half + j) * 16, 16)
 
 
 @part()
 def panels_along(x: Any, size: Any, depth: Any, out: Any) -> None:
     """x [size, depth] as panels whose columns are its columns, and whose depth its rows."""
-    numbers, found = shorts(x), shorts(out)
     for panel in range(depth // 16):
         for i in range(size // 2):
-            at, to = U(2 * i * depth + panel * 16), U((panel * (size // 2) + i) * 32)
-            for c in range(U(16)):
-                write(found, to + U(2) * c, read(numbers, at + c))
-                write(found, to + U(2) * c + U(1), read(numbers, at + U(depth) + c))
+            pair_rows(shorts(x), 2 * i * depth + panel * 16, depth, shorts(out), (panel * (size // 2) + i) * 32)
 
 
 @part()
 def tiles_across(x: Any, size: Any, depth: Any, out: Any) -> None:
-    """x [size, depth] transposed, in tiles: [depth / 16, size / 32, 16, 32]."""
-    numbers, found = shorts(x), shorts(out)
-    for t in range(size // SIDE):
-        for d in range(depth):
-            at, to = U(t * SIDE * depth + d), U((d // 16 * (size // SIDE) + t) * TILE + d % 16 * 32)
-            for c in range(U(SIDE)):
-                write(found, to + c, read(numbers, at + c * U(depth)))
+    """x [size, depth] transposed, in tiles two by two: [depth / 32, size / 32, 32, 32]."""
+    for d in range(0, depth, SIDE):
+        for t in range(0, size, SIDE):
+            to = (d // SIDE * (size // SIDE) + t // SIDE) * 2 * TILE
+            turn_block(shorts(x), t * depth + d, depth, shorts(out), to, SIDE)
 
 
 @part()
@@ -226,6 +219,99 @@ def put_turned(
     turn(x, U(at), cos, sin, U(token) * half, np.float32(-1.0), out, U(to), half)
 
 
+(
+    KEYS, VALUES, KEYS_ACROSS, QUERIES, QUERIES_ACROSS, QUERIES_ALONG, GRADS_ACROSS, GRADS_ALONG, D_KEYS, D_VALUES,
+    D_QUERIES, P, DS, DS_PANELS, SCORES, SLOPES, SUMS, ALONG,
+) = range(18)  # fmt: skip
+"""Places in the room of a backward pass, of a row: bfloat16 [P, D] eight times, float32 [P, D] three times, strips of
+BLOCK_KEYS keys three times, two squares, and two numbers a token."""
+
+
+@part()
+def places_in(room: Any, most: Any, depth: Any) -> Any:
+    whole, strip, square = most * depth * H, BLOCK_KEYS * most * H, SIDE * SIDE * F
+    sums, strips = room + 8 * whole, room + 14 * whole
+    squares = strips + 3 * strip
+    return (
+        room, room + whole, room + 2 * whole, room + 3 * whole, room + 4 * whole, room + 5 * whole, room + 6 * whole,
+        room + 7 * whole, sums, sums + 2 * whole, sums + 4 * whole, strips, strips + strip, strips + 2 * strip,
+        squares, squares + square, squares + 2 * square, squares + 2 * square + most * F,
+    )  # fmt: skip
+
+
+@part()
+def along_answers(
+    out: Any, grad: Any, sums: Any, start: Any, tokens: Any, num_heads: Any, head: Any, width: Any, places: Any
+) -> None:  # fmt: skip
+    """Of one head's tokens: what all gradients of its probabilities have in common, and the logarithm of its sum."""
+    for t in range(padded(tokens)):
+        dot, logarithm = np.float32(0.0), np.float32(0.0)
+        if t < tokens:
+            of = (start + t) * num_heads + head
+            for line in range(0, width, LINE_BYTES // H):
+                fetch(out, (of + AHEAD * num_heads) * width + line)
+            logarithm = read(sums, of)
+            for j in range(U(width)):
+                dot += read(out, U(of * width) + j) * read(grad, U(of * width) + j)
+        write(floats(places[SUMS]), t, logarithm)
+        write(floats(places[ALONG]), t, dot)
+
+
+@part()
+def add_to_keys(
+    places: Any, block: Any, block_end: Any, tokens: Any, depth: Any, window: Any
+) -> None:  # fmt: skip
+    """Gradients of the scores of a block of keys, kept in strips; from them those of its keys and values."""
+    size = padded(tokens)
+    across = size // 32 * TILE
+    for key in range(block, block_end, SIDE):
+        end = min(size, padded(key + SIDE - 1 + window)) if window else size
+        strip = (key - block) // 16 * across
+        for query in range(key, end, SIDE):
+            product(
+                halves(places[KEYS]), key * depth, depth, 16 * depth, 32, halves(places[QUERIES_ACROSS]),
+                query * depth, 16 * depth, depth // 32, floats(places[SCORES]), 0, SIDE, False,
+            )  # fmt: skip
+            product(
+                halves(places[VALUES]), key * depth, depth, 16 * depth, 32, halves(places[GRADS_ACROSS]),
+                query * depth, 16 * depth, depth // 32, floats(places[SLOPES]), 0, SIDE, False,
+            )  # fmt: skip
+            score_slopes(
+                floats(places[SCORES]), floats(places[SLOPES]), key, query, tokens, window, floats(places[SUMS]),
+                floats(places[ALONG]), halves(places[P]), halves(places[DS]), strip + query // 32 * TILE, across,
+                halves(places[DS_PANELS]), query * BLOCK_KEYS + (key - block) * 16, BLOCK_KEYS * 16,
+            )  # fmt: skip
+        steps, at = (end - key) // 32, strip + key // 32 * TILE
+        for d in range(0, depth, SIDE):
+            product(
+                halves(places[P]), at, 32, across, TILE, halves(places[GRADS_ALONG]), d * size + key * 16, size * 16,
+                steps, floats(places[D_VALUES]), key * depth + d, depth, True,
+            )  # fmt: skip
+            product(
+                halves(places[DS]), at, 32, across, TILE, halves(places[QUERIES_ALONG]), d * size + key * 16,
+                size * 16, steps, floats(places[D_KEYS]), key * depth + d, depth, True,
+            )  # fmt: skip
+
+
+@part()
+def add_to_queries(
+    places: Any, block: Any, block_end: Any, tokens: Any, depth: Any, window: Any
+) -> None:  # fmt: skip
+    """From the strips of a block of keys the gradients of all queries that see any, [P / SIDE, D, SIDE]."""
+    size = padded(tokens)
+    end = min(size, padded(block_end - 1 + window)) if window else size
+    for query in range(block, end, SIDE):
+        begin = max(block, first_key(query, window) // SIDE * SIDE)
+        steps = (min(block_end, query + SIDE) - begin) // SIDE
+        for d in range(0, depth, SIDE):
+            at = (d // SIDE * (size // SIDE) + begin // SIDE) * 2 * TILE
+            product(
+                halves(places[KEYS_ACROSS]), at, 32, TILE, 2 * TILE, halves(places[DS_PANELS]),
+                query * BLOCK_KEYS + (begin - block) * 16, BLOCK_KEYS * 16, steps, floats(places[D_QUERIES]),
+                query * depth + d * SIDE, SIDE, True,
+            )  # fmt: skip
+
+
 @loop(
     "x*", "int", "x*", "int", "x*", "int", "x*", "x*", "float32*", "int64*", "w*", "w*", "w*", "w*", "x*", "x*", "x*",
     "int", "int", "int", "int", "int", "int", "int",
@@ -237,97 +323,40 @@ def attend_backward(
 ) -> None:  # fmt: skip
     """The gradients dq, dk, dv [N, heads, W] from that of `out`; the rest as `attend`, whose out and sums are given."""
     depth, group = padded(width), num_heads // num_kv
-    whole = most * depth * H
-    keys, values, keys_across = room, room + whole, room + 2 * whole
-    queries, queries_across, queries_along = room + 3 * whole, room + 4 * whole, room + 5 * whole
-    grads_across, grads_along = room + 6 * whole, room + 7 * whole
-    d_keys, d_values, d_queries = room + 8 * whole, room + 10 * whole, room + 12 * whole
-    strips = BLOCK_KEYS * most * H
-    p, ds, ds_panels = room + 14 * whole, room + 14 * whole + strips, room + 14 * whole + 2 * strips
-    scores = ds_panels + strips
-    slopes, own_sums = scores + SIDE * SIDE * F, scores + 2 * SIDE * SIDE * F
-    along = own_sums + most * F
+    places = places_in(room, most, depth)
     shape_tiles(shapes)
     for unit in range(first, last):
         row, kv = unit // num_kv, unit % num_kv
         start, tokens = read(rows, 2 * row), read(rows, 2 * row + 1)
-        size = padded(tokens)
-        take_heads(k, start, tokens, k_step, kv * width, key_cos, key_sin, True, width, depth, halves(keys))
-        take_heads(v, start, tokens, v_step, kv * width, key_cos, key_sin, False, width, depth, halves(values))
-        tiles_across(keys, size, depth, keys_across)
-        zeros(floats(d_keys), 0, size * depth)
-        zeros(floats(d_values), 0, size * depth)
+        size, queries = padded(tokens), places[QUERIES]
+        take_heads(k, start, tokens, k_step, kv * width, key_cos, key_sin, True, width, depth, halves(places[KEYS]))
+        take_heads(v, start, tokens, v_step, kv * width, key_cos, key_sin, False, width, depth, halves(places[VALUES]))
+        tiles_across(places[KEYS], size, depth, places[KEYS_ACROSS])
+        zeros(floats(places[D_KEYS]), 0, size * depth)
+        zeros(floats(places[D_VALUES]), 0, size * depth)
         for head in range(kv * group, (kv + 1) * group):
-            take_heads(q, start, tokens, q_step, head * width, cos, sin, True, width, depth, halves(queries))
-            panels_across(queries, size, depth, queries_across)
-            panels_along(queries, size, depth, queries_along)
-            take_heads(
-                grad, start, tokens, num_heads * width, head * width, cos, sin, False, width, depth, halves(queries)
-            )
-            panels_across(queries, size, depth, grads_across)
-            panels_along(queries, size, depth, grads_along)
-            zeros(floats(d_queries), 0, size * depth)
-            for t in range(size):
-                dot, logarithm = np.float32(0.0), np.float32(0.0)
-                if t < tokens:
-                    of = (start + t) * num_heads + head
-                    for line in range(0, width, LINE_BYTES // H):
-                        fetch(out, (of + AHEAD * num_heads) * width + line)
-                    logarithm = read(sums, of)
-                    for j in range(U(width)):
-                        dot += read(out, U(of * width) + j) * read(grad, U(of * width) + j)
-                write(floats(own_sums), t, logarithm)
-                write(floats(along), t, dot)
+            own, step = head * width, num_heads * width
+            take_heads(q, start, tokens, q_step, own, cos, sin, True, width, depth, halves(queries))
+            panels_across(queries, size, depth, places[QUERIES_ACROSS])
+            panels_along(queries, size, depth, places[QUERIES_ALONG])
+            take_heads(grad, start, tokens, step, own, cos, sin, False, width, depth, halves(queries))
+            panels_across(queries, size, depth, places[GRADS_ACROSS])
+            panels_along(queries, size, depth, places[GRADS_ALONG])
+            along_answers(out, grad, sums, start, tokens, num_heads, head, width, places)
+            zeros(floats(places[D_QUERIES]), 0, size * depth)
             for block in range(0, size, BLOCK_KEYS):
                 block_end = min(size, block + BLOCK_KEYS)
-                for key in range(block, block_end, SIDE):
-                    end = min(size, padded(key + SIDE - 1 + window)) if window else size
-                    strip = (key - block) // 16 * (size // 32) * TILE
-                    for query in range(key, end, SIDE):
-                        product(
-                            halves(keys), key * depth, depth, 16 * depth, 32, halves(queries_across), query * depth,
-                            16 * depth, depth // 32, floats(scores), 0, SIDE, False,
-                        )  # fmt: skip
-                        product(
-                            halves(values), key * depth, depth, 16 * depth, 32, halves(grads_across), query * depth,
-                            16 * depth, depth // 32, floats(slopes), 0, SIDE, False,
-                        )  # fmt: skip
-                        score_slopes(
-                            floats(scores), floats(slopes), key, query, tokens, window, floats(own_sums),
-                            floats(along), halves(p), halves(ds), strip + query // 32 * TILE, size // 32 * TILE,
-                            halves(ds_panels), query * BLOCK_KEYS + (key - block) * 16, BLOCK_KEYS * 16,
-                        )  # fmt: skip
-                    steps, at = (end - key) // 32, strip + key // 32 * TILE
-                    for d in range(0, depth, SIDE):
-                        product(
-                            halves(p), at, 32, size // 32 * TILE, TILE, halves(grads_along), d * size + key * 16,
-                            size * 16, steps, floats(d_values), key * depth + d, depth, True,
-                        )  # fmt: skip
-                        product(
-                            halves(ds), at, 32, size // 32 * TILE, TILE, halves(queries_along), d * size + key * 16,
-                            size * 16, steps, floats(d_keys), key * depth + d, depth, True,
-                        )  # fmt: skip
-                reach = min(size, padded(block_end - 1 + window)) if window else size
-                for query in range(block, reach, SIDE):
-                    begin = max(block, first_key(query, window) // SIDE * SIDE)
-                    steps = (min(block_end, query + SIDE) - begin) // SIDE
-                    for d in range(0, depth, SIDE):
-                        product(
-                            halves(keys_across), (d // 16 * (size // 32) + begin // 32) * TILE, 32,
-                            size // 32 * TILE, TILE, halves(ds_panels), query * BLOCK_KEYS + (begin - block) * 16,
-                            BLOCK_KEYS * 16, steps, floats(d_queries), query * depth + d * 32, 32, True,
-                        )  # fmt: skip
+                add_to_keys(places, block, block_end, tokens, depth, window)
+                add_to_queries(places, block, block_end, tokens, depth, window)
             for t in range(tokens):
                 at = t // SIDE * SIDE * depth + t % SIDE
                 for j in range(width):
-                    write(floats(scores), j, read(floats(d_queries), at + j * SIDE))
-                put_turned(
-                    floats(scores), 0, cos, sin, start + t, width, dq, ((start + t) * num_heads + head) * width
-                )
+                    write(floats(places[SCORES]), j, read(floats(places[D_QUERIES]), at + j * SIDE))
+                put_turned(floats(places[SCORES]), 0, cos, sin, start + t, width, dq, (start + t) * step + own)
         for t in range(tokens):
             to = ((start + t) * num_kv + kv) * width
-            put_turned(floats(d_keys), t * depth, key_cos, key_sin, start + t, width, dk, to)
-            copy(floats(d_values), U(t * depth), dv, U(to), U(width))
+            put_turned(floats(places[D_KEYS]), t * depth, key_cos, key_sin, start + t, width, dk, to)
+            copy(floats(places[D_VALUES]), U(t * depth), dv, U(to), U(width))
     leave_tiles()
 
 

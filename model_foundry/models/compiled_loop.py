@@ -51,7 +51,8 @@ def _hash_of(file: str) -> str:
 
 
 _ALL_LOOPS = tuple(
-    _hash_of(str(Path(__file__).with_name(name))) for name in ("compiled_loop.py", "primitives.py", "lanes.py", "tiles.py")
+    _hash_of(str(Path(__file__).with_name(name)))
+    for name in ("compiled_loop.py", "primitives.py", "lanes.py", "tiles.py")
 )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from model_foundry.models.compiled_loop import IN_ORDER, loop, part
-from model_foundry.models.primitives import as_float, as_int, read, write
+from model_foundry.models.lanes import turn_block
+from model_foundry.models.primitives import as_float, as_int, fetch, read, shorts, write
 
 U = np.uint64
 
@@ -334,3 +335,24 @@ def score_gradient(
                 if read(targets, own + other) == read(targets, own + k):
                     value += read(slopes, own + other)
             write(logits, at + U(read(targets, own + k)), value)
+
+
+SIDE = 32
+"""Rows and columns of what is transposed at once."""
+
+
+@loop("int", "int", "int", "int", "int")
+def transpose(x: int, x_step: int, out: int, num_rows: int, num_columns: int, first: int, last: int) -> None:
+    """out [columns, rows] from numbers of 16 bits [rows, columns]; `first` and `last` count blocks of SIDE columns."""
+    numbers, found = shorts(x), shorts(out)
+    for block in range(first, last):
+        column = block * SIDE
+        for row in range(0, num_rows, SIDE):
+            if row + SIDE <= num_rows and column + SIDE <= num_columns:
+                for ahead in range(SIDE):
+                    fetch(numbers, (row + SIDE + ahead) * x_step + column)
+                turn_block(numbers, row * x_step + column, x_step, found, column * num_rows + row, num_rows)
+                continue
+            for c in range(column, min(column + SIDE, num_columns)):
+                for r in range(row, min(row + SIDE, num_rows)):
+                    write(found, U(c * num_rows + r), read(numbers, U(r * x_step + c)))

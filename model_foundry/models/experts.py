@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model_foundry.models import fused
 from model_foundry.models.balance import RouterBalance
 from model_foundry.models.lora import Linear, fresh_A
 from model_foundry.models.mixture import MixtureConfig
@@ -107,7 +108,7 @@ class _GroupedProduct(torch.autograd.Function):
             if dx is not None:
                 torch.mm(grad[first:last], ctx.matrix(expert).to(x.dtype), out=dx[first:last])
             if d_weight is not None:
-                d_weight[expert] = grad[first:last].t() @ x[first:last]
+                d_weight[expert] = fused.weight_gradient(grad[first:last], x[first:last])
         return dx, d_weight, None, None, None
 
 

@@ -80,6 +80,62 @@ def _joined(builder: Any, vector: Any, join: Callable[[Any, Any, Any], Any]) -> 
 
 
 @primitive
+def turn_block(typing: Any, x: Any, at: Any, step: Any, out: Any, to: Any, out_step: Any) -> Any:
+    """A square of 64 bytes a side transposed: rows `step` numbers apart become columns of those `out_step` apart.
+
+    By exchanges of halves, of quarters, and so on, down to single numbers (Eklundh 1972).
+    """
+    bits = x.dtype.bitwidth
+    side = 512 // bits
+
+    def turn(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, at, step, out, to, out_step = args
+        row = ir.VectorType(ir.IntType(bits), side)
+
+        def places(start: Any, apart: Any) -> list[Any]:
+            return [builder.add(start, builder.mul(apart, _number(number))) for number in range(side)]
+
+        rows = [
+            builder.load(builder.bitcast(builder.gep(x, [place]), row.as_pointer()), align=bits // 8)
+            for place in places(at, step)
+        ]
+        distance = side // 2
+        while distance:
+            above = [lane if not lane & distance else side + lane - distance for lane in range(side)]
+            below = [lane + distance if not lane & distance else side + lane for lane in range(side)]
+            upper, lower = (ir.Constant(ir.VectorType(_BITS, side), order) for order in (above, below))
+            for number in range(side):
+                if not number & distance:
+                    first, second = rows[number], rows[number + distance]
+                    rows[number] = builder.shuffle_vector(first, second, upper)
+                    rows[number + distance] = builder.shuffle_vector(first, second, lower)
+            distance //= 2
+        for value, place in zip(rows, places(to, out_step), strict=True):
+            _put(builder, value, out, place, bits // 8)
+        return context.get_dummy_value()
+
+    return types.void(x, NUMBERS, NUMBERS, out, NUMBERS, NUMBERS), turn
+
+
+@primitive
+def pair_rows(typing: Any, x: Any, at: Any, step: Any, out: Any, to: Any) -> Any:
+    """LANES numbers of 16 bits, and those `step` after them, by turns."""
+
+    def pair(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, at, step, out, to = args
+        row = ir.VectorType(_SHORT, LANES)
+        first, second = (
+            builder.load(builder.bitcast(builder.gep(x, [place]), row.as_pointer()), align=2)
+            for place in (at, builder.add(at, step))
+        )
+        order = ir.Constant(ir.VectorType(_BITS, 2 * LANES), _IN_PAIRS)
+        _put(builder, builder.shuffle_vector(first, second, order), out, to)
+        return context.get_dummy_value()
+
+    return types.void(x, NUMBERS, NUMBERS, out, NUMBERS), pair
+
+
+@primitive
 def largest_in_lanes(typing: Any, x: Any, at: Any, count: Any) -> Any:
     """Of so many float32, a multiple of two times LANES. What is no number is passed over."""
 
@@ -105,9 +161,7 @@ def powers(typing: Any, x: Any, at: Any, count: Any, largest: Any, out: Any, to:
         less = in_all_lanes(builder, largest)
         with cgutils.for_range(builder, builder.udiv(count, _number(2 * LANES))) as each:
             begin = builder.add(at, builder.mul(each.index, _number(2 * LANES)))
-            low, high = (
-                _exp(builder, builder.fsub(_get(builder, x, begin, offset), less)) for offset in (0, LANES)
-            )
+            low, high = (_exp(builder, builder.fsub(_get(builder, x, begin, offset), less)) for offset in (0, LANES))
             builder.store(builder.fadd(builder.load(held), builder.fadd(low, high)), held)
             _put(builder, _narrowed(builder, low, high), out, builder.add(to, builder.mul(each.index, step)))
         return _joined(builder, builder.load(held), lambda builder, a, b: builder.fadd(a, b))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from model_foundry.models import fused
 from model_foundry.models.randomness import DropoutCounter, drop, generator, salt
 from model_foundry.types import LoraConfig
 
@@ -184,7 +185,7 @@ class _TrainedProject(torch.autograd.Function):
         dx = None
         for grad, weight in zip(grads, weights, strict=True) if ctx.needs_input_grad[0] else ():
             dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-        return dx, *((grad.t() @ x).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return dx, *(fused.weight_gradient(grad, x).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
 class _LoraProject(torch.autograd.Function):

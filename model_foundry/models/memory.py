@@ -87,6 +87,7 @@ def estimate_memory(
     held_out_rows: Sequence[int] = (),
     sampled_rows: Sequence[int] = (),
     loaded_again: bool = False,
+    keeps_probabilities: bool = True,
 ) -> MemoryEstimate:
     """Peak memory of one forward, backward and optimizer step, and of what is measured between steps.
 
@@ -102,6 +103,7 @@ def estimate_memory(
         held_out_rows: tokens of each row of the largest piece that is measured without gradients.
         sampled_rows: tokens of each sequence that is sampled at the same time, prompt and answer.
         loaded_again: at the end the saved weights are read into a second model beside the first.
+        keeps_probabilities: on a CPU, attention's of short rows, as where no `tiled_attention` computes it.
         machine: `accelerator` is the memory of the device: fused attention, no holes of glibc's heap.
     """
     names = default_targets(config) if adapted is None else set(adapted)
@@ -114,8 +116,9 @@ def estimate_memory(
         casts = _kept_casts(config, lora=lora, adapted=names, sparse=sparse, dtype_bytes=dtype_bytes)
         for found, one in ((kept, False), (holes, True)):
             elements = _kept_elements(
-                config, rows, lora=lora, adapted=names, sparse=sparse, machine=machine, one_expert=one
-            )
+                config, rows, lora=lora, adapted=names, sparse=sparse, one_expert=one,
+                keeps_probabilities=keeps_probabilities and machine == "cpu",
+            )  # fmt: skip
             found.append(elements * dtype_bytes + casts)
     boundaries = config.num_hidden_layers * sum(rows) * config.hidden_size * dtype_bytes
     activations = boundaries + max(kept) if gradient_checkpointing else sum(kept)
@@ -123,8 +126,9 @@ def estimate_memory(
     activations += 2 * _largest_matrix(config) * dtype_bytes if packed else 0
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes, machine=machine)
     held_out = _held_out_bytes(
-        config, held_out_rows, lora=lora, adapted=names, machine=machine, dtype_bytes=dtype_bytes
-    )
+        config, held_out_rows, lora=lora, adapted=names, machine=machine, dtype_bytes=dtype_bytes,
+        keeps_probabilities=keeps_probabilities,
+    )  # fmt: skip
     sampled = _sampled_bytes(config, sampled_rows, dtype_bytes=dtype_bytes)
     again = base_bytes(config, dtype_bytes=dtype_bytes, packed=packed) if loaded_again else 0
     activations, logits = max((activations, logits), held_out, sampled, (again, 0), key=sum)
@@ -134,8 +138,7 @@ def estimate_memory(
     if machine == "cpu" and 1 < num_threads <= len(rows) and not (gradient_checkpointing or packed):
         gradients += _own_gradient_bytes(config, num_trained, lora=lora, num_threads=num_threads)
     fixed = weights + gradients + moments
-    # Training every weight copies them into one stretch; the first copy's place is left to what comes.
-    loading = fixed + (base if lora is None else 0)
+    loading = fixed + (base if lora is None else 0)  # copied into one stretch; the first place is left to what comes
     libraries, process = (LIBRARY_BYTES, process_bytes) if machine == "cpu" else (0, ACCELERATOR_BYTES)
     libraries += PACKING_BYTES if packed and machine == "cpu" else 0
     step = fixed + activations + logits + libraries
@@ -191,7 +194,7 @@ def _kept_elements(
     lora: LoraConfig | None,
     adapted: Collection[str],
     sparse: bool,
-    machine: Machine,
+    keeps_probabilities: bool,
     one_expert: bool,
 ) -> int:
     """Elements of the compute type that one layer keeps for its backward pass; `one_expert`: as if k were 1."""
@@ -209,6 +212,7 @@ def _kept_elements(
         "rotated q and k, v": queries + 2 * keys,
         "q and k before their norms": queries + keys if config.qk_norm else 0,
         "attention's output, read by o": queries,
+        "float32 logarithms of attention's sums": 0 if keeps_probabilities else 2 * config.num_attention_heads,
         "residual before the MLP, read by the norm": width,
         "normed input of gate and up, or of the router": width,
         "gate and up": 2 * times * inner,
@@ -227,7 +231,7 @@ def _kept_elements(
     probabilities = sum(
         config.num_attention_heads * _scores(length, config.sliding_window)
         for length in rows
-        if length <= KEEP_PROBABILITIES_TOKENS and machine == "cpu"
+        if length <= KEEP_PROBABILITIES_TOKENS and keeps_probabilities
     )
     return sum(rows) * sum(per_token.values()) + probabilities
 
@@ -249,12 +253,16 @@ def _held_out_bytes(
     adapted: Collection[str],
     machine: Machine,
     dtype_bytes: int,
+    keeps_probabilities: bool,
 ) -> tuple[int, int]:
     """Activations and logits of a pass that keeps nothing for a backward pass."""
     if not rows:
         return 0, 0
+    keeps = keeps_probabilities and machine == "cpu"
     layer = max(
-        _kept_elements(config, rows, lora=lora, adapted=adapted, sparse=sparse, machine=machine, one_expert=False)
+        _kept_elements(
+            config, rows, lora=lora, adapted=adapted, sparse=sparse, keeps_probabilities=keeps, one_expert=False
+        )
         for sparse in {*map(config.is_sparse, range(config.num_hidden_layers))}
     )
     return round(FORWARD_LAYERS * layer * dtype_bytes), _head_bytes(

@@ -205,9 +205,7 @@ def _add_weighted(blocks: int) -> Any:
                 begin = builder.add(first, builder.mul(each.index, size))
                 row = [lanes(builder, values, builder.add(begin, offset), rows.dtype) for offset in offsets]
                 for place, totals in zip(own, held, strict=True):
-                    weight = in_all_lanes(
-                        builder, builder.load(builder.gep(weights, [builder.add(place, each.index)]))
-                    )
+                    weight = in_all_lanes(builder, builder.load(builder.gep(weights, [builder.add(place, each.index)])))
                     for value, total in zip(row, totals, strict=True):
                         builder.store(builder.call(fma, [weight, value, builder.load(total)]), total)
             for row, totals in zip(places, held, strict=True):

@@ -20,9 +20,14 @@ Rope = tuple[torch.Tensor, ...]
 _FLOAT_BYTES = 4
 
 
-def fits(x: torch.Tensor, rope: Rope, rows: PackedRows) -> bool:
+def is_for(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the loops compute such numbers here."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and have_tiles()
+
+
+def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, rows: PackedRows) -> bool:
     """Whether the loops compute these rows."""
-    return x.dtype == torch.bfloat16 and not any(rows.branches) and fused.fits(x, *rope) and have_tiles()
+    return all(is_for(x.device, x.dtype) for x in (q, k, v)) and fused.fits(q, *rope) and not any(rows.branches)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -52,7 +57,7 @@ class TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, sums, *rope = ctx.saved_tensors
-        grad, work = grad.contiguous(), _Work(q, k, ctx.rows, ctx.window)
+        grad, work = grad.to(q.dtype).contiguous(), _Work(q, k, ctx.rows, ctx.window)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         fused.with_room(
             attend_backward.of(BFLOAT16, fused.TYPES[rope[0].dtype]), work.num_units, work.unit_elements,

@@ -21,6 +21,7 @@ from model_foundry.evals.rehearsal import Asked
 from model_foundry.models.config import ModelConfig, is_native
 from model_foundry.models.folder import read_config
 from model_foundry.models.memory import MemoryEstimate, estimate_memory
+from model_foundry.models.tiled_attention import is_for
 from model_foundry.recipes.gatekeeping import gate_facts
 from model_foundry.recipes.shape_plan import shape_text
 from model_foundry.recipes.supervised import is_save_due
@@ -80,6 +81,11 @@ def predict_memory(
     pieces = split_by_tokens(lengths, piece_tokens)
     piece = max(pieces, key=lambda rows: sum(lengths[row] for row in rows))
     reads = engine.attention != "flash"  # whose kernel reads each branch as a row
+    tiled = (
+        engine.attention == "eager"
+        and is_for(engine.device, engine.dtype)
+        and not any(batch[row].branches for row in piece)
+    )
     new = work.sampling.max_tokens
     due = sum(int((batch[row].loss_inputs["weights"] != 0).sum()) for row in piece)
     adapted = None
@@ -103,6 +109,7 @@ def predict_memory(
         held_out_rows=max(_held_out_rows(work, piece_tokens), _largest_piece(asked.read, piece_tokens), key=sum),
         sampled_rows=max([len(tokens) + new for _, tokens in work.prompts], [*asked.sampled], key=sum),
         loaded_again=True,
+        keeps_probabilities=not tiled or bool(shape.attention_dropout),
     )
 
 

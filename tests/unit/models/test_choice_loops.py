@@ -74,7 +74,5 @@ def test_rows_are_added_by_their_weights(wide: int, count: int, dtype: torch.dty
     weights, rows = numbers(4, 9, dtype=torch.float32), numbers(9, size, dtype=dtype)
     sums = numbers(4, size, dtype=torch.float32)
     wanted = sums.double() + weights[:, 2 : 2 + count].double() @ rows[2 : 2 + count].double()
-    weighted.of(fused._TYPES[dtype])(
-        weights.data_ptr(), rows.data_ptr(), sums.data_ptr(), 9, count, size, wide, 2, 0, 1
-    )
+    weighted.of(fused.TYPES[dtype])(weights.data_ptr(), rows.data_ptr(), sums.data_ptr(), 9, count, size, wide, 2, 0, 1)
     assert float((sums - wanted).abs().max()) < 1e-5

@@ -1,0 +1,158 @@
+"""Attention by tiles: as exact as bfloat16 allows, and each row by itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from model_foundry.models import fused
+from model_foundry.models.attention import PackedAttention, attend_packed
+from model_foundry.models.packed_rows import PackedRows
+from model_foundry.models.tiled_attention import TiledAttention, fits, is_for
+from model_foundry.models.tiles import have_tiles
+
+TILED = pytest.mark.skipif(not have_tiles(), reason="this processor multiplies no tiles")
+Parts = tuple[torch.Tensor, ...]
+
+
+def parts(lengths: list[int], heads: int, kv: int, width: int, *, rope: torch.dtype = torch.float32) -> Parts:
+    """q, k, v as neighbours in one matrix, the gradient of the answer, and the four tables of the rotation."""
+    make, total = torch.Generator().manual_seed(0), sum(lengths)
+    both = torch.randn(total, (heads + 2 * kv) * width, generator=make).bfloat16()
+    q, k, v = both.split([heads * width, kv * width, kv * width], dim=1)
+    grad = torch.randn(total, heads, width, generator=make).bfloat16()
+    angle = torch.rand(total, 1, width // 2, generator=make) * 6
+    cos, sin, scale = angle.cos(), angle.sin(), width**-0.5
+    tables = (each.to(rope) for each in (cos * scale, sin * scale, cos, sin))
+    return (q.view(total, heads, width), k.view(total, kv, width), v.view(total, kv, width), grad, *tables)
+
+
+def answer_and_gradients(own: Parts, lengths: list[int], window: int | None) -> Parts:
+    leaves, rows = [x.detach().requires_grad_() for x in own[:3]], PackedRows.of(lengths)
+    assert may_be_tiled(own, rows)
+    out = TiledAttention.apply(*leaves, own[4:], rows, window)
+    assert isinstance(out, torch.Tensor)
+    return (out.detach(), *torch.autograd.grad(out, leaves, own[3]))
+
+
+def may_be_tiled(own: Parts, rows: PackedRows) -> bool:
+    q, k, v = own[:3]
+    return fits(q, k, v, own[4:], rows)
+
+
+def exactly(own: Parts, lengths: list[int], window: int | None) -> Parts:
+    leaves, rope = [x.detach().double().requires_grad_() for x in own[:3]], tuple(x.double() for x in own[4:])
+    out = PackedAttention.apply(*leaves, rope, PackedRows.of(lengths), window, None)
+    assert isinstance(out, torch.Tensor)
+    return (out.detach(), *torch.autograd.grad(out, leaves, own[3].double()))
+
+
+@TILED
+@pytest.mark.parametrize("rope", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv", "width", "window"),
+    [
+        ([1, 31, 32, 33, 100], 4, 2, 64, None),
+        ([300, 5], 3, 3, 32, None),
+        ([150], 6, 2, 64, 17),
+        ([290], 2, 1, 64, 130),
+        ([70, 40], 2, 2, 16, None),
+        ([40, 65], 2, 1, 80, 2),
+        ([161], 2, 1, 128, 500),
+    ],
+)
+def test_answer_and_gradients_are_those_of_double_precision(
+    lengths: list[int], heads: int, kv: int, width: int, window: int | None, rope: torch.dtype, threads: int
+) -> None:
+    own = parts(lengths, heads, kv, width, rope=rope)
+    for found, wanted in zip(
+        answer_and_gradients(own, lengths, window), exactly(own, lengths, window), strict=True
+    ):  # fmt: skip
+        assert float((found.double() - wanted).norm() / wanted.norm()) < 2**-7
+        assert float((found.double() - wanted).abs().max() / wanted.abs().max()) < 2**-5
+
+
+@TILED
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_rows_bits_are_those_it_has_alone(window: int | None, threads: int) -> None:
+    """Where company showed, a batch's losses would depend on how it was packed."""
+    lengths = [70, 1, 33, 200, 32]
+    own = parts(lengths, 4, 2, 64)
+    together = [x.split(lengths) for x in answer_and_gradients(own, lengths, window)]
+    for place, row in enumerate(zip(*(x.split(lengths) for x in own), strict=True)):
+        alone = answer_and_gradients(row, [lengths[place]], window)
+        for mine, whole in zip(alone, together, strict=True):
+            assert torch.equal(mine, whole[place])
+
+
+@TILED
+@pytest.mark.parametrize("window", [None, 20])
+def test_what_stands_later_or_too_far_back_has_no_effect_at_all(window: int | None) -> None:
+    own = parts([100], 2, 1, 64)
+    answer, *_ = answer_and_gradients(own, [100], window)
+    changed = tuple(x.clone() for x in own)
+    for x in changed[:3]:
+        x[60:] *= -3
+    answer_to_others, *_ = answer_and_gradients(changed, [100], window)
+    assert torch.equal(answer[:60], answer_to_others[:60])
+    assert not torch.equal(answer[60:], answer_to_others[60:])
+    if window is not None:
+        assert torch.equal(exactly(own, [100], window)[0][:60], exactly(changed, [100], window)[0][:60])
+        changed = tuple(x.clone() for x in own)
+        for x in changed[1:3]:
+            x[:30] *= -3
+        assert torch.equal(answer[50:], answer_and_gradients(changed, [100], window)[0][50:])
+        assert not torch.equal(answer[:49], answer_and_gradients(changed, [100], window)[0][:49])
+
+
+@TILED
+def test_what_is_no_number_stays_in_its_row() -> None:
+    lengths = [40, 40, 40]
+    own = parts(lengths, 2, 1, 64)
+    clean = answer_and_gradients(own, lengths, None)
+    broken = tuple(x.clone() for x in own)
+    broken[0][50, 1, 3] = math.nan
+    for found, wanted in zip(answer_and_gradients(broken, lengths, None), clean, strict=True):
+        assert not found[40:80].isfinite().all()
+        assert torch.equal(found[:40], wanted[:40])
+        assert torch.equal(found[80:], wanted[80:])
+
+
+@TILED
+def test_large_scores_do_not_overflow() -> None:
+    own = parts([64], 2, 1, 64)
+    own[0].mul_(200)
+    found = answer_and_gradients(own, [64], None)
+    assert all(x.isfinite().all() for x in found)
+    assert float(found[0].abs().max()) <= float(own[2].abs().max())
+    assert torch.equal(found[0][0], own[2][0].expand(2, -1))  # the first token sees itself alone
+
+
+def test_other_types_branches_and_devices_go_another_way() -> None:
+    own = parts([8], 2, 1, 64)
+    rows = PackedRows.of([8])
+    assert may_be_tiled(own, rows) == have_tiles()
+    assert not may_be_tiled(tuple(x.float() for x in own), rows)
+    assert not may_be_tiled(own, PackedRows.of([8], branches=[(2, 3)]))
+    assert not is_for(torch.device("cuda"), torch.bfloat16)
+    with torch.no_grad():
+        out = attend_packed(own[0], own[1], own[2], own[4:], rows, None)
+    assert float((out.double() - exactly(own, [8], None)[0]).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (1, 1), (33, 70), (5, 32), (200, 31)])
+def test_a_transposition_moves_every_number(shape: tuple[int, int], threads: int) -> None:
+    wide = torch.randn(shape[0], shape[1] + 3).bfloat16()
+    wide[0, 0] = math.nan
+    x = wide[:, : shape[1]]
+    assert torch.equal(fused.transposed(x).view(torch.int16), x.t().contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_inputs", [16, fused.MIN_INPUTS_TO_TRANSPOSE])
+def test_the_gradient_of_a_weight(num_inputs: int, dtype: torch.dtype) -> None:
+    grad, x = torch.randn(70, 40).to(dtype), torch.randn(70, num_inputs).to(dtype)
+    wanted = grad.double().t() @ x.double()
+    assert float((fused.weight_gradient(grad, x).double() - wanted).norm() / wanted.norm()) < 2**-7
