@@ -1,9 +1,13 @@
-"""B4: pretraining a small Llama from scratch, every weight, in tokens a second beside HF Trainer.
+"""B4: pretraining a small Llama from scratch, every weight, in tokens a second beside HF Trainer and litgpt.
 
 A vocabulary of 8,192 is learnt from the documentation of the installed packages, and a fresh model of 17 million
 parameters trained on it: float32 weights, bfloat16 products, eight rows of 512 tokens a step, AdamW, the same ids in
 the same order. Rows are of one length, so the peer gets them as one batch without any padding.
-`hf-trainer` computes in bfloat16 by autocast, `hf-trainer-best` with our allocator settings besides.
+`hf-trainer` computes in bfloat16 by autocast, `hf-trainer-best` with our allocator settings besides. `litgpt` is its
+own `pretrain`, compiled as it comes, and `litgpt-best` has the allocator too. It takes part where it is installed, in
+an environment of its own, for its pins are not ours:
+
+    python3 -m venv build/litgpt && build/litgpt/bin/pip install torch==2.13.0 litgpt==0.5.13
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 
 from benchmarks.chat_rows import ChatRow, write_rows
 from benchmarks.documentation_chats import write_chats
-from benchmarks.harness import BenchmarkError, Options, Peer, parse, report, run_rounds, table
+from benchmarks.harness import ROOT, BenchmarkError, Options, Peer, parse, report, run_rounds, say, table
 from benchmarks.training import check_agreement, tokens_per_second, utilisation
 from model_foundry.models.architecture import Architecture, to_config
 from model_foundry.models.initialise import write_fresh_model
@@ -32,6 +36,8 @@ PEERS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "hf-trainer": ("hf_trainer", HF),
     "hf-trainer-best": ("hf_trainer", {**HF, "allocator": "tuned"}),
 }
+LITGPT_PYTHON = ROOT / "build" / "litgpt" / "bin" / "python"
+LITGPT_PEERS: dict[str, Mapping[str, Any]] = {"litgpt": {}, "litgpt-best": {"allocator": "tuned"}}
 
 
 def write_work(folder: Path, *, options: Options) -> dict[str, Any]:
@@ -72,6 +78,13 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = write_work(Path(folder), options=options)
         peers = [Peer(name, worker, {**work, **spec}) for name, (worker, spec) in PEERS.items()]
+        if LITGPT_PYTHON.exists():
+            peers += [
+                Peer(name, "litgpt_pretrain", {**work, **spec}, str(LITGPT_PYTHON))
+                for name, spec in LITGPT_PEERS.items()
+            ]
+        else:
+            say(f"litgpt is left out: there is no {LITGPT_PYTHON} (benchmarks/b4_pretraining.py says how to make it)")
         rounds = run_rounds(options.choose(peers), options=options)
     losses = check_agreement(rounds, dtype="bfloat16")
     machine = max((rounds.machine[0], rounds.machine[-1]), key=lambda found: found["gflops_bfloat16"])

@@ -34,11 +34,12 @@ class BenchmarkError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One side of a comparison: a worker module and what it is told."""
+    """One side of a comparison: a worker module, what it is told, and its Python where that is not this one."""
 
     name: str
     worker: str
     spec: Mapping[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +114,13 @@ def environment(num_threads: int) -> dict[str, str]:
     return {**inherited, **threads, **quiet, "WANDB_DISABLED": "true", "PYTHONWARNINGS": "ignore"}
 
 
-def run_worker(worker: str, spec: Mapping[str, Any], *, options: Options) -> Result:
+def run_worker(worker: str, spec: Mapping[str, Any], *, options: Options, python: str = sys.executable) -> Result:
     """One process, one result. Its output is shown only when it fails or --verbose asks."""
     with tempfile.TemporaryDirectory() as scratch:
         spec_path, result_path = Path(scratch, "spec.json"), Path(scratch, "result.json")
         full = {"num_threads": options.num_threads, "seed": options.seed, "scratch": scratch, **spec}
         spec_path.write_text(json.dumps(full), encoding="utf-8")
-        command = [sys.executable, "-m", f"benchmarks.workers.{worker}", str(spec_path), str(result_path)]
+        command = [python, "-m", f"benchmarks.workers.{worker}", str(spec_path), str(result_path)]
         done = subprocess.run(
             command, cwd=ROOT, env=environment(options.num_threads), stdin=subprocess.DEVNULL,
             capture_output=not options.verbose, text=True, check=False,
@@ -145,7 +146,7 @@ def run_rounds(peers: Sequence[Peer], *, options: Options) -> Rounds:
         results = {}
         for peer in peers:
             say(f"round {num_kept + 1} of {options.rounds}: {peer.name}")
-            results[peer.name] = run_worker(peer.worker, peer.spec, options=options)
+            results[peer.name] = run_worker(peer.worker, peer.spec, options=options, python=peer.python)
         rounds.machine.append(measure_machine(options))
         moved = drift(*rounds.machine[-2:])
         if moved > options.max_drift:
