@@ -30,7 +30,12 @@ VOCAB_SIZE, CONTEXT, ROWS_PER_STEP, NUM_PROBE_ROWS = 8192, 512, 8, 8
 TEXT_BYTES = 2_000_000
 LEARNING_RATE = 1e-3
 FLOPS_PER_PARAMETER = 6
-HF: Mapping[str, Any] = {"trainer": "hf", "dtype": "float32", "equal_rows": True, "arguments": {"bf16": True}}
+HF: Mapping[str, Any] = {
+    "trainer": "hf",
+    "dtype": "float32",
+    "equal_rows": True,
+    "arguments": {"bf16": True, "train_sampling_strategy": "sequential"},
+}
 PEERS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "ours": ("ours", {"dtype": "bfloat16", "allocator": "tuned"}),
     "hf-trainer": ("hf_trainer", HF),

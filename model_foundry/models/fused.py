@@ -25,7 +25,7 @@ MIN_SHARE_ELEMENTS = 32_768
 """Fewer numbers are done before another thread has woken up."""
 MIN_INPUTS_TO_TRANSPOSE = 256
 TYPES: dict[torch.dtype, Any] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-_COMPILES = not getattr(numba.config, "DISABLE_JIT", 0)
+COMPILES = not getattr(numba.config, "DISABLE_JIT", 0)
 Rope = Sequence[torch.Tensor]
 Call = Callable[..., None]
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -38,7 +38,7 @@ def fits(*tensors: torch.Tensor) -> bool:
     for x in tensors:
         if not x.is_cpu or x.dtype not in TYPES:
             return False
-    return _COMPILES and not torch.compiler.is_compiling()
+    return COMPILES and not torch.compiler.is_compiling()
 
 
 def check_within(indices: torch.Tensor, size: int) -> None:

@@ -22,12 +22,17 @@ _FLOAT_BYTES = 4
 
 def is_for(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the loops compute such numbers here."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and have_tiles()
+    return fused.COMPILES and device.type == "cpu" and dtype == torch.bfloat16 and have_tiles()
 
 
 def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, rows: PackedRows) -> bool:
-    """Whether the loops compute these rows."""
-    return all(is_for(x.device, x.dtype) for x in (q, k, v)) and fused.fits(q, *rope) and not any(rows.branches)
+    """Whether the loops compute these rows. They do not look where they read and write: other shapes are not theirs."""
+    (_, num_heads, width), num_kv = q.shape, k.shape[1]
+    together = k.shape == v.shape and k.shape[2] == width and num_heads % num_kv == 0
+    turned = all(each.shape[-1] * 2 == width and each.dtype == rope[0].dtype for each in rope)
+    if not (together and turned) or any(rows.branches):
+        return False
+    return all(is_for(x.device, x.dtype) for x in (q, k, v)) and fused.fits(q, *rope)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -76,7 +81,8 @@ class _Work:
         self.places = torch.stack([lengths.cumsum(0) - lengths, lengths], dim=1)
         self.most = -(-max(rows.lengths) // SIDE) * SIDE
         self.num_units = len(rows.lengths) * num_kv
-        self.unit_elements = num_tokens * num_heads * self.width // self.num_units
+        pairs = num_tokens * max(rows.lengths) // SIDE  # what each number of a query meets
+        self.unit_elements = pairs * num_heads * self.width // self.num_units
         self._shapes = torch.from_numpy(tile_shapes())  # has a name for as long as the loop reads it
         self.sizes = (self._shapes.data_ptr(), self.most, num_heads, num_kv, self.width, window or 0)
 

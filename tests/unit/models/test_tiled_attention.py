@@ -136,6 +136,8 @@ def test_other_types_branches_and_devices_go_another_way() -> None:
     assert may_be_tiled(own, rows) == have_tiles()
     assert not may_be_tiled(tuple(x.float() for x in own), rows)
     assert not may_be_tiled(own, PackedRows.of([8], branches=[(2, 3)]))
+    for place, odd in ((2, own[2][..., :32]), (1, own[1][:, :, :32]), (6, own[6].bfloat16()), (4, own[4][..., :16])):
+        assert not may_be_tiled((*own[:place], odd, *own[place + 1 :]), rows)
     assert not is_for(torch.device("cuda"), torch.bfloat16)
     with torch.no_grad():
         out = attend_packed(own[0], own[1], own[2], own[4:], rows, None)
