@@ -18,6 +18,8 @@ import torch
 
 from model_foundry.engine.continuous_cache import BLOCK_TOKENS, SEGMENT_TOKENS
 from model_foundry.models import fused
+from model_foundry.models.attention_loops import SIDE
+from model_foundry.models.tiled_attention import PromptReach
 
 MOST_TOGETHER = 64
 """Answers in one call."""
@@ -65,6 +67,16 @@ def plan_block(span: Span, window: int | None, *, group: int, like: torch.Tensor
         mask = _mask(span, (start + first, start + end), window, group=group, like=like)
         reach.append((span.segments[number], first, end, mask))
     return reach
+
+
+def plan_prompts(spans: Sequence[Span], window: int | None) -> PromptReach:
+    """What blocks see, where a loop computes them."""
+    segments = torch.zeros(len(spans), max(len(span.segments) for span in spans), dtype=torch.int64)
+    for place, span in enumerate(spans):
+        segments[place, : len(span.segments)] = torch.tensor(span.segments)
+    places = torch.tensor([(span.first_row, span.num_rows, span.position) for span in spans])
+    most = max(span.position + span.num_rows - max(0, span.position + 1 - (window or 2**62)) for span in spans)
+    return PromptReach(places, segments, most + SIDE, window)
 
 
 def _mask(span: Span, keys: tuple[int, int], window: int | None, *, group: int, like: torch.Tensor) -> Mask | None:

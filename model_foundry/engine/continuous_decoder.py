@@ -32,6 +32,7 @@ from model_foundry.engine.continuous_attention import (
     find_together,
     plan_answers,
     plan_block,
+    plan_prompts,
 )
 from model_foundry.engine.continuous_cache import BLOCK_TOKENS, SEGMENT_TOKENS
 from model_foundry.engine.continuous_products import Product, blocks_together, cancelling_rows, check_places
@@ -43,6 +44,7 @@ from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import gated
 from model_foundry.models.packing import PackedLinear
+from model_foundry.models.tiled_attention import PromptReach, attend_prompts, is_for
 
 logger = logging.getLogger(__name__)
 
@@ -350,17 +352,21 @@ class BatchedDecoder:
         heads = torch.arange(0, 2 * self.num_kv * SEGMENT_TOKENS, SEGMENT_TOKENS, device=self.device)
         return torch.tensor(starts, device=self.device)[:, None] + heads
 
-    def _plan(self, work: Pass, window: int | None) -> AnswerReach | list[BlockReach]:
+    def _plan(self, work: Pass, window: int | None) -> AnswerReach | PromptReach | list[BlockReach]:
         like = self.cos.new_empty(0, dtype=self.dtype)
         if work.spans[0].num_rows == 1:
             shape = (len(work.tokens), self.num_kv, self.group, self.width)
             return plan_answers(work.spans, window, shape=shape, like=like, most=self._together)
+        if is_for(self.device, self.dtype):
+            return plan_prompts(work.spans, window)
         return [plan_block(span, window, group=self.group, like=like) for span in work.spans]
 
     def _attend(self, cache: torch.Tensor, q: torch.Tensor, spans: Sequence[Span], reaches: Any) -> torch.Tensor:
         """q [N, K, G, W] → [N, H · W]."""
         if spans[0].num_rows == 1:
             return attend_answers(q, cache, reaches, self.scale).reshape(q.shape[0], -1)
+        if isinstance(reaches, PromptReach):
+            return attend_prompts(q.flatten(1, 2), cache, reaches, self.scale).view(q.shape[0], -1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for span, reach in zip(spans, reaches, strict=True):
             rows = slice(span.first_row, span.first_row + span.num_rows)

@@ -120,18 +120,54 @@ def hide(x: Any, at: Any, begin: Any, end: Any, count: Any) -> None:
 
 @part()
 def weigh(
-    scores: Any, count: Any, base: Any, query: Any, tokens: Any, window: Any, sums: Any, of: Any, out: Any, to: Any
+    scores: Any, count: Any, base: Any, query: Any, tokens: Any, window: Any, scale: Any, out: Any, to: Any
 ) -> Any:  # fmt: skip
-    """One query's e^(score - largest) over keys from `base` on, into its row of tiles; their sum."""
+    """One query's e^(scale (score - largest)) over keys from `base` on, into its row of tiles: their sum, its logarithm
+    with the largest in it."""
     if query >= tokens:
         for tile in range(count // SIDE):
             zeros(out, to + tile * TILE, SIDE)
-        return np.float32(1.0)
+        return np.float32(1.0), np.float32(0.0)
     hide(scores, 0, first_key(query, window) - base, query + 1 - base, count)
     largest = largest_in_lanes(scores, 0, count)
-    total = powers(scores, 0, count, largest, out, to, TILE)
-    write(sums, of, largest + np.log(total))
-    return total
+    total = powers(scores, 0, count, largest, scale, out, to, TILE)
+    return total, largest * scale + np.log(total)
+
+
+@part()
+def answer(
+    queries: Any, at: Any, keys: Any, values: Any, size: Any, first: Any, depth: Any, base: Any, query: Any,
+    tokens: Any, window: Any, scale: Any, scores: Any, weights: Any, found: Any,
+) -> None:  # fmt: skip
+    """What SIDE queries from `query` on find, [SIDE, D] float32; then what to divide it by; then that one's logarithms.
+
+    keys, values: panels of `size` keys, the first of which is `first`; those from `base` on are looked at.
+    """
+    count = min(padded(query + SIDE), first + size) - base
+    for key in range(0, count, SIDE):
+        product(
+            halves(queries), at, depth, 16 * depth, 32, halves(keys), (base - first + key) * depth, 16 * depth,
+            depth // 32, floats(scores), key, count, False,
+        )  # fmt: skip
+    for r in range(SIDE):
+        to = r // 16 * (count // 32) * TILE + r % 16 * 32
+        own = floats(scores + r * count * F)
+        total, logarithm = weigh(own, count, base, query + r, tokens, window, scale, halves(weights), to)
+        write(floats(found), SIDE * depth + r, total)
+        write(floats(found), SIDE * depth + SIDE + r, logarithm)
+    for d in range(0, depth, SIDE):
+        product(
+            halves(weights), 0, 32, count // 32 * TILE, TILE, halves(values), d * size + (base - first) * 16,
+            size * 16, count // 32, floats(found), d, depth, False,
+        )  # fmt: skip
+
+
+@part()
+def put_answers(found: Any, num_rows: Any, depth: Any, width: Any, out: Any, to: Any, step: Any) -> None:
+    for r in range(min(SIDE, num_rows)):
+        share = np.float32(1.0) / read(found, SIDE * depth + r)
+        for j in range(U(width)):
+            write(out, U(to + r * step) + j, read(found, U(r * depth) + j) * share)
 
 
 @loop(
@@ -165,31 +201,14 @@ def attend(
             take_heads(q, start, tokens, q_step, head * width, cos, sin, True, width, depth, halves(natural))
             for query in range(0, size, SIDE):
                 base = first_key(query, window) // SIDE * SIDE
-                end = query + SIDE
-                count = end - base
-                for key in range(base, end, SIDE):
-                    product(
-                        halves(natural), query * depth, depth, 16 * depth, 32, halves(keys), key * depth, 16 * depth,
-                        depth // 32, floats(scores), key - base, count, False,
-                    )  # fmt: skip
-                for r in range(SIDE):
-                    own = scores + r * count * F
-                    of = (start + query + r) * num_heads + head
-                    to = r // 16 * (count // 32) * TILE + r % 16 * 32
-                    total = weigh(
-                        floats(own), count, base, query + r, tokens, window, sums, of, halves(weights), to
-                    )  # fmt: skip
-                    write(floats(found), SIDE * depth + r, total)
-                for d in range(0, depth, SIDE):
-                    product(
-                        halves(weights), 0, 32, count // 32 * TILE, TILE, halves(values), d * size + base * 16,
-                        size * 16, count // 32, floats(found), d, depth, False,
-                    )  # fmt: skip
+                answer(
+                    natural, query * depth, keys, values, size, 0, depth, base, query, tokens, window,
+                    np.float32(1.0), scores, weights, found,
+                )  # fmt: skip
+                to = (start + query) * num_heads + head
+                put_answers(floats(found), tokens - query, depth, width, out, to * width, num_heads * width)
                 for r in range(min(SIDE, tokens - query)):
-                    scale = np.float32(1.0) / read(floats(found), SIDE * depth + r)
-                    at, to = U(r * depth), U(((start + query + r) * num_heads + head) * width)
-                    for j in range(U(width)):
-                        write(out, to + j, read(floats(found), at + j) * scale)
+                    write(sums, to + r * num_heads, read(floats(found), SIDE * depth + SIDE + r))
     leave_tiles()
 
 
@@ -363,7 +382,7 @@ def attend_backward(
 def room_forward(tokens: int, width: int) -> int:
     """Bytes that a thread of `attend` needs for rows of up to so many tokens."""
     size, depth = -(-tokens // SIDE) * SIDE, -(-width // SIDE) * SIDE
-    return 3 * size * depth * H + SIDE * size * (F + H) + SIDE * (depth + 1) * F
+    return 3 * size * depth * H + SIDE * size * (F + H) + SIDE * (depth + 2) * F
 
 
 def room_backward(tokens: int, width: int) -> int:

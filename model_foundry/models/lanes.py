@@ -152,22 +152,25 @@ def largest_in_lanes(typing: Any, x: Any, at: Any, count: Any) -> Any:
 
 
 @primitive
-def powers(typing: Any, x: Any, at: Any, count: Any, largest: Any, out: Any, to: Any, step: Any) -> Any:
-    """The sum of e^(x - largest), which go to `out` as bfloat16, two times LANES to a place, `step` on to the next."""
+def powers(
+    typing: Any, x: Any, at: Any, count: Any, largest: Any, scale: Any, out: Any, to: Any, step: Any
+) -> Any:  # fmt: skip
+    """The sum of e^(scale (x - largest)); they go to `out` as bfloat16, two times LANES a place, `step` to the next."""
 
     def find(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, at, count, largest, out, to, step = args
+        x, at, count, largest, scale, out, to, step = args
         held = cgutils.alloca_once_value(builder, _all(0.0))
-        less = in_all_lanes(builder, largest)
+        less, factor = in_all_lanes(builder, largest), in_all_lanes(builder, scale)
         with cgutils.for_range(builder, builder.udiv(count, _number(2 * LANES))) as each:
             begin = builder.add(at, builder.mul(each.index, _number(2 * LANES)))
-            low, high = (_exp(builder, builder.fsub(_get(builder, x, begin, offset), less)) for offset in (0, LANES))
+            apart = [builder.fsub(_get(builder, x, begin, offset), less) for offset in (0, LANES)]
+            low, high = (_exp(builder, builder.fmul(each, factor)) for each in apart)
             builder.store(builder.fadd(builder.load(held), builder.fadd(low, high)), held)
             _put(builder, _narrowed(builder, low, high), out, builder.add(to, builder.mul(each.index, step)))
         return _joined(builder, builder.load(held), lambda builder, a, b: builder.fadd(a, b))
 
     numbers = NUMBERS
-    return types.float32(x, numbers, numbers, types.float32, out, numbers, numbers), find
+    return types.float32(x, numbers, numbers, types.float32, types.float32, out, numbers, numbers), find
 
 
 @primitive

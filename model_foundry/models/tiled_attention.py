@@ -1,16 +1,17 @@
-"""Causal attention of packed rows in bfloat16 by the loops of `attention_loops`, where a processor multiplies tiles.
+"""Causal attention in bfloat16 by loops, where a processor multiplies tiles: of packed rows, and of blocks of prompts.
 
 Elsewhere, and for rows that end in branches, `attention` does the same in torch's operations.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from model_foundry.models import fused
+from model_foundry.models import fused, prompt_loop
 from model_foundry.models.attention_loops import SIDE, attend, attend_backward, room_backward, room_forward
 from model_foundry.models.compiled_loop import BFLOAT16
 from model_foundry.models.packed_rows import PackedRows
@@ -33,6 +34,38 @@ def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, rows: Pa
     if not (together and turned) or any(rows.branches):
         return False
     return all(is_for(x.device, x.dtype) for x in (q, k, v)) and fused.fits(q, *rope)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReach:
+    """Blocks of prompts, and where the keys are that they see.
+
+    Attributes:
+        spans: int64 [S, 3], of each its first row, how many it has, and the position of the first.
+        segments: int64 [S, M], those of its sequence in their order.
+        most: of the keys that one block sees.
+    """
+
+    spans: torch.Tensor
+    segments: torch.Tensor
+    most: int
+    window: int | None
+
+
+def attend_prompts(q: torch.Tensor, cache: torch.Tensor, reach: PromptReach, scale: float) -> torch.Tensor:
+    """q [N, H, W] over cache [segments, 2 K, length, W], both without gaps → [N, H, W]; rows of no block get zeros."""
+    (_, num_heads, width), (_, twice, length, _) = q.shape, cache.shape
+    num_units, most = len(reach.spans) * twice // 2, -(-reach.most // SIDE) * SIDE
+    out, shapes = torch.zeros_like(q), torch.from_numpy(tile_shapes())
+    fused.with_room(
+        prompt_loop.attend_prompts.of(BFLOAT16), num_units, q.numel() // num_units * most // SIDE,
+        prompt_loop.room_for(most, width) // _FLOAT_BYTES,
+        (*_addresses(q, cache, reach.spans, reach.segments, out), scale),
+        (
+            shapes.data_ptr(), most, reach.segments.shape[1], length, num_heads, twice // 2, width, reach.window or 0
+        ),
+    )  # fmt: skip
+    return out
 
 
 class TiledAttention(torch.autograd.Function):

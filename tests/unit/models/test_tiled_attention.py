@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+from model_foundry.engine.continuous_attention import Span, plan_prompts
 from model_foundry.models import fused
 from model_foundry.models.attention import PackedAttention, attend_packed
 from model_foundry.models.packed_rows import PackedRows
-from model_foundry.models.tiled_attention import TiledAttention, fits, is_for
+from model_foundry.models.tiled_attention import TiledAttention, attend_prompts, fits, is_for
 from model_foundry.models.tiles import have_tiles
 
 TILED = pytest.mark.skipif(not have_tiles(), reason="this processor multiplies no tiles")
@@ -158,3 +159,41 @@ def test_the_gradient_of_a_weight(num_inputs: int, dtype: torch.dtype) -> None:
     grad, x = torch.randn(70, 40).to(dtype), torch.randn(70, num_inputs).to(dtype)
     wanted = grad.double().t() @ x.double()
     assert float((fused.weight_gradient(grad, x).double() - wanted).norm() / wanted.norm()) < 2**-7
+
+
+@TILED
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize(("heads", "kv", "width"), [(6, 2, 64), (2, 2, 16), (3, 1, 80)])
+def test_blocks_of_prompts_see_their_own_keys(
+    heads: int, kv: int, width: int, window: int | None, threads: int
+) -> None:
+    """Three sequences whose segments lie anywhere; blocks that begin anywhere; a row between them that is nobody's."""
+    make, length = torch.Generator().manual_seed(1), 64
+    cache = torch.randn(9, 2 * kv, length, width, generator=make).bfloat16()
+    q = torch.randn(30 + 1 + 64 + 5, heads, width, generator=make).bfloat16()
+    spans = [Span(0, 30, 0, [4]), Span(31, 64, 150, [2, 7, 0, 8]), Span(95, 5, 62, [5, 1])]
+    found = attend_prompts(q, cache, plan_prompts(spans, window), width**-0.5)
+    assert not found[30].any()
+    for span in spans:
+        last = span.position + span.num_rows
+        kept = torch.cat([cache[segment] for segment in span.segments], dim=1)[:, :last].double()
+        keys, values = kept.repeat_interleave(heads // kv, 0).chunk(2)
+        mine = q[span.first_row : span.first_row + span.num_rows].double().transpose(0, 1)
+        scores = mine @ keys.transpose(1, 2) * width**-0.5
+        place, key = torch.arange(span.position, last)[:, None], torch.arange(last)[None]
+        hidden = (key > place) | (key <= place - (window or last))
+        wanted = (torch.softmax(scores.masked_fill(hidden, -math.inf), -1) @ values).transpose(0, 1)
+        mine = found[span.first_row : span.first_row + span.num_rows].double()
+        assert float((mine - wanted).norm() / wanted.norm()) < 2**-7
+
+
+@TILED
+@pytest.mark.parametrize("window", [None, 40])
+def test_how_a_prompt_is_cut_does_not_show(window: int | None) -> None:
+    """A prompt whose beginning somebody else has asked is read from where that ends."""
+    make = torch.Generator().manual_seed(2)
+    cache, q = torch.randn(3, 4, 64, 64, generator=make).bfloat16(), torch.randn(130, 6, 64, generator=make).bfloat16()
+    whole = attend_prompts(q, cache, plan_prompts([Span(0, 130, 0, [1, 0, 2])], window), 0.125)
+    for cut in (1, 31, 64, 100):
+        spans = [Span(0, cut, 0, [1, 0, 2]), Span(cut, 130 - cut, cut, [1, 0, 2])]
+        assert torch.equal(attend_prompts(q, cache, plan_prompts(spans, window), 0.125), whole)
