@@ -10,6 +10,7 @@ import torch
 from model_foundry.models.attention import attend_packed
 from model_foundry.models.config import ModelConfig
 from model_foundry.models.packed_rows import PackedRows
+from model_foundry.models.tiled_attention import is_for
 
 
 class AlikeRows:
@@ -23,7 +24,8 @@ class AlikeRows:
     def __call__(self, num_tokens: int, num_rows: int) -> bool:
         key = num_tokens, num_rows
         if key not in self._tried:
-            self._tried[key] = num_rows == 1 or all(self._holds(*key, window) for window in self._windows)
+            each_alone = num_rows == 1 or is_for(self._device, self._dtype)
+            self._tried[key] = each_alone or all(self._holds(*key, window) for window in self._windows)
         return self._tried[key]
 
     def _holds(self, num_tokens: int, num_rows: int, window: int | None) -> bool:

@@ -163,6 +163,16 @@ def answer(
 
 
 @part()
+def places_forward(room: Any, most: Any, depth: Any) -> Any:
+    """Places in the room of a forward pass: heads row by row, keys and values in panels; scores of SIDE queries, their
+    powers in tiles, and what `answer` finds."""
+    whole = most * depth * H
+    scores = room + 3 * whole
+    weights = scores + SIDE * most * F
+    return room, room + whole, room + 2 * whole, scores, weights, weights + SIDE * most * H
+
+
+@part()
 def put_answers(found: Any, num_rows: Any, depth: Any, width: Any, out: Any, to: Any, step: Any) -> None:
     for r in range(min(SIDE, num_rows)):
         share = np.float32(1.0) / read(found, SIDE * depth + r)
@@ -184,10 +194,7 @@ def attend(
     room: for as many bytes as `room_forward` says.
     """
     depth, group = padded(width), num_heads // num_kv
-    whole = most * depth * H
-    natural, keys, values = room, room + whole, room + 2 * whole
-    scores, weights = room + 3 * whole, room + 3 * whole + SIDE * most * F
-    found = weights + SIDE * most * H
+    natural, keys, values, scores, weights, found = places_forward(room, most, depth)
     shape_tiles(shapes)
     for unit in range(first, last):
         row, kv = unit // num_kv, unit % num_kv
@@ -247,7 +254,7 @@ BLOCK_KEYS keys three times, two squares, and two numbers a token."""
 
 
 @part()
-def places_in(room: Any, most: Any, depth: Any) -> Any:
+def places_backward(room: Any, most: Any, depth: Any) -> Any:
     whole, strip, square = most * depth * H, BLOCK_KEYS * most * H, SIDE * SIDE * F
     sums, strips = room + 8 * whole, room + 14 * whole
     squares = strips + 3 * strip
@@ -342,7 +349,7 @@ def attend_backward(
 ) -> None:  # fmt: skip
     """The gradients dq, dk, dv [N, heads, W] from that of `out`; the rest as `attend`, whose out and sums are given."""
     depth, group = padded(width), num_heads // num_kv
-    places = places_in(room, most, depth)
+    places = places_backward(room, most, depth)
     shape_tiles(shapes)
     for unit in range(first, last):
         row, kv = unit // num_kv, unit % num_kv

@@ -111,14 +111,14 @@ def estimate_memory(
     num_trained = config.num_parameters if lora is None else num_adapter_parameters(config, lora, adapted=names)
     base = base_bytes(config, dtype_bytes=FLOAT32_BYTES if lora is None else dtype_bytes, packed=packed)
     weights = base + (0 if lora is None else num_trained * FLOAT32_BYTES)
+    keeps = keeps_probabilities and machine == "cpu"
     kept, holes = [], []
     for sparse in map(config.is_sparse, range(config.num_hidden_layers)):
         casts = _kept_casts(config, lora=lora, adapted=names, sparse=sparse, dtype_bytes=dtype_bytes)
         for found, one in ((kept, False), (holes, True)):
             elements = _kept_elements(
-                config, rows, lora=lora, adapted=names, sparse=sparse, one_expert=one,
-                keeps_probabilities=keeps_probabilities and machine == "cpu",
-            )  # fmt: skip
+                config, rows, lora=lora, adapted=names, sparse=sparse, keeps_probabilities=keeps, one_expert=one
+            )
             found.append(elements * dtype_bytes + casts)
     boundaries = config.num_hidden_layers * sum(rows) * config.hidden_size * dtype_bytes
     activations = boundaries + max(kept) if gradient_checkpointing else sum(kept)
@@ -127,7 +127,7 @@ def estimate_memory(
     logits = _head_bytes(config, due, trained=lora is None, dtype_bytes=dtype_bytes, machine=machine)
     held_out = _held_out_bytes(
         config, held_out_rows, lora=lora, adapted=names, machine=machine, dtype_bytes=dtype_bytes,
-        keeps_probabilities=keeps_probabilities,
+        keeps_probabilities=keeps,
     )  # fmt: skip
     sampled = _sampled_bytes(config, sampled_rows, dtype_bytes=dtype_bytes)
     again = base_bytes(config, dtype_bytes=dtype_bytes, packed=packed) if loaded_again else 0
@@ -258,10 +258,15 @@ def _held_out_bytes(
     """Activations and logits of a pass that keeps nothing for a backward pass."""
     if not rows:
         return 0, 0
-    keeps = keeps_probabilities and machine == "cpu"
     layer = max(
         _kept_elements(
-            config, rows, lora=lora, adapted=adapted, sparse=sparse, keeps_probabilities=keeps, one_expert=False
+            config,
+            rows,
+            lora=lora,
+            adapted=adapted,
+            sparse=sparse,
+            keeps_probabilities=keeps_probabilities,
+            one_expert=False,
         )
         for sparse in {*map(config.is_sparse, range(config.num_hidden_layers))}
     )

@@ -9,14 +9,13 @@ from typing import Any
 
 from model_foundry.models.attention_loops import (
     SIDE,
-    F,
-    H,
     U,
     answer,
     first_key,
     padded,
     panels_across,
     panels_along,
+    places_forward,
     put_answers,
     take_heads,
     zeros,
@@ -52,13 +51,10 @@ def attend_prompts(
     Args:
         spans: [S, 3], of each block its first row, how many it has, and the position of the first.
         segments: [S, most_segments], where its keys are, in their order.
-        room: for as many bytes as `room_for` says; `most`: of the keys that a block sees, padded.
+        room: for as many bytes as `room_forward` says of `most`: the keys that a block sees, padded.
     """
     depth, group = padded(width), num_heads // num_kv
-    whole = most * depth * H
-    natural, keys, values = room, room + whole, room + 2 * whole
-    scores, weights = room + 3 * whole, room + 3 * whole + SIDE * most * F
-    found = weights + SIDE * most * H
+    natural, keys, values, scores, weights, found = places_forward(room, most, depth)
     shape_tiles(shapes)
     for unit in range(first, last):
         span, kv = unit // num_kv, unit % num_kv
@@ -80,9 +76,3 @@ def attend_prompts(
                 to = ((start + row) * num_heads + head) * width
                 put_answers(floats(found), num_rows - row, depth, width, out, to, num_heads * width)
     leave_tiles()
-
-
-def room_for(most: int, width: int) -> int:
-    """Bytes that a thread of `attend_prompts` needs where blocks see so many keys, padded, or have so many rows."""
-    depth = -(-width // SIDE) * SIDE
-    return 3 * most * depth * H + SIDE * most * (F + H) + SIDE * (depth + 2) * F

@@ -59,7 +59,7 @@ def attend_prompts(q: torch.Tensor, cache: torch.Tensor, reach: PromptReach, sca
     out, shapes = torch.zeros_like(q), torch.from_numpy(tile_shapes())
     fused.with_room(
         prompt_loop.attend_prompts.of(BFLOAT16), num_units, q.numel() // num_units * most // SIDE,
-        prompt_loop.room_for(most, width) // _FLOAT_BYTES,
+        room_forward(most, width) // _FLOAT_BYTES,
         (*_addresses(q, cache, reach.spans, reach.segments, out), scale),
         (
             shapes.data_ptr(), most, reach.segments.shape[1], length, num_heads, twice // 2, width, reach.window or 0

@@ -65,4 +65,6 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            # Who gave a signal another meaning meanwhile means it to last: a lost rank ignores its launcher.
+            if signal.getsignal(number) is handler:
+                signal.signal(number, earlier)

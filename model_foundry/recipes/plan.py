@@ -84,7 +84,7 @@ def predict_memory(
     tiled = (
         engine.attention == "eager"
         and is_for(engine.device, engine.dtype)
-        and not any(batch[row].branches for row in piece)
+        and not any(datum.branches for datum in batch)
     )
     new = work.sampling.max_tokens
     due = sum(int((batch[row].loss_inputs["weights"] != 0).sum()) for row in piece)

@@ -155,8 +155,7 @@ def test_an_abusive_client_does_not_take_the_server_from_the_others(
         )
         assert alone.failed == []
         assert beside.goodput >= 0.9, beside.failed[:5]
-        # Six to seventeen times, measured, when alone took 0.065 s. It takes a third of that since, and what it can be
-        # compared with is the time of a step that others fill.
-        assert medians[1] < 30 * max(medians[0], 0.04), medians
+        # Six to seventeen times, measured; an idle machine answers alone in less time than can be compared with.
+        assert medians[1] < 30 * max(medians[0], 0.02), medians
         assert set(beside.by_client) == set(names)
         assert min(beside.by_client.values()) > 0.5 * max(beside.by_client.values()), "somebody starves"
