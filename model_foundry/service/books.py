@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from model_foundry.service import journal as tables
 from model_foundry.service.journal import Journal, Work
@@ -113,6 +113,10 @@ class Operation:
 _NOT_NEEDED = b""
 """In place of the body of an operation that was done and is no part of its model's state. None: it was, and a snapshot
 has it."""
+
+
+IS_OVER = exists().where(tables.models.c.model_id == tables.operations.c.lane, tables.models.c.state != "live")
+"""Of an operation: its model is not there any more."""
 
 
 def _changes_state(operation: Operation) -> bool:
@@ -246,28 +250,32 @@ class Books:
         return write
 
     def training_so_far(self) -> list[tuple[str, str, float | None, int | None]]:
-        """(model, kind, loss, tokens) of every pass and step that was done, a model's in order."""
+        """(model, kind, loss, tokens) of every pass and step of a live model that was done, a model's in order."""
 
         def read(connection: Connection) -> list[tuple[str, str, float | None, int | None]]:
             table = tables.operations
             wanted = (table.c.kind.in_(("forward_backward", "optim_step")), table.c.finished.is_not(None))
             columns = (table.c.lane, table.c.kind, table.c.loss, table.c.num_tokens)
             rows = connection.execute(
-                select(*columns).where(*wanted, ~table.c.failed).order_by(table.c.lane, table.c.seq)
+                select(*columns).where(*wanted, ~table.c.failed, ~IS_OVER).order_by(table.c.lane, table.c.seq)
             )
             return [(row.lane, row.kind, row.loss, row.num_tokens) for row in rows]
 
         return self.journal.read(read)
 
-    def drop_bodies(self, model_id: str, seq: int | None = None) -> Work[None]:
+    def drop_bodies(self, model_id: str, seq: int) -> Work[None]:
         """Forget the bodies of operations that were done, up to `seq`: no snapshot that is kept needs them."""
+        return lambda connection: _drop_bodies(connection, model_id, tables.operations.c.seq <= seq)
+
+    def drop_operations(self, model_id: str) -> Work[None]:
+        """Forget what was done on a model that is unloaded, but for results that can still be asked for: those go
+        when they are old. That it was done, its `done_seq` says.
+        """
 
         def write(connection: Connection) -> None:
             table = tables.operations
-            old = [table.c.lane == model_id, table.c.finished.is_not(None), table.c.body != _NOT_NEEDED]
-            if seq is not None:
-                old.append(table.c.seq <= seq)
-            connection.execute(update(table).where(*old).values(body=None))
+            connection.execute(delete(table).where(table.c.lane == model_id, table.c.reply_kind == "gone"))
+            _drop_bodies(connection, model_id)
 
         return write
 
@@ -341,6 +349,12 @@ def finished(session: Session, when: float, reason: Mapping[str, Any], detail: s
     if session.finished is not None:
         return session
     return replace(session, finished=when, facts={**session.facts, "finish_reason": reason, "finish_detail": detail})
+
+
+def _drop_bodies(connection: Connection, model_id: str, *which: Any) -> None:
+    table = tables.operations
+    done = (table.c.lane == model_id, table.c.finished.is_not(None), table.c.body != _NOT_NEEDED)
+    connection.execute(update(table).where(*done, *which).values(body=None))
 
 
 def model_facts(connection: Connection, model_id: str) -> dict[str, Any] | None:

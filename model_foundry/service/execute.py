@@ -279,7 +279,7 @@ class Executor:
         self.host.forget(model.model_id)
         self.curves.forget(model.model_id)
         outcome = self.created(replace(model, state="unloaded"), {"model_id": model.model_id, "type": "unload_model"})
-        outcome.changes.append(self.books.drop_bodies(model.model_id))
+        outcome.changes.append(self.books.drop_operations(model.model_id))
         return outcome
 
     def let_go(self, model_id: str) -> None:
@@ -291,7 +291,7 @@ class Executor:
         model = self.books.models[model_id]
         if model.state != "live":
             return
-        (put, apply), drop = self.books.put(replace(model, state="unloaded")), self.books.drop_bodies(model_id)
+        (put, apply), drop = self.books.put(replace(model, state="unloaded")), self.books.drop_operations(model_id)
         self.books.journal.run(lambda connection: [work(connection) for work in (put, drop)]).result()
         apply()
         self.host.forget(model_id)

@@ -225,9 +225,11 @@ class Front:
         known = self.open.get(operation.request_id)
         if known is None:
             known = await self.commit(self.books.read_operation(operation.request_id), durable=False)
-        if known is not None and known.reply_kind == "gone":
-            raise Refusal(410, f"the result of {operation.request_id} is not kept any more")
-        if known is not None and known.kind != operation.kind:
+        if known is None and model is not None and "copy_of" in self.books.models[model.model_id].facts:
+            raise TakenError(model.model_id)
+        if known is None or known.reply_kind == "gone":
+            raise _not_kept(operation.request_id)
+        if known.kind != operation.kind:
             what = f"{operation.request_id} is taken by {known.kind}; this is {operation.kind}"
             raise Refusal(409, what, {"x-should-retry": "false"})
 
@@ -238,7 +240,7 @@ class Front:
             Refusal: too much of this client is waiting already.
             TakenError: the model's id is known.
         """
-        if operation.request_id in self.open:
+        if operation.request_id in self.open or self._was_done(operation.request_id):
             return False
         waiting = self.worker.num_waiting(operation.owner) + sum(o.owner == operation.owner for o in self.coming)
         if waiting >= self.limits.waiting_operations:
@@ -275,6 +277,8 @@ class Front:
                 # Clients ask again at once after a 5xx, so they are held a while and told why.
                 await asyncio.sleep(_BETWEEN_SECONDS)
                 return _try_again(request_id, refusal.what)
+        if operation is None and (model := self._was_done(request_id)) and tenant.sees in (None, model.owner):
+            raise _not_kept(request_id)
         if operation is None or tenant.sees not in (None, operation.owner):
             raise Refusal(404, f"there is no request {request_id}")
         try:
@@ -283,6 +287,13 @@ class Front:
             return self._pending(operation)
         self.open.pop(request_id, None)
         return result(operation, accept=request.headers.get("accept", ""))
+
+    def _was_done(self, request_id: str) -> Model | None:
+        """The model that did it: a model's operations are done in order, so its last number tells of all before."""
+        model_id, _, seq = request_id.rpartition(":")
+        model = self.books.models.get(model_id)
+        is_number = seq.isdecimal() and len(seq) < 20
+        return model if model is not None and is_number and int(seq) <= model.done_seq else None
 
     def _pending(self, operation: Operation) -> Response:
         return _try_again(operation.request_id, self.worker.waiting_for(operation))
@@ -301,12 +312,16 @@ def result(operation: Operation, *, accept: str) -> Response:
     """A kept reply as this client reads it."""
     kind = operation.reply_kind
     if kind == "gone":
-        raise Refusal(410, f"the result of {operation.request_id} is not kept any more")
+        raise _not_kept(operation.request_id)
     if operation.failed or kind not in AS_JSON:
         return Response(operation.reply, media_type="application/json")
     if PROTOBUF in accept:
         return Response(operation.reply, media_type=PROTOBUF)
     return reply(AS_JSON[kind](operation.reply))
+
+
+def _not_kept(request_id: str) -> Refusal:
+    return Refusal(410, f"the result of {request_id} is not kept any more")
 
 
 def _operation(lane: str, seq: int | str, owner: str, kind: str, encoding: str, body: bytes) -> Operation:

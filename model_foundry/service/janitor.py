@@ -10,12 +10,12 @@ import asyncio
 import logging
 from collections import Counter
 
-from sqlalchemy import Connection, delete, update
+from sqlalchemy import Connection, delete, or_, update
 
 from model_foundry.errors import FoundryError
 from model_foundry.service import journal as tables
 from model_foundry.service.bodies import Refusal
-from model_foundry.service.books import Model
+from model_foundry.service.books import IS_OVER, Model
 from model_foundry.service.front import Front
 from model_foundry.service.listing import remove_checkpoint
 
@@ -103,9 +103,9 @@ class Janitor:
         return True
 
     def _drop_results(self, connection: Connection, now: float) -> None:
-        """Replies go; a model's operations stay as long as a snapshot may need them."""
+        """Replies go; a live model's operations stay as long as a snapshot may need them."""
         table = tables.operations
         old = (table.c.finished < now - self.result_seconds, tables.IS_KEPT)
-        connection.execute(delete(table).where(*old, table.c.kind == "asample"))
-        # Of the others the row stays, a few bytes: it is what a repeat is told from something new by.
+        connection.execute(delete(table).where(*old, or_(table.c.kind == "asample", IS_OVER)))
+        # Of the others the row stays, some hundred bytes: its loss is a point of the model's curve.
         connection.execute(update(table).where(*old).values(reply=None, reply_kind="gone"))

@@ -41,11 +41,15 @@ from model_foundry.service.databases import database
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _MIGRATIONS: dict[int, tuple[str, ...]] = {
     1: ("ALTER TABLE operations ADD COLUMN loss FLOAT", "ALTER TABLE operations ADD COLUMN num_tokens INTEGER"),
     2: (),
     3: ("CREATE INDEX by_finished_kept ON operations (finished) WHERE reply_kind != 'gone'",),
+    4: (
+        "DELETE FROM operations WHERE reply_kind = 'gone' AND EXISTS"
+        " (SELECT 1 FROM models WHERE models.model_id = operations.lane AND models.state != 'live')",
+    ),
 }
 """Version -> what makes the next one of it."""
 _POSTGRES_MIGRATIONS: dict[int, tuple[str, ...]] = {

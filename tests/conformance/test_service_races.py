@@ -9,87 +9,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from sqlalchemy import Connection, text
 
-from model_foundry.config.load import load_config
-from model_foundry.config.service import ServiceConfig
-from model_foundry.service.app import make_app
-from model_foundry.service.books import Books, Operation
-from model_foundry.service.front import Front
+from model_foundry.service.books import Books
 from model_foundry.service.janitor import Janitor
 from model_foundry.service.journal import Journal
-from model_foundry.service.running import running
+from tests.conformance.inside import Client, bodies, served
 from tests.conformance.test_service_by_hand import pass_body, step_body
-from tests.service_rig import KEY
 
 pytestmark = pytest.mark.slow
 TinyFolder = Callable[[str], Path]
-
-
-class Client:
-    """A service in this event loop, its insides, and a client of it."""
-
-    def __init__(self, front: Front, api: httpx.AsyncClient) -> None:
-        self.front, self.api = front, api
-        self.session = self.model = ""
-
-    async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return await self.api.post(path, json=body)
-
-    async def result(self, answer: httpx.Response) -> dict[str, Any]:
-        assert answer.status_code == 200, answer.text
-        return (await self.post("retrieve_future", {"request_id": answer.json()["request_id"]})).json()
-
-    async def done(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.result(await self.post(path, body))
-
-    async def new_session(self) -> str:
-        self.session = (await self.post("create_session", {})).json()["session_id"]
-        return self.session
-
-    async def create(self, number: int) -> httpx.Response:
-        base = self.front.executor.base_models[0]
-        body = {"session_id": self.session, "model_seq_id": number, "base_model": base, "lora_config": {"rank": 1}}
-        return await self.post("create_model", body)
-
-    async def new_model(self) -> str:
-        await self.new_session()
-        self.model = (await self.result(await self.create(0)))["model_id"]
-        return self.model
-
-    async def save(self, seq: int, *, overwrite: bool = False) -> dict[str, Any]:
-        body = {"model_id": self.model, "seq_id": seq, "path": "x", "overwrite": overwrite}
-        return await self.done("save_weights", body)
-
-    async def load(self, seq: int) -> dict[str, Any]:
-        body = {"model_id": self.model, "seq_id": seq, "path": f"tinker://{self.model}/weights/x", "optimizer": True}
-        return await self.done("load_weights", body)
-
-    async def listed(self) -> list[dict[str, Any]]:
-        return (await self.api.get(f"training_runs/{self.model}/checkpoints")).json()["checkpoints"]
-
-    @property
-    def at(self) -> str:
-        return f"training_runs/{self.model}/checkpoints/weights/x"
-
-    async def idle(self) -> None:
-        """Until the worker has done what it was given to do between operations."""
-        over = threading.Event()
-        self.front.worker.call(over.set)
-        assert await asyncio.to_thread(over.wait, 20)
-
-
-@asynccontextmanager
-async def served(base: Path, state: Path, *options: str) -> AsyncIterator[Client]:
-    overrides = [f"base_model={base}", f"state_dir={state}", "num_threads=1", "dtype=float32", *options]
-    async with running(load_config(ServiceConfig, path=None, overrides=overrides).config, every_key=True) as front:
-        transport = httpx.ASGITransport(app=make_app(front))
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://service/api/v1/", headers={"X-API-Key": KEY}, timeout=60
-        ) as api:
-            yield Client(front, api)
 
 
 @asynccontextmanager
@@ -377,12 +306,6 @@ def test_finished_and_silent_sessions_leave_room_for_models(tiny_folder: TinyFol
     asyncio.run(ask())
 
 
-def bodies(client: Client, model: str) -> int:
-    """Bytes that the journal keeps of what was asked of a model, and is done."""
-    wanted = text("select coalesce(sum(length(body)), 0) from operations where lane = :lane and finished is not null")
-    return client.front.books.journal.read(lambda connection: connection.execute(wanted, {"lane": model}).scalar_one())
-
-
 def test_a_finished_session_s_models_go_when_what_was_accepted_is_done(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     async def ask() -> None:
         async with served(tiny_folder("llama-tied"), tmp_path / "state", "session_timeout_seconds=0.01") as client:
@@ -404,76 +327,3 @@ def test_a_finished_session_s_models_go_when_what_was_accepted_is_done(tiny_fold
             assert (await client.done("optim_step", step_body(model, 2)))["category"] == "user"
 
     asyncio.run(ask())
-
-
-def test_the_journal_keeps_no_bodies_that_are_not_done_again(tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    """Rows that were scored and never trained on were kept for ever, after the model was unloaded too."""
-
-    async def ask() -> None:
-        async with served(tiny_folder("llama-tied"), tmp_path / "state") as client:
-            model = await client.new_model()
-            for seq in range(1, 5):
-                await client.done("forward_backward", pass_body(model, seq, forward_only=True))
-            assert bodies(client, model) == 0
-            await client.done("forward_backward", pass_body(model, 5))
-            await client.done("optim_step", step_body(model, 6))
-            kept = bodies(client, model)
-            assert kept > 0
-            await client.done("forward_backward", pass_body(model, 7, forward_only=True))
-            want = await client.done("forward_backward", pass_body(model, 8, forward_only=True))
-            assert bodies(client, model) == kept
-            # Brought back from the journal, for there is no snapshot.
-            client.front.worker.call(lambda: client.front.executor.host.drop(model))
-            await client.idle()
-            assert await client.done("forward_backward", pass_body(model, 9, forward_only=True)) == want
-            await client.done("unload_model", {"model_id": model})
-            assert bodies(client, model) == 0
-
-    asyncio.run(ask())
-
-
-def test_results_that_are_gone_are_not_looked_through_again(tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    """Every three seconds all that had ever been done was gone through, in the thread that answers wait for."""
-
-    async def ask() -> None:
-        async with served(tiny_folder("llama-tied"), tmp_path / "state") as client:
-            model = await client.new_model()
-            books, janitor = client.front.books, Janitor(client.front, result_seconds=1.0)
-            found = []
-            for number in (20, 2000):
-                for seq in range(number):
-                    done = Operation(f"{number}:{seq}", model, "me", "optim_step", "json", b"", 1, seq=10**6 + seq)
-                    done.reply_kind, done.reply = "json", b"{}"
-                    for work in (books.accept(done, None), books.answer(done)):
-                        last = books.journal.run(work, durable=False)
-                await asyncio.wrap_future(last)
-                began = books.clock()
-                books.clock = lambda began=began: began + 100.0
-                await janitor.look()
-                assert gone(client) >= number
-                found.append(await asyncio.to_thread(steps_of, client, janitor))
-            assert found[1] <= found[0] + 5
-
-    asyncio.run(ask())
-
-
-def gone(client: Client) -> int:
-    wanted = text("select count(*) from operations where reply_kind = 'gone' and reply is null")
-    return client.front.books.journal.read(lambda connection: connection.execute(wanted).scalar_one())
-
-
-def steps_of(client: Client, janitor: Janitor) -> int:
-    """Tens of instructions that SQLite needs for another look."""
-    count = [0]
-
-    def note() -> None:
-        count[0] += 1
-
-    def look(connection: Connection) -> None:
-        raw: Any = connection.connection.driver_connection
-        raw.set_progress_handler(note, 10)
-        janitor._drop_results(connection, client.front.books.clock())
-        raw.set_progress_handler(None, 0)
-
-    client.front.books.journal.run(look).result()
-    return count[0]

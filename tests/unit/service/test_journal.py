@@ -8,7 +8,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection, insert, text
 
 from model_foundry.errors import RunError, UsageError
 from model_foundry.service import journal as tables
@@ -171,7 +171,7 @@ def test_only_what_may_be_done_again_keeps_its_body(tmp_path: Path) -> None:
     journal.run(books.accept(operation(8), None)).result()
     journal.run(books.drop_bodies("m", 5)).result()
     assert [(found.seq, found.body) for found in books.done_after("m", 0)] == [(1, b""), (5, b""), (7, b"rows")]
-    journal.run(books.drop_bodies("m")).result()
+    journal.run(books.drop_operations("m")).result()
     assert [found.body for found in books.done_after("m", 0)] == [b""] * 3
     assert [found.body for found in books.unfinished()] == [b"{}"], "it is still to be done"
     journal.close()
@@ -203,3 +203,25 @@ def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path) ->
     raw.commit()
     with pytest.raises(RunError, match="reads up to"):
         Journal(tmp_path)
+
+
+def test_an_older_journal_lets_go_what_was_done_on_models_that_are_unloaded(tmp_path: Path) -> None:
+    """Those rows stayed for ever; what can still be asked for, or is a live model's, stays now too."""
+    journal = Journal(tmp_path)
+    books = Books(journal)
+    for name, state in (("over", "unloaded"), ("live", "live")):
+        for seq, reply_kind in enumerate(("gone", "json", None)):
+            asked = Operation(f"{name}:{seq}", name, "me", "optim_step", "json", b"{}", 1, seq=seq)
+            made = Model(name, "s", "me", 0.0, 0.0, {}, state=state, done_seq=1) if seq == 0 else None
+            assert journal.run(books.accept(asked, made)).result()
+            if reply_kind:
+                asked.reply_kind = reply_kind
+                journal.run(books.answer(asked)).result()
+    journal.run(
+        lambda connection: connection.execute(text("update meta set value = '4' where key = 'schema'"))
+    ).result()
+    journal.close()
+    journal = Journal(tmp_path)
+    rows = journal.read(lambda connection: connection.execute(text("select request_id from operations")).all())
+    journal.close()
+    assert sorted(row.request_id for row in rows) == ["live:0", "live:1", "live:2", "over:1", "over:2"]
