@@ -23,6 +23,7 @@ from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import GatedMLP
 from model_foundry.models.packing import PackedLinear
 from model_foundry.models.primitives import LANES, TOGETHER
+from model_foundry.models.small_products import ROWS_AT_ONCE
 from model_foundry.models.tiles import DEPTH, ROWS, tile_shapes
 
 _NAMES = (
@@ -55,8 +56,8 @@ class AnswerLoop:
         config = decoder.config
         self._eps, self._num_kv, self._width = config.rms_norm_eps, config.num_key_value_heads, config.head_dim
         self._cache, self._tables, self._products = cache, tables, products
-        blocks = _blocks(decoder, products)
-        self.by_tiles = blocks is not None
+        block = _block(decoder, products)
+        self.by_tiles = block is not None
         rows = []
         for index, (layer, kept) in enumerate(zip(decoder.layers, cache, strict=True)):
             found = {**_addresses(layer), "cache": kept.data_ptr(), "window": config.window(index) or 0}
@@ -70,14 +71,13 @@ class AnswerLoop:
         self._shapes = torch.from_numpy(tile_shapes())
         self._room = torch.zeros(0, dtype=torch.float32)
         self._at_once = AT_ONCE_BY_TILES if self.by_tiles else AT_ONCE
-        block_outputs, block_inputs = blocks or (0, 0)
         self._sizes = {
             "layers": len(rows), "width": config.hidden_size, "heads": config.num_attention_heads,
             "kv_heads": self._num_kv, "head_width": self._width, "inner": config.intermediate_size,
             "segment_tokens": cache[0].shape[2],
             "table": self._table.data_ptr(), "cos": tables[0].data_ptr(), "sin": tables[1].data_ptr(),
             "counter": self._counter.data_ptr(), "give_way": _give_way(), "tile_shapes": self._shapes.data_ptr(),
-            "block_outputs": block_outputs, "block_inputs": block_inputs,
+            "block_outputs": block or 0,
         }  # fmt: skip
 
     @staticmethod
@@ -118,7 +118,7 @@ class AnswerLoop:
         self._adapters = {each.number: self._table_of(each) for each in adapters if each is not None}
         owned = torch.tensor([0 if each is None else self._adapters[each.number].data_ptr() for each in adapters])
         ranks = [int(table[:, :, 2].max()) for table in self._adapters.values()]
-        step = ROWS if self.by_tiles else 4
+        step = ROWS_AT_ONCE if self.by_tiles else 4
         sizes = _Sizes(
             num_rows, -(-num_rows // step) * step, -(-(int(positions.max()) + 1) // 256) * 256, max(ranks, default=0)
         )
@@ -223,11 +223,11 @@ def _sides(decoder: Decoder) -> tuple[int, ...]:
     return (config.hidden_size, config.intermediate_size, *of_heads)
 
 
-def _blocks(decoder: Decoder, products: Sequence[Sequence[Product]]) -> tuple[int, int] | None:
-    """The sides of a block of every matrix, where all can be read as tiles and have the same."""
+def _block(decoder: Decoder, products: Sequence[Sequence[Product]]) -> int | None:
+    """The outputs of a block of every matrix, where all can be read as tiles and have the same."""
     config = decoder.config
     tiles = [product.tiles for of_layer in products for product in of_layer]
-    blocks = {None if each is None else (each.outputs, each.inputs) for each in tiles}
+    blocks = {None if each is None else each.outputs for each in tiles}
     sides = (*_sides(decoder), config.head_dim)
     fits = all(side % max(AT_ONCE_BY_TILES, DEPTH) == 0 for side in sides)
     few_queries = config.num_attention_heads // config.num_key_value_heads <= ROWS
@@ -235,7 +235,7 @@ def _blocks(decoder: Decoder, products: Sequence[Sequence[Product]]) -> tuple[in
     if block is None or not (fits and few_queries):
         return None
     # A matrix begins where a block does, and its part of the product is whole blocks.
-    return block if all(side % block[0] == 0 for side in sides[:-1]) else None
+    return block if all(side % block == 0 for side in sides[:-1]) else None
 
 
 def _give_way() -> int:

@@ -15,21 +15,21 @@ from torch.nn import functional
 from model_foundry.engine.platform import multiplies_bfloat16
 from model_foundry.errors import EngineError
 from model_foundry.models import fused
-from model_foundry.models.tiles import ROWS, have_tiles, in_tiles
+from model_foundry.models.small_products import have_products
+from model_foundry.models.tiles import DEPTH, ROWS, in_tiles
 
-ORDERS = ((32, 64), (32, 32), (64, 64), (64, 32))
-"""(outputs, inputs) of the blocks that oneDNN is known to use."""
-_orders: dict[tuple[int, int], tuple[int, int]] = {}
+ORDERS = (32, 64)
+"""Outputs of the blocks that oneDNN is known to use."""
+_orders: dict[tuple[int, int], int] = {}
 """Those found, by the shape of the weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A weight in memory as `models.tiles.in_tiles` lays it out: its address, and the sides of a block."""
+    """A weight in memory as `models.tiles.in_tiles` lays it out: its address, and the outputs of a block."""
 
     address: int
     outputs: int
-    inputs: int
 
 
 class Product:
@@ -57,7 +57,7 @@ class Product:
         if self._ordered is None:
             return functional.linear(x, self._weight, self._bias)
         if self.tiles is not None and self._bias is None and x.shape[0] <= ROWS:
-            return fused.product_of_few(x, self.tiles.address, self.shape, (self.tiles.outputs, self.tiles.inputs))
+            return fused.product_of_few(x, self.tiles.address, self.shape, self.tiles.outputs)
         return torch.ops.mkldnn._linear_pointwise(x, self._ordered, self._bias, "none", [], "")
 
 
@@ -66,7 +66,7 @@ def find_tiles(weight: torch.Tensor, ordered: torch.Tensor) -> Tiles | None:
 
     It chooses by the shape: the first of a shape is compared whole, others in their last outputs.
     """
-    if not (have_tiles() and hasattr(torch.ops.mkldnn, "data_ptr")):
+    if not (have_products() and hasattr(torch.ops.mkldnn, "data_ptr")):
         return None
     address, num_bytes = int(torch.ops.mkldnn.data_ptr(ordered)), int(torch.ops.mkldnn._nbytes(ordered))
     if num_bytes != weight.numel() * 2:
@@ -74,13 +74,13 @@ def find_tiles(weight: torch.Tensor, ordered: torch.Tensor) -> Tiles | None:
     there = torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=torch.int16)
     num_out, num_in = weight.shape
     known = _orders.get((num_out, num_in))
-    for outputs, inputs in ORDERS if known is None else (known,):
-        if num_out % outputs == 0 and num_in % inputs == 0:
+    for outputs in ORDERS if known is None else (known,):
+        if num_out % outputs == 0 and num_in % DEPTH == 0:
             rows = weight if known is None else weight[-outputs:]
-            wanted = in_tiles(rows.contiguous().view(torch.int16), outputs, inputs).view(-1)
+            wanted = in_tiles(rows.contiguous().view(torch.int16), outputs).view(-1)
             if torch.equal(there[-len(wanted) :], wanted):
-                _orders[num_out, num_in] = outputs, inputs
-                return Tiles(address, outputs, inputs)
+                _orders[num_out, num_in] = outputs
+                return Tiles(address, outputs)
     return None
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 PLAN = (
     "layers", "width", "heads", "kv_heads", "head_width", "inner", "rows", "padded_rows", "segment_tokens",
     "max_segments", "table", "positions", "segments", "cos", "sin", "qkv", "attended", "acted", "own", "own_bytes",
-    "most_keys", "counter", "give_way", "tile_shapes", "block_outputs", "block_inputs",
+    "most_keys", "counter", "give_way", "tile_shapes", "block_outputs",
     "adapters", "most_rank",
 )  # fmt: skip
 """What the int64 of a plan are: sizes, and addresses. `own` is the first thread's room, `own_bytes` to the next's."""
 (
     LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, INNER, NUM_ROWS, PADDED, SEGMENT_TOKENS, MAX_SEGMENTS, TABLE, POSITIONS,
     SEGMENTS, COS, SIN, QKV, ATTENDED, ACTED, OWN, OWN_BYTES, MOST_KEYS, COUNTER, GIVE_WAY, TILE_SHAPES, BLOCK_OUTPUTS,
-    BLOCK_INPUTS, ADAPTERS, MOST_RANK,
+    ADAPTERS, MOST_RANK,
 ) = range(len(PLAN))  # fmt: skip
 
 TABLE_ROW = (

@@ -9,29 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from model_foundry.models.answer_plan import BLOCK_INPUTS, BLOCK_OUTPUTS, PADDED, TILE_SHAPES
+from model_foundry.models.answer_plan import BLOCK_OUTPUTS, PADDED, TILE_SHAPES
 from model_foundry.models.compiled_loop import loop, part
 from model_foundry.models.cpu_loops import copy
 from model_foundry.models.primitives import LINE_BYTES, fetch, floats, halves, read, write
-from model_foundry.models.tiles import (
-    DEPTH,
-    OUTPUTS,
-    ROWS,
-    add_0,
-    add_1,
-    leave_tiles,
-    load_rows,
-    load_weights_0,
-    load_weights_1,
-    shape_tiles,
-    store_0,
-    store_1,
-    zero_0,
-    zero_1,
+from model_foundry.models.small_products import (
+    SIDE,
+    end_products,
+    few_rows,
+    one_panel,
+    start_products,
 )
+from model_foundry.models.tiles import ROWS
 
 U = np.uint64
-AT_ONCE, AT_ONCE_BY_TILES = 16, 2 * OUTPUTS
+AT_ONCE, AT_ONCE_BY_TILES = 16, SIDE
 """Outputs computed together; what a matrix has must be a multiple."""
 
 
@@ -101,12 +93,12 @@ def score_plain(
 
 @part()
 def start_tiles(plan: Any) -> None:
-    shape_tiles(read(plan, TILE_SHAPES))
+    start_products(read(plan, TILE_SHAPES))
 
 
 @part()
 def end_tiles() -> None:
-    leave_tiles()
+    end_products()
 
 
 @part()
@@ -122,47 +114,32 @@ def put_tiles(room: Any, row: Any, place: Any, size: Any, x: Any, at: Any, count
 @part()
 def multiply_tiles(plan: Any, weight: Any, output: Any, size: Any, room: Any, found: Any) -> None:
     """As `multiply_plain`, of AT_ONCE_BY_TILES outputs. The weights are those of `tiles.in_tiles`."""
-    x, outputs, inputs = halves(room), read(plan, BLOCK_OUTPUTS), read(plan, BLOCK_INPUTS)
-    for row in range(0, read(plan, PADDED), ROWS):
-        multiply_rows(x, row, weight, output, size, outputs, inputs, found)
+    outputs = read(plan, BLOCK_OUTPUTS)
+    few_rows(halves(room), 0, read(plan, PADDED), size, weight, first_of(output, outputs, size), outputs, found)
 
 
 @part()
-def multiply_rows(
-    x: Any, row: Any, weight: Any, output: Any, size: Any, outputs: Any, inputs: Any, found: Any
-) -> None:  # fmt: skip
-    """Of ROWS rows; `outputs` and `inputs` are the sides of a block of weights."""
-    at = output // outputs * outputs * size + output % outputs * 2
-    zero_0()
-    zero_1()
-    for block in range(0, size, inputs):
-        for j in range(0, inputs, DEPTH):
-            load_rows(x, row * size + block + j, 2 * size)
-            load_weights_0(weight, at + j * outputs, 4 * outputs)
-            add_0()
-            load_weights_1(weight, at + j * outputs + 2 * OUTPUTS, 4 * outputs)
-            add_1()
-        at += outputs * inputs
-    store_0(found, row * AT_ONCE_BY_TILES, 4 * AT_ONCE_BY_TILES)
-    store_1(found, row * AT_ONCE_BY_TILES + OUTPUTS, 4 * AT_ONCE_BY_TILES)
+def first_of(output: Any, outputs: Any, size: Any) -> Any:
+    """Where an output's weights begin."""
+    return output // outputs * outputs * size + output % outputs * 2
 
 
-@loop("int", "x*", "x*", "int", "int", "float32*", "x*", "int", "int", "int")
+@loop("int", "x*", "x*", "int", "float32*", "x*", "int", "int", "int")
 def product_of_few(
-    shapes: int, x: Any, weight: Any, outputs: int, inputs: int, found: Any, out: Any, num_rows: int, size: int,
-    num_out: int, first: int, last: int,
+    shapes: int, x: Any, weight: Any, outputs: int, found: Any, out: Any, num_rows: int, size: int, num_out: int,
+    first: int, last: int,
 ) -> None:  # fmt: skip
     """out [R, num_out] = x × weightᵀ, of outputs `first` to `last` in blocks of AT_ONCE_BY_TILES; x has ROWS rows.
 
     found: room for [ROWS, AT_ONCE_BY_TILES].
     """
-    shape_tiles(shapes)
+    start_products(shapes)
     for block in range(first, last):
         output = block * AT_ONCE_BY_TILES
-        multiply_rows(x, 0, weight, output, size, outputs, inputs, found)
+        few_rows(x, 0, num_rows, size, weight, first_of(output, outputs, size), outputs, found)
         for row in range(num_rows):
             copy(found, U(row * AT_ONCE_BY_TILES), out, U(row * num_out + output), U(AT_ONCE_BY_TILES))
-    leave_tiles()
+    end_products()
 
 
 @part()
@@ -184,12 +161,7 @@ def score_tiles(
             fetch(cache, (start + t + AHEAD) * width + line)
             fetch(cache, (values + t) * width + line)
         begin = min(t, tokens - ROWS)  # not beyond the segment
-        zero_0()
-        for j in range(0, width, DEPTH):
-            load_rows(cache, (start + begin) * width + j, 2 * width)
-            load_weights_0(x, j * ROWS, 4 * ROWS)
-            add_0()
-        store_0(tile, 0, 4 * ROWS)
+        one_panel(cache, (start + begin) * width, width, x, tile)
         if begin == t and t + ROWS <= end:
             for g in range(group):
                 at = U(g * step + to + t - first)

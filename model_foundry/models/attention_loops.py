@@ -19,11 +19,11 @@ from model_foundry.models.compiled_loop import loop, part
 from model_foundry.models.cpu_loops import copy, turn
 from model_foundry.models.lanes import largest_in_lanes, pair_rows, powers, slopes_of_scores, turn_block
 from model_foundry.models.primitives import LINE_BYTES, fetch, floats, halves, pairs, read, shorts, write
-from model_foundry.models.tiles import add_four, leave_tiles, load_four, shape_tiles, store_four, zero_four
+from model_foundry.models.small_products import SIDE, TILE, end_products, square, start_products
 
 U = np.uint64
-SIDE, TILE, BLOCK_KEYS = 32, 512, 128
-"""Rows and columns of a product; numbers of a tile; keys whose gradients of scores are kept at a time."""
+BLOCK_KEYS = 128
+"""Keys whose gradients of scores are kept at a time."""
 AHEAD = 12
 """Tokens that are fetched before they are read."""
 F, H = 4, 2
@@ -39,21 +39,6 @@ def padded(size: Any) -> Any:
 def zeros(x: Any, at: Any, count: Any) -> None:
     for j in range(U(count)):
         write(x, U(at) + j, np.float32(0.0))
-
-
-@part()
-def product(
-    rows: Any, at: Any, row_step: Any, next_rows: Any, next_depth: Any, panels: Any, begin: Any, next_panel: Any,
-    steps: Any, out: Any, to: Any, out_step: Any, add: Any,
-) -> None:  # fmt: skip
-    """out [SIDE, SIDE] float32 = (or +=) rows × panels, over `steps` × 32 of depth. Steps count numbers."""
-    if add:
-        load_four(out, to, F * out_step, 16 * out_step)
-    else:
-        zero_four()
-    for step in range(steps):
-        add_four(rows, at + step * next_depth, H * row_step, next_rows, panels, begin + step * TILE, next_panel)
-    store_four(out, to, F * out_step, 16 * out_step)
 
 
 @part()
@@ -145,7 +130,7 @@ def answer(
     """
     count = min(padded(query + SIDE), first + size) - base
     for key in range(0, count, SIDE):
-        product(
+        square(
             halves(queries), at, depth, 16 * depth, 32, halves(keys), (base - first + key) * depth, 16 * depth,
             depth // 32, floats(scores), key, count, False,
         )  # fmt: skip
@@ -156,7 +141,7 @@ def answer(
         write(floats(found), SIDE * depth + r, total)
         write(floats(found), SIDE * depth + SIDE + r, logarithm)
     for d in range(0, depth, SIDE):
-        product(
+        square(
             halves(weights), 0, 32, count // 32 * TILE, TILE, halves(values), d * size + (base - first) * 16,
             size * 16, count // 32, floats(found), d, depth, False,
         )  # fmt: skip
@@ -195,7 +180,7 @@ def attend(
     """
     depth, group = padded(width), num_heads // num_kv
     natural, keys, values, scores, weights, found = places_forward(room, most, depth)
-    shape_tiles(shapes)
+    start_products(shapes)
     for unit in range(first, last):
         row, kv = unit // num_kv, unit % num_kv
         start, tokens = read(rows, 2 * row), read(rows, 2 * row + 1)
@@ -216,7 +201,7 @@ def attend(
                 put_answers(floats(found), tokens - query, depth, width, out, to * width, num_heads * width)
                 for r in range(min(SIDE, tokens - query)):
                     write(sums, to + r * num_heads, read(floats(found), SIDE * depth + SIDE + r))
-    leave_tiles()
+    end_products()
 
 
 @part()
@@ -294,11 +279,11 @@ def add_to_keys(
         end = min(size, padded(key + SIDE - 1 + window)) if window else size
         strip = (key - block) // 16 * across
         for query in range(key, end, SIDE):
-            product(
+            square(
                 halves(places[KEYS]), key * depth, depth, 16 * depth, 32, halves(places[QUERIES_ACROSS]),
                 query * depth, 16 * depth, depth // 32, floats(places[SCORES]), 0, SIDE, False,
             )  # fmt: skip
-            product(
+            square(
                 halves(places[VALUES]), key * depth, depth, 16 * depth, 32, halves(places[GRADS_ACROSS]),
                 query * depth, 16 * depth, depth // 32, floats(places[SLOPES]), 0, SIDE, False,
             )  # fmt: skip
@@ -309,11 +294,11 @@ def add_to_keys(
             )  # fmt: skip
         steps, at = (end - key) // 32, strip + key // 32 * TILE
         for d in range(0, depth, SIDE):
-            product(
+            square(
                 halves(places[P]), at, 32, across, TILE, halves(places[GRADS_ALONG]), d * size + key * 16, size * 16,
                 steps, floats(places[D_VALUES]), key * depth + d, depth, True,
             )  # fmt: skip
-            product(
+            square(
                 halves(places[DS]), at, 32, across, TILE, halves(places[QUERIES_ALONG]), d * size + key * 16,
                 size * 16, steps, floats(places[D_KEYS]), key * depth + d, depth, True,
             )  # fmt: skip
@@ -331,7 +316,7 @@ def add_to_queries(
         steps = (min(block_end, query + SIDE) - begin) // SIDE
         for d in range(0, depth, SIDE):
             at = (d // SIDE * (size // SIDE) + begin // SIDE) * 2 * TILE
-            product(
+            square(
                 halves(places[KEYS_ACROSS]), at, 32, TILE, 2 * TILE, halves(places[DS_PANELS]),
                 query * BLOCK_KEYS + (begin - block) * 16, BLOCK_KEYS * 16, steps, floats(places[D_QUERIES]),
                 query * depth + d * SIDE, SIDE, True,
@@ -350,7 +335,7 @@ def attend_backward(
     """The gradients dq, dk, dv [N, heads, W] from that of `out`; the rest as `attend`, whose out and sums are given."""
     depth, group = padded(width), num_heads // num_kv
     places = places_backward(room, most, depth)
-    shape_tiles(shapes)
+    start_products(shapes)
     for unit in range(first, last):
         row, kv = unit // num_kv, unit % num_kv
         start, tokens = read(rows, 2 * row), read(rows, 2 * row + 1)
@@ -383,7 +368,7 @@ def attend_backward(
             to = ((start + t) * num_kv + kv) * width
             put_turned(floats(places[D_KEYS]), t * depth, key_cos, key_sin, start + t, width, dk, to)
             copy(floats(places[D_VALUES]), U(t * depth), dv, U(to), U(width))
-    leave_tiles()
+    end_products()
 
 
 def room_forward(tokens: int, width: int) -> int:

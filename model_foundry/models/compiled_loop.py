@@ -52,8 +52,15 @@ def _hash_of(file: str) -> str:
 
 _ALL_LOOPS = tuple(
     _hash_of(str(Path(__file__).with_name(name)))
-    for name in ("compiled_loop.py", "primitives.py", "lanes.py", "tiles.py")
+    for name in ("compiled_loop.py", "primitives.py", "lanes.py", "tiles.py", "dots.py")
 )
+
+
+def compiles_for(*features: str) -> bool:
+    """Whether loops are compiled for a processor that has these, which may be less than this one has."""
+    context: Any = cpu_target.target_context
+    _, _, known = context.codegen().magic_tuple()
+    return {f"+{feature}" for feature in features} <= set(known.split(","))
 
 
 def _sources(function: Callable[..., None]) -> list[str]:

@@ -271,11 +271,11 @@ def choose_tokens(
     return tokens, logprobs
 
 
-def product_of_few(x: torch.Tensor, weight: int, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
-    """x [R, in] × weightᵀ [R, out] in bfloat16, R ≤ `tiles.ROWS`, by tiles.
+def product_of_few(x: torch.Tensor, weight: int, shape: tuple[int, int], outputs: int) -> torch.Tensor:
+    """x [R, in] × weightᵀ [R, out] in bfloat16, R ≤ `tiles.ROWS`, by small products.
 
     Args:
-        weight: the address of `tiles.in_tiles`, whose blocks have `block` outputs and inputs.
+        weight: the address of `tiles.in_tiles`, whose blocks have so many `outputs`.
         shape: of the weight, (out, in); out is a multiple of `answer_products.AT_ONCE_BY_TILES`.
     """
     (num_rows, size), num_out, at_once = x.shape, shape[0], answer_products.AT_ONCE_BY_TILES
@@ -283,7 +283,7 @@ def product_of_few(x: torch.Tensor, weight: int, shape: tuple[int, int], block: 
     out, shapes = torch.empty(num_rows, num_out, dtype=x.dtype), torch.from_numpy(tiles.tile_shapes())
     with_room(
         answer_products.product_of_few.of(TYPES[x.dtype]), num_out // at_once, size * at_once, tiles.ROWS * at_once,
-        (shapes.data_ptr(), rows.data_ptr(), weight, *block), (out.data_ptr(), num_rows, size, num_out),
+        (shapes.data_ptr(), rows.data_ptr(), weight, outputs), (out.data_ptr(), num_rows, size, num_out),
     )  # fmt: skip
     return out
 

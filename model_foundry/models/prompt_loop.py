@@ -23,7 +23,7 @@ from model_foundry.models.attention_loops import (
 from model_foundry.models.compiled_loop import loop, part
 from model_foundry.models.cpu_loops import copy
 from model_foundry.models.primitives import floats, halves, read
-from model_foundry.models.tiles import leave_tiles, shape_tiles
+from model_foundry.models.small_products import end_products, start_products
 
 
 @part()
@@ -55,7 +55,7 @@ def attend_prompts(
     """
     depth, group = padded(width), num_heads // num_kv
     natural, keys, values, scores, weights, found = places_forward(room, most, depth)
-    shape_tiles(shapes)
+    start_products(shapes)
     for unit in range(first, last):
         span, kv = unit // num_kv, unit % num_kv
         start, num_rows, position = read(spans, 3 * span), read(spans, 3 * span + 1), read(spans, 3 * span + 2)
@@ -75,4 +75,4 @@ def attend_prompts(
                 )  # fmt: skip
                 to = ((start + row) * num_heads + head) * width
                 put_answers(floats(found), num_rows - row, depth, width, out, to, num_heads * width)
-    leave_tiles()
+    end_products()

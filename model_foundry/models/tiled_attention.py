@@ -1,4 +1,4 @@
-"""Causal attention in bfloat16 by loops, where a processor multiplies tiles: of packed rows, and of blocks of prompts.
+"""Causal attention in bfloat16 by loops, where a processor multiplies that: of packed rows, and of blocks of prompts.
 
 Elsewhere, and for rows that end in branches, `attention` does the same in torch's operations.
 """
@@ -12,10 +12,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from model_foundry.models import fused, prompt_loop
-from model_foundry.models.attention_loops import SIDE, attend, attend_backward, room_backward, room_forward
+from model_foundry.models.attention_loops import attend, attend_backward, room_backward, room_forward
 from model_foundry.models.compiled_loop import BFLOAT16
 from model_foundry.models.packed_rows import PackedRows
-from model_foundry.models.tiles import have_tiles, tile_shapes
+from model_foundry.models.small_products import SIDE, have_products
+from model_foundry.models.tiles import tile_shapes
 
 Rope = tuple[torch.Tensor, ...]
 _FLOAT_BYTES = 4
@@ -23,7 +24,7 @@ _FLOAT_BYTES = 4
 
 def is_for(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the loops compute such numbers here."""
-    return fused.COMPILES and device.type == "cpu" and dtype == torch.bfloat16 and have_tiles()
+    return fused.COMPILES and device.type == "cpu" and dtype == torch.bfloat16 and have_products()
 
 
 def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, rows: PackedRows) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 import sys
 from typing import Any
 
@@ -16,28 +15,24 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 
+from model_foundry.models.compiled_loop import compiles_for
 from model_foundry.models.primitives import primitive
 
 ROWS, OUTPUTS, DEPTH = 16, 16, 32
 """Rows, outputs and inputs of a tile."""
 _BYTE, _WORD, _VOID = ir.IntType(8), ir.IntType(64), ir.VoidType()
 _TEXT = _BYTE.as_pointer()
-_NEEDED = ("+amx-tile", "+amx-bf16", "+avx512f", "+avx512bf16")
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
+
+
+COMPILES_FOR_TILES = sys.platform == "linux" and compiles_for("amx-tile", "amx-bf16", "avx512f", "avx512bf16")
 
 
 @functools.cache
 def have_tiles() -> bool:
     """Whether this processor has them and the system lets this process use them, which has to be asked for once."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    context: Any = cpu_target.target_context
-    _, _, features = context.codegen().magic_tuple()  # of what is compiled for, which may be less than this machine
-    if not set(_NEEDED) <= set(features.split(",")):
-        return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
+    return COMPILES_FOR_TILES and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
 
 
 def tile_shapes() -> np.ndarray:
@@ -155,9 +150,8 @@ def add_four(
     return types.void(rows, numbers, numbers, numbers, panels, numbers, numbers), act
 
 
-def in_tiles(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """bfloat16 [out, in] as blocks of so many outputs and inputs, in pairs of inputs: from a block every tile is read,
-    and blocks lie one after the other. [out / outputs, in / inputs, inputs / 2, outputs, 2]."""
+def in_tiles(weight: torch.Tensor, outputs: int) -> torch.Tensor:
+    """bfloat16 [out, in] as blocks of so many outputs, in pairs of inputs: from a block every tile is read, and blocks
+    lie one after the other. [out / outputs, in / 2, outputs, 2]."""
     num_out, num_in = weight.shape
-    blocks = weight.view(num_out // outputs, outputs, num_in // inputs, inputs // 2, 2)
-    return blocks.permute(0, 2, 3, 1, 4).contiguous()
+    return weight.view(num_out // outputs, outputs, num_in // 2, 2).permute(0, 2, 1, 3).contiguous()

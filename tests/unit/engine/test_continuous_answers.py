@@ -15,7 +15,7 @@ from model_foundry.engine.continuous import ContinuousBatch, TokenEvent
 from model_foundry.engine.continuous_answers import AnswerLoop
 from model_foundry.models.decoder import Decoder
 from model_foundry.models.language_model import LanguageModel, NativeModel, load_language_model
-from model_foundry.models.tiles import have_tiles
+from model_foundry.models.small_products import have_products
 from model_foundry.types import LoraConfig, SamplingParams
 from tests.tiny_adapters import write_tiny_adapter
 from tests.tiny_models import random_rows, write_tiny_model
@@ -97,7 +97,7 @@ def test_an_answer_has_its_bits_in_any_company_and_on_any_threads(dtype: torch.d
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.skipif(not have_tiles(), reason="this processor multiplies no tiles")
+@pytest.mark.skipif(not have_products(), reason="this processor multiplies no bfloat16")
 def test_tiles_give_what_torch_gives(threads: int, tmp_path: Path) -> None:
     """In bfloat16, where torch rounds elsewhere within attention: near, and as near to float32 as torch is."""
     folder = write_tiny_model(tmp_path / "model", "qwen3", **WIDE, num_hidden_layers=4)

@@ -155,14 +155,15 @@ def test_every_loop_of_the_decoder_is_found_by_a_process_that_compiles_nothing(t
     code = """
 from model_foundry.models import attention_loops, cpu_loops, prompt_loop
 from model_foundry.models.compiled_loop import BFLOAT16, FLOAT32, CompiledLoop
-from model_foundry.models.tiles import have_tiles
+from model_foundry.models.small_products import have_products
 compiled, make = [], CompiledLoop._compile
 CompiledLoop._compile = lambda *given: compiled.append(given) or make(*given)
 loops = [loop for loop in vars(cpu_loops).values() if isinstance(loop, CompiledLoop)]
 for loop in loops:
     for kind in (FLOAT32, BFLOAT16):
         loop.of(kind)
-of_tiles = [attention_loops.attend, attention_loops.attend_backward, prompt_loop.attend_prompts] if have_tiles() else []
+of_tiles = [attention_loops.attend, attention_loops.attend_backward, prompt_loop.attend_prompts]
+of_tiles = of_tiles if have_products() else []
 for loop in of_tiles:
     loop.of(BFLOAT16)
 typed = [loop for loop in loops if {"x*", "w*"} & {*loop.kinds}]  # of the others the second type is the first

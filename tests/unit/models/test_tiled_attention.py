@@ -11,10 +11,10 @@ from model_foundry.engine.continuous_attention import Span, plan_prompts
 from model_foundry.models import fused
 from model_foundry.models.attention import PackedAttention, attend_packed
 from model_foundry.models.packed_rows import PackedRows
+from model_foundry.models.small_products import have_products
 from model_foundry.models.tiled_attention import TiledAttention, attend_prompts, fits, is_for
-from model_foundry.models.tiles import have_tiles
 
-TILED = pytest.mark.skipif(not have_tiles(), reason="this processor multiplies no tiles")
+TILED = pytest.mark.skipif(not have_products(), reason="this processor multiplies no bfloat16")
 Parts = tuple[torch.Tensor, ...]
 
 
@@ -134,7 +134,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_other_types_branches_and_devices_go_another_way() -> None:
     own = parts([8], 2, 1, 64)
     rows = PackedRows.of([8])
-    assert may_be_tiled(own, rows) == have_tiles()
+    assert may_be_tiled(own, rows) == have_products()
     assert not may_be_tiled(tuple(x.float() for x in own), rows)
     assert not may_be_tiled(own, PackedRows.of([8], branches=[(2, 3)]))
     for place, odd in ((2, own[2][..., :32]), (1, own[1][:, :, :32]), (6, own[6].bfloat16()), (4, own[4][..., :16])):
