@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from model_foundry.models.compiled_loop import loop
-from model_foundry.models.cpu_loops import exp, largest_of
+from model_foundry.models.cpu_loops import exp, largest_of, sum_of
 from model_foundry.models.primitives import read, write
 
 U = np.uint64
@@ -39,11 +39,10 @@ def choose(
         else:
             whole = 0.0
             for block in range(0, width, BLOCK):
-                sums = np.float32(0.0)
-                for j in range(U(block), U(min(block + BLOCK, width))):
-                    power = exp((read(logits, at + j) - largest) * sharp)
-                    write(powers, j, power)
-                    sums += power
+                end = min(block + BLOCK, width)
+                for j in range(U(block), U(end)):
+                    write(powers, j, exp((read(logits, at + j) - largest) * sharp))
+                sums = sum_of(powers, U(block), U(end - block))
                 write(powers, U(width + block // BLOCK), sums)
                 whole += np.float64(sums)
             goal, before, block = np.float64(read(draws, row)) * whole, 0.0, 0
