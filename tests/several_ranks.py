@@ -92,6 +92,13 @@ def final(engine: TorchEngine, model_id: str) -> dict[str, np.ndarray]:
     return {name: tensor.cpu().float().numpy().copy() for name, tensor in tensors.items()}
 
 
+def how_far_apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """AdamW divides by the size of a gradient. Where that is next to nothing, the last bit of a sum is part of a step,
+    on some processors in one number of a hundred thousand: so one in ten thousand is looked at for itself."""
+    far = np.sort(np.concatenate([np.abs(one[key] - other[key]).reshape(-1) for key in one]))
+    return {"apart": float(far[-1 - len(far) // 10_000]), "furthest": float(far[-1])}
+
+
 def compare(ranks: Ranks, models: Path) -> dict[str, Any]:
     """Both engines on every case: records, how far apart the tensors end, answers, and the share that rank 0 holds."""
     results: dict[str, Any] = {}
@@ -114,7 +121,7 @@ def compare(ranks: Ranks, models: Path) -> dict[str, Any]:
             "alone": sides[0][0],
             "together": sides[1][0],
             "same start": all(np.array_equal(sides[0][3][key], sides[1][3][key]) for key in sides[0][3]),
-            "apart": max(float(np.abs(sides[0][1][key] - sides[1][1][key]).max()) for key in sides[0][1]),
+            **how_far_apart(sides[0][1], sides[1][1]),
             "names": [sorted(side[1]) for side in sides],
             "answers": [side[2] for side in sides],
             "held": {
