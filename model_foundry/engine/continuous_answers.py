@@ -228,14 +228,14 @@ def _block(decoder: Decoder, products: Sequence[Sequence[Product]]) -> int | Non
     config = decoder.config
     tiles = [product.tiles for of_layer in products for product in of_layer]
     blocks = {None if each is None else each.outputs for each in tiles}
-    sides = (*_sides(decoder), config.head_dim)
-    fits = all(side % max(AT_ONCE_BY_TILES, DEPTH) == 0 for side in sides)
+    sides = _sides(decoder)
+    fits = config.head_dim % DEPTH == 0 and all(side % max(AT_ONCE_BY_TILES, DEPTH) == 0 for side in sides)
     few_queries = config.num_attention_heads // config.num_key_value_heads <= ROWS
     block = blocks.pop() if len(blocks) == 1 else None
     if block is None or not (fits and few_queries):
         return None
     # A matrix begins where a block does, and its part of the product is whole blocks.
-    return block if all(side % block == 0 for side in sides[:-1]) else None
+    return block if all(side % block == 0 for side in sides) else None
 
 
 def _give_way() -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from model_foundry.engine.platform import multiplies_bfloat16
 from model_foundry.errors import EngineError
 from model_foundry.models import fused
-from model_foundry.models.small_products import have_products
+from model_foundry.models.small_products import FEW_OUTPUTS, have_products
 from model_foundry.models.tiles import DEPTH, ROWS, in_tiles
 
 ORDERS = (32, 64)
@@ -75,7 +75,7 @@ def find_tiles(weight: torch.Tensor, ordered: torch.Tensor) -> Tiles | None:
     num_out, num_in = weight.shape
     known = _orders.get((num_out, num_in))
     for outputs in ORDERS if known is None else (known,):
-        if num_out % outputs == 0 and num_in % DEPTH == 0:
+        if num_out % outputs == 0 and outputs % FEW_OUTPUTS == 0 and num_in % DEPTH == 0:
             rows = weight if known is None else weight[-outputs:]
             wanted = in_tiles(rows.contiguous().view(torch.int16), outputs).view(-1)
             if torch.equal(there[-len(wanted) :], wanted):

@@ -14,7 +14,7 @@ from model_foundry.models.compiled_loop import loop, part
 from model_foundry.models.cpu_loops import copy
 from model_foundry.models.primitives import LINE_BYTES, fetch, floats, halves, read, write
 from model_foundry.models.small_products import (
-    SIDE,
+    FEW_OUTPUTS,
     end_products,
     few_rows,
     one_panel,
@@ -23,7 +23,7 @@ from model_foundry.models.small_products import (
 from model_foundry.models.tiles import ROWS
 
 U = np.uint64
-AT_ONCE, AT_ONCE_BY_TILES = 16, SIDE
+AT_ONCE, AT_ONCE_BY_TILES = 16, FEW_OUTPUTS
 """Outputs computed together; what a matrix has must be a multiple."""
 
 

@@ -97,4 +97,4 @@ def _dots(num_rows: int, num_panels: int) -> Any:
     return primitive(dots)
 
 
-dots_4_2, dots_8_1 = _dots(4, 2), _dots(8, 1)
+dots_4_2, dots_4_4, dots_8_1 = _dots(4, 2), _dots(4, 4), _dots(8, 1)

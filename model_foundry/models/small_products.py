@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from model_foundry.models.compiled_loop import part
-from model_foundry.models.dots import HAVE_DOTS, dots_4_2, dots_8_1
+from model_foundry.models.dots import HAVE_DOTS, dots_4_2, dots_4_4, dots_8_1
 from model_foundry.models.tiles import (
     COMPILES_FOR_TILES,
     DEPTH,
@@ -33,7 +33,10 @@ from model_foundry.models.tiles import (
 )
 
 SIDE = 2 * OUTPUTS
-"""Rows and columns of a square; columns of few rows."""
+"""Rows and columns of a square."""
+OUTPUTS_BY_TILES, OUTPUTS_BY_DOTS = 2 * OUTPUTS, 4 * OUTPUTS
+FEW_OUTPUTS = OUTPUTS_BY_TILES if COMPILES_FOR_TILES else OUTPUTS_BY_DOTS
+"""Columns of few rows. Memory gives most where all of a block is read in one stretch, which registers allow."""
 TILE = ROWS * DEPTH
 BFLOAT16_BYTES, FLOAT_BYTES = 2, 4
 ROWS_AT_ONCE = ROWS if COMPILES_FOR_TILES else 4
@@ -84,8 +87,8 @@ def _few_rows_by_tiles(
             add_0()
             load_weights_1(weights, begin + j * outputs + 2 * OUTPUTS, 2 * BFLOAT16_BYTES * outputs)
             add_1()
-        store_0(out, row * SIDE, FLOAT_BYTES * SIDE)
-        store_1(out, row * SIDE + OUTPUTS, FLOAT_BYTES * SIDE)
+        store_0(out, row * OUTPUTS_BY_TILES, FLOAT_BYTES * OUTPUTS_BY_TILES)
+        store_1(out, row * OUTPUTS_BY_TILES + OUTPUTS, FLOAT_BYTES * OUTPUTS_BY_TILES)
 
 
 @part()
@@ -126,9 +129,9 @@ def _few_rows_by_dots(
     rows: Any, at: Any, count: Any, size: Any, weights: Any, begin: Any, outputs: Any, out: Any
 ) -> None:  # fmt: skip
     for row in range(0, count, 4):
-        dots_4_2(
+        dots_4_4(
             rows, at + row * size, size, DEPTH, weights, begin, 2 * OUTPUTS, 2 * outputs, size // DEPTH, out,
-            row * SIDE, SIDE, 0,
+            row * OUTPUTS_BY_DOTS, OUTPUTS_BY_DOTS, 0,
         )  # fmt: skip
 
 
@@ -151,7 +154,7 @@ square = _square_by_tiles if COMPILES_FOR_TILES else _square_by_dots
 out, to, from a row to the next; whether it adds). All count numbers. Panels are [inputs / 2, OUTPUTS, 2].
 """
 few_rows = _few_rows_by_tiles if COMPILES_FOR_TILES else _few_rows_by_dots
-"""out [count, SIDE] = rows [count, size] × weights of SIDE outputs.
+"""out [count, FEW_OUTPUTS] = rows [count, size] × weights of FEW_OUTPUTS outputs.
 
 (rows, at, count, a multiple of ROWS_AT_ONCE, size; weights, begin, outputs of a block of `tiles.in_tiles`; out). What
 lies between blocks of inputs is nothing, so all are read as one.

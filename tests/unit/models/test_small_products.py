@@ -10,7 +10,7 @@ import torch
 from model_foundry.models import small_products as products
 from model_foundry.models.compiled_loop import BFLOAT16, CompiledLoop, loop
 from model_foundry.models.dots import HAVE_DOTS
-from model_foundry.models.small_products import SIDE, TILE
+from model_foundry.models.small_products import OUTPUTS_BY_DOTS, OUTPUTS_BY_TILES, SIDE, TILE
 from model_foundry.models.tiles import OUTPUTS, ROWS, have_tiles, in_tiles, tile_shapes
 
 WAYS = [way for way, is_here in (("tiles", have_tiles()), ("dots", HAVE_DOTS)) if is_here]
@@ -85,13 +85,15 @@ def test_a_square_is_made_from_rows_and_from_tiles(way: str, in_pieces: bool) ->
 @pytest.mark.parametrize("way", WAYS)
 def test_few_rows_meet_weights_and_a_row_s_bits_are_its_own(way: str) -> None:
     torch.manual_seed(0)
-    size, outputs, shapes = 160, 64, torch.from_numpy(tile_shapes())
+    size, shapes = 160, torch.from_numpy(tile_shapes())
+    at_once = OUTPUTS_BY_TILES if way == "tiles" else OUTPUTS_BY_DOTS
+    outputs = 2 * at_once
     rows, weights = torch.randn(ROWS, size).bfloat16(), torch.randn(outputs, size).bfloat16()
     blocks, panel = in_tiles(weights, outputs), as_panels(weights[:OUTPUTS])
     call = rows_loop(way).of(BFLOAT16)
 
     def found(x: torch.Tensor, count: int, output: int) -> tuple[torch.Tensor, torch.Tensor]:
-        out, other = torch.full((count + 1, SIDE), 0.5), torch.zeros(ROWS, OUTPUTS)
+        out, other = torch.full((count + 1, at_once), 0.5), torch.zeros(ROWS, OUTPUTS)
         call(
             shapes.data_ptr(), x.data_ptr(), count, size, blocks.data_ptr(), outputs, out.data_ptr(),
             panel.data_ptr(), other.data_ptr(), output, output,
@@ -100,12 +102,12 @@ def test_few_rows_meet_weights_and_a_row_s_bits_are_its_own(way: str) -> None:
         return out[:count], other
 
     want = rows.double() @ weights.double().t()
-    for output in (0, SIDE):
+    for output in (0, at_once):
         out, other = found(rows, ROWS, output)
-        torch.testing.assert_close(out.double(), want[:, output : output + SIDE], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(out.double(), want[:, output : output + at_once], rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(other.double(), want[:, :OUTPUTS], rtol=1e-5, atol=1e-4)
-    turned, of_turned = found(rows.roll(3, 0), ROWS, SIDE)
+    turned, of_turned = found(rows.roll(3, 0), ROWS, at_once)
     assert torch.equal(turned, out.roll(3, 0))
     assert torch.equal(of_turned, other.roll(3, 0))
     if way == "dots":
-        assert torch.equal(found(rows, 4, SIDE)[0], out[:4])
+        assert torch.equal(found(rows, 4, at_once)[0], out[:4])
