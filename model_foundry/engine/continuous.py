@@ -380,8 +380,10 @@ class ContinuousBatch:
         for first in range(0, len(due), size):
             some = due[first : first + size]
             hidden = torch.stack([sequence.end for sequence in some])  # pyright: ignore[reportArgumentType, reportCallIssue]
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
-            owners = [sequence.adapter for sequence in some] + [None] * (size - len(some))
+            owners = [sequence.adapter for sequence in some]
+            if self._decoder.fills_up(owners):
+                hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
+                owners += [None] * (size - len(some))
             logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))[: len(some)]
             events += _next_tokens(some, logits)
         # Not before all are there: where memory runs out over one of them, none may have moved on.

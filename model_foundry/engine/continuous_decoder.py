@@ -312,6 +312,10 @@ class BatchedDecoder:
         self.answers.run(x, torch.tensor([span.position for span in spans]), segments, adapters)
         return x
 
+    def fills_up(self, adapters: Sequence[ServedAdapter | None]) -> bool:
+        """Whether rows of logits need company for their bits to be the same in any."""
+        return not self.head.is_by_rows() or any(each is not None and HEAD_LAYER in each.parts for each in adapters)
+
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
         """[R, V] of hidden states [R, D] before the final norm."""

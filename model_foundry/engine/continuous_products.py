@@ -53,10 +53,14 @@ class Product:
             self.tiles = find_tiles(self._weight, self._ordered)
             self._weight = self._weight.new_empty(0)  # a slice would keep all of it
 
+    def is_by_rows(self) -> bool:
+        """Whether each of few rows has the bits that it has alone: nobody need fill them up to as many as ever."""
+        return self.tiles is not None and self._bias is None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._ordered is None:
             return functional.linear(x, self._weight, self._bias)
-        if self.tiles is not None and self._bias is None and x.shape[0] <= ROWS:
+        if self.tiles is not None and self.is_by_rows() and x.shape[0] <= ROWS:
             return fused.product_of_few(x, self.tiles.address, self.shape, self.tiles.outputs)
         return torch.ops.mkldnn._linear_pointwise(x, self._ordered, self._bias, "none", [], "")
 

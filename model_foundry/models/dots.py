@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 
 from model_foundry.models.compiled_loop import compiles_for
-from model_foundry.models.primitives import LANES, primitive
+from model_foundry.models.primitives import LANES, ask_for, primitive
 
 binding.initialize_native_asmparser()
 
@@ -46,12 +46,15 @@ def _add_dots(builder: Any, total: Any, panel: Any, row: Any) -> Any:
     return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [total, panel, row], False)
 
 
-def _dots(num_rows: int, num_panels: int) -> Any:
-    """For so many rows and panels; more sums than latencies, and no more than registers hold."""
+def _dots(num_rows: int, num_panels: int, num_fetched: int = 0) -> Any:
+    """For so many rows and panels; more sums than latencies, and no more than registers hold.
+
+    num_fetched: panels of which the memory is asked for what lies `ahead` of each pair.
+    """
 
     def dots(
         typing: Any, rows: Any, at: Any, row_step: Any, next_depth: Any, panels: Any, begin: Any, next_panel: Any,
-        pair_step: Any, steps: Any, out: Any, to: Any, out_step: Any, add: Any,
+        pair_step: Any, steps: Any, out: Any, to: Any, out_step: Any, add: Any, ahead: Any,
     ) -> Any:  # fmt: skip
         """out [rows, panels × LANES] float32 = (or +=, where `add` is not 0) rows × panels.
 
@@ -60,7 +63,22 @@ def _dots(num_rows: int, num_panels: int) -> Any:
         """
 
         def act(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            rows, at, row_step, next_depth, panels, begin, next_panel, pair_step, steps, out, to, out_step, add = args
+            (
+                rows,
+                at,
+                row_step,
+                next_depth,
+                panels,
+                begin,
+                next_panel,
+                pair_step,
+                steps,
+                out,
+                to,
+                out_step,
+                add,
+                ahead,
+            ) = args
             starts = [builder.add(at, builder.mul(row_step, _number(r))) for r in range(num_rows)]
             firsts = [builder.add(begin, builder.mul(next_panel, _number(p))) for p in range(num_panels)]
             places = [
@@ -80,6 +98,9 @@ def _dots(num_rows: int, num_panels: int) -> Any:
                 with cgutils.for_range(builder, _number(PAIRS)) as pair:
                     offset = builder.add(along, builder.mul(pair.index, pair_step))
                     held = [_vector(builder, panels, builder.add(first, offset), _INTS) for first in firsts]
+                    for number in range(num_fetched):
+                        there = builder.add(builder.add(firsts[number], offset), ahead)
+                        ask_for(builder, builder.gep(panels, [there]))
                     inputs = builder.add(depth, builder.mul(pair.index, _number(2)))
                     for start, sums in zip(starts, totals, strict=True):
                         row = _pair_in_all_lanes(builder, rows, builder.add(start, inputs))
@@ -92,9 +113,10 @@ def _dots(num_rows: int, num_panels: int) -> Any:
             return context.get_dummy_value()
 
         n = types.int64
-        return types.void(rows, n, n, n, panels, n, n, n, n, out, n, n, n), act
+        return types.void(rows, n, n, n, panels, n, n, n, n, out, n, n, n, n), act
 
     return primitive(dots)
 
 
 dots_4_2, dots_4_4, dots_8_1 = _dots(4, 2), _dots(4, 4), _dots(8, 1)
+dots_4_4_1, dots_4_4_2 = _dots(4, 4, 1), _dots(4, 4, 2)

@@ -147,15 +147,19 @@ LINE_BYTES = 64
 """What a processor fetches at once."""
 
 
+def ask_for(builder: Any, address: Any) -> None:
+    text = ir.IntType(8).as_pointer()
+    prefetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), [text, _BITS, _BITS, _BITS])
+    # To read; into the second level; no code.
+    builder.call(prefetch, [builder.bitcast(address, text), _bits(0), _bits(2), _bits(1)])
+
+
 @primitive
 def fetch(typing: Any, pointer: Any, place: Any) -> Any:
     """Have the memory bring what will be read soon. It may be read by nobody, and need not be there."""
 
     def ask(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        text = ir.IntType(8).as_pointer()
-        start = builder.bitcast(builder.gep(args[0], [args[1]]), text)
-        ask_for = function(builder, "llvm.prefetch.p0", ir.VoidType(), [text, _BITS, _BITS, _BITS])
-        builder.call(ask_for, [start, _bits(0), _bits(2), _bits(1)])  # to read; into the second level; no code
+        ask_for(builder, builder.gep(args[0], [args[1]]))
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64), ask

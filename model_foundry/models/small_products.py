@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from model_foundry.models.compiled_loop import part
-from model_foundry.models.dots import HAVE_DOTS, dots_4_2, dots_4_4, dots_8_1
+from model_foundry.models.dots import HAVE_DOTS, dots_4_2, dots_4_4, dots_4_4_1, dots_4_4_2, dots_8_1
 from model_foundry.models.tiles import (
     COMPILES_FOR_TILES,
     DEPTH,
@@ -120,7 +120,7 @@ def _square_by_dots(
         start = at + row // ROWS * next_rows + row % ROWS * row_step
         dots_4_2(
             rows, start, row_step, next_depth, panels, begin, next_panel, 2 * OUTPUTS, steps, out, to + row * out_step,
-            out_step, 1 if add else 0,
+            out_step, 1 if add else 0, 0,
         )  # fmt: skip
 
 
@@ -128,18 +128,42 @@ def _square_by_dots(
 def _few_rows_by_dots(
     rows: Any, at: Any, count: Any, size: Any, weights: Any, begin: Any, outputs: Any, out: Any
 ) -> None:  # fmt: skip
+    # While rows after the first meet weights that are at hand, memory brings the next block's, a share with each four.
+    step, steps, ahead = 2 * outputs, size // DEPTH, outputs * size
     for row in range(0, count, 4):
-        dots_4_4(
-            rows, at + row * size, size, DEPTH, weights, begin, 2 * OUTPUTS, 2 * outputs, size // DEPTH, out,
-            row * OUTPUTS_BY_DOTS, OUTPUTS_BY_DOTS, 0,
-        )  # fmt: skip
+        at_row, to, panel = at + row * size, row * OUTPUTS_BY_DOTS, 2 * OUTPUTS
+        if count >= 16 and row < 16:
+            dots_4_4_1(
+                rows, at_row, size, DEPTH, weights, begin, panel, step, steps, out, to, OUTPUTS_BY_DOTS, 0,
+                ahead + row // 4 * panel,
+            )  # fmt: skip
+        elif 4 < count < 16 and row < 8:
+            dots_4_4_2(
+                rows, at_row, size, DEPTH, weights, begin, panel, step, steps, out, to, OUTPUTS_BY_DOTS, 0,
+                ahead + row // 4 * 2 * panel,
+            )  # fmt: skip
+        else:
+            dots_4_4(rows, at_row, size, DEPTH, weights, begin, panel, step, steps, out, to, OUTPUTS_BY_DOTS, 0, 0)
 
 
 @part()
 def _one_panel_by_dots(rows: Any, at: Any, size: Any, panel: Any, out: Any) -> None:
     for row in range(0, ROWS, 8):
         dots_8_1(
-            rows, at + row * size, size, DEPTH, panel, 0, 0, 2 * OUTPUTS, size // DEPTH, out, row * OUTPUTS, OUTPUTS, 0
+            rows,
+            at + row * size,
+            size,
+            DEPTH,
+            panel,
+            0,
+            0,
+            2 * OUTPUTS,
+            size // DEPTH,
+            out,
+            row * OUTPUTS,
+            OUTPUTS,
+            0,
+            0,
         )
 
 
