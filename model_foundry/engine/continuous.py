@@ -381,7 +381,7 @@ class ContinuousBatch:
             some = due[first : first + size]
             hidden = torch.stack([sequence.end for sequence in some])  # pyright: ignore[reportArgumentType, reportCallIssue]
             owners = [sequence.adapter for sequence in some]
-            if self._decoder.fills_up(owners):
+            if self._decoder.fills_up(owners, size):
                 hidden = torch.nn.functional.pad(hidden, (0, 0, 0, size - len(some)))
                 owners += [None] * (size - len(some))
             logits = self._decoder.logits(hidden, _by_adapter(owners, self._decoder.device))[: len(some)]

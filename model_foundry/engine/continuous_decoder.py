@@ -45,6 +45,7 @@ from model_foundry.models.lora import Linear
 from model_foundry.models.mlp import gated
 from model_foundry.models.packing import PackedLinear
 from model_foundry.models.tiled_attention import PromptReach, attend_prompts, is_for
+from model_foundry.models.tiles import ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -312,9 +313,14 @@ class BatchedDecoder:
         self.answers.run(x, torch.tensor([span.position for span in spans]), segments, adapters)
         return x
 
-    def fills_up(self, adapters: Sequence[ServedAdapter | None]) -> bool:
-        """Whether rows of logits need company for their bits to be the same in any."""
-        return not self.head.is_by_rows() or any(each is not None and HEAD_LAYER in each.parts for each in adapters)
+    def fills_up(self, adapters: Sequence[ServedAdapter | None], size: int) -> bool:
+        """Whether rows of logits are filled up to so many: for their bits to be the same in any company, and for few
+        sizes of oneDNN's kernels."""
+        return (
+            size > ROWS
+            or not self.head.is_by_rows()
+            or any(each is not None and HEAD_LAYER in each.parts for each in adapters)
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:

@@ -70,7 +70,7 @@ def find_tiles(weight: torch.Tensor, ordered: torch.Tensor) -> Tiles | None:
 
     It chooses by the shape: the first of a shape is compared whole, others in their last outputs.
     """
-    if not (have_products() and hasattr(torch.ops.mkldnn, "data_ptr")):
+    if not (fused.COMPILES and have_products() and hasattr(torch.ops.mkldnn, "data_ptr")):
         return None
     address, num_bytes = int(torch.ops.mkldnn.data_ptr(ordered)), int(torch.ops.mkldnn._nbytes(ordered))
     if num_bytes != weight.numel() * 2:

@@ -52,7 +52,7 @@ def _hash_of(file: str) -> str:
 
 _ALL_LOOPS = tuple(
     _hash_of(str(Path(__file__).with_name(name)))
-    for name in ("compiled_loop.py", "primitives.py", "lanes.py", "tiles.py", "dots.py")
+    for name in ("compiled_loop.py", "primitives.py", "lanes.py", "tiles.py", "dots.py", "answer_plan.py")
 )
 
 
@@ -64,14 +64,19 @@ def compiles_for(*features: str) -> bool:
 
 
 def _sources(function: Callable[..., None]) -> list[str]:
-    """Hashes of the files of a loop and of the parts that it can be made of."""
-    left, files = [function], set()
+    """Hashes of the files of a loop and of the parts that it can be made of; names of those that were handed to it."""
+    handed = [cell.cell_contents.py_func for cell in function.__closure__ or () if _is_part(cell.cell_contents)]
+    left, files = [function, *handed], set()
     while left:
         each = left.pop()
         if (file := inspect.getfile(each)) not in files:
             files.add(file)
-            left += [part.py_func for part in each.__globals__.values() if hasattr(part, "py_func")]
-    return sorted(_hash_of(file) for file in files)
+            left += [part.py_func for part in each.__globals__.values() if _is_part(part)]
+    return [*sorted(_hash_of(file) for file in files), *(each.__qualname__ for each in handed)]
+
+
+def _is_part(value: Any) -> bool:
+    return hasattr(value, "py_func")
 
 
 class CompiledLoop:

@@ -292,7 +292,7 @@ class Front:
         """The model that did it: a model's operations are done in order, so its last number tells of all before."""
         model_id, _, seq = request_id.rpartition(":")
         model = self.books.models.get(model_id)
-        is_number = seq.isdecimal() and len(seq) < 20
+        is_number = seq.isdecimal() and len(seq) < 20 and seq == str(int(seq))
         return model if model is not None and is_number and int(seq) <= model.done_seq else None
 
     def _pending(self, operation: Operation) -> Response:

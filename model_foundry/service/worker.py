@@ -73,6 +73,8 @@ class Worker:
             # Read with the lock held: a lane that was left a moment ago begins again after what was done last.
             model = self.books.models.get(operation.lane)
             self._lanes.add(operation, next_seq=None if model is None else model.done_seq + 1)
+            if model is not None and model.state != "live":
+                self._calls.append(partial(self._fail_waiting, operation.lane, "there is no such model any more"))
             self._changed.notify()
 
     def waiting_for(self, operation: Operation) -> str | None:
@@ -114,13 +116,18 @@ class Worker:
             if stays:
                 return
             self.executor.let_go(model_id)
-            with self._changed:
-                waiting = self._lanes.abandon(model_id)
-            what = "the model was unloaded, while this waited for an operation before it that never came"
-            for operation in waiting:
-                self._finish([(operation, DataError(what, where=model_id), 0.0)])
+            self._fail_waiting(
+                model_id, "the model was unloaded, while this waited for an operation before it that never came"
+            )
 
         self.call(unload)
+
+    def _fail_waiting(self, model_id: str, what: str) -> None:
+        """Nothing is done any more on a model that is not there: not what came afterwards, not what a gap is before."""
+        with self._changed:
+            waiting = self._lanes.abandon(model_id)
+        for operation in waiting:
+            self._finish([(operation, DataError(what, where=model_id), 0.0)])
 
     def stop(self) -> None:
         """Finish what is being done, and write every model down."""

@@ -83,6 +83,8 @@ def test_the_journal_forgets_what_was_done_on_models_that_are_unloaded(tiny_fold
         asked = {"request_id": f"{client.model}:2"}
         assert (await client.api.post("retrieve_future", json=asked, headers=headers)).status_code == 404
         assert (await client.done("optim_step", step_body(client.model, 4)))["category"] == "user"
+        # Nothing waits for what is before it: nobody would do that either.
+        assert "no such model" in (await client.done("optim_step", step_body(client.model, 8)))["error"]
 
     asyncio.run(ask())
 

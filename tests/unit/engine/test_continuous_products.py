@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 
 import pytest
@@ -112,3 +115,17 @@ def test_an_order_of_the_weight_is_compared_before_tiles_are_read_from_it(monkey
     assert find_tiles(weight, ordered) == found
     assert find_tiles(weight[:32], ordered) is None
     assert Product(torch.randn(40, 24, dtype=torch.bfloat16)).tiles is None
+
+
+def test_where_nothing_is_compiled_torch_multiplies() -> None:
+    """A loop that was asked for all the same is no loop, and serving ended with an error of the compiler's."""
+    code = """
+import torch
+from model_foundry.engine.continuous_products import Product
+weight = torch.eye(64, dtype=torch.bfloat16)
+x = torch.arange(128.0).view(2, 64).bfloat16()
+print(Product(weight).tiles is None and torch.equal(Product(weight)(x), x))
+"""
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from numba import types
 
 from model_foundry.models import small_products as products
 from model_foundry.models.compiled_loop import BFLOAT16, CompiledLoop, loop
@@ -111,3 +112,10 @@ def test_few_rows_meet_weights_and_a_row_s_bits_are_its_own(way: str) -> None:
     assert torch.equal(of_turned, other.roll(3, 0))
     if way == "dots":
         assert torch.equal(found(rows, 4, at_once)[0], out[:4])
+
+
+def test_code_is_kept_for_the_parts_that_were_handed_to_a_loop() -> None:
+    """Both ways had one name, and whichever was compiled first was run for the other."""
+    signature = types.void(types.int64)
+    assert square_loop("tiles").kept_at(signature) != square_loop("dots").kept_at(signature)
+    assert square_loop("dots").kept_at(signature) == square_loop("dots").kept_at(signature)
