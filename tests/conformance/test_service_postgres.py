@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +59,29 @@ def test_a_killed_service_goes_on_from_postgres_to_the_bits_of_one_on_sqlite(
     journal.close()
     assert ends[0] == ends[1]
     assert len(ends[0]) == 2
+
+
+def test_postgres_too_forgets_what_was_done_on_unloaded_models(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, url: str
+) -> None:
+    """Its partial index and its deletions are written for another dialect than those of every other test."""
+    options = ("result_hours=0.0005", f"journal_url={url}")
+    with Service(tiny_folder("llama-tied"), tmp_path / "state", *options) as service, service.api() as api:
+        model = new_model(api, service)
+        one_step(api, model, 1)
+        finish(api, api.post("unload_model", json={"model_id": model, "seq_id": 3}))
+        beside, wanted = Journal(tmp_path, url=url), text("select count(*) from operations where lane = :lane")
+
+        def rows() -> int:
+            return beside.read(lambda connection: connection.execute(wanted, {"lane": model}).scalar_one())
+
+        deadline = time.monotonic() + 20
+        while rows() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert rows() == 0
+        beside.close()
+        for seq in range(4):
+            assert api.post("retrieve_future", json={"request_id": f"{model}:{seq}"}).status_code == 410
 
 
 def test_numbers_beyond_32_bits_are_kept_also_where_the_tables_are_older(tmp_path: Path, url: str) -> None:
