@@ -111,6 +111,10 @@ class OutOfMemoryError(EngineError):
     pass
 
 
+class BrokenModelError(EngineError):
+    """What it computes are no numbers."""
+
+
 class ServiceError(FoundryError):
     """A refusal; `status` is HTTP's, None where there was none."""
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from model_foundry.errors import BrokenModelError
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -200,6 +202,17 @@ class SampledSequence:
     tokens: np.ndarray
     logprobs: np.ndarray
     stop_reason: str
+
+
+def check_logprob(logprob: float) -> None:
+    """Of a token that was chosen.
+
+    Raises:
+        BrokenModelError: it is no number, so the token means nothing.
+    """
+    if math.isnan(logprob):
+        what = "the model's logits are no numbers: its weights hold NaN or infinity, or overflow"
+        raise BrokenModelError(what, hint="Go on from an earlier checkpoint, with a lower learning rate.")
 
 
 @dataclass(frozen=True, slots=True)

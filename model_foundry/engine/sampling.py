@@ -20,7 +20,7 @@ from model_foundry.engine.platform import is_out_of_memory
 from model_foundry.errors import EngineError, OutOfMemoryError
 from model_foundry.models.language_model import LanguageModel
 from model_foundry.models.randomness import generator
-from model_foundry.types import SampledSequence, SamplingParams
+from model_foundry.types import SampledSequence, SamplingParams, check_logprob
 
 GREEDY_BELOW = 1e-30
 """Temperatures below it are 0: a float32 difference of logits divided by it must stay a number."""
@@ -55,8 +55,8 @@ def stream_tokens(
     The logprob is the model's own, at temperature 1 and without filters.
 
     Raises:
-        EngineError: an empty prompt, one longer than the model's context or with a token outside the vocabulary, or
-            parameters that mean nothing.
+        EngineError: an empty prompt, one longer than the model's context or with a token outside the vocabulary,
+            parameters that mean nothing. BrokenModelError: logits that are no numbers.
     """
     check_params(params)
     check_prompts(model, prompts, params)
@@ -73,6 +73,7 @@ def stream_tokens(
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
         for row, token, logprob in zip(active, chosen.tolist(), logprobs.tolist(), strict=True):
             if row not in done:
+                check_logprob(logprob)
                 yield row, token, logprob
                 if token in params.stop_token_ids:
                     done.add(row)

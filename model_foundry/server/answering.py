@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from model_foundry.config.serve import LimitsSection
-from model_foundry.errors import FoundryError
+from model_foundry.errors import BrokenModelError, FoundryError
 from model_foundry.server.admission import Admission, OverloadedError, Ticket
 from model_foundry.server.backends.base import Backend, BackendError, Piece, PromptRefusedError, TokenRequest
 from model_foundry.server.catalog import Catalog, ServedModel
@@ -247,4 +247,6 @@ def _as_problem(error: BaseException) -> Problem:
         return Problem(422, str(error), param="prompt", code="prompt_refused")
     if isinstance(error, BackendError):
         return Problem(503, f"{error.what}; the request may be sent again", code="backend_failed", retry_after=1.0)
+    if isinstance(error, BrokenModelError):
+        return Problem(500, str(error), code="model_broken")
     return Problem(500, "the server failed on this request; its log says why", code="internal_error")

@@ -19,7 +19,7 @@ from model_foundry.models.language_model import NativeModel
 from model_foundry.service.books import Checkpoint, Operation
 from model_foundry.service.host import Host
 from model_foundry.service.sampling import Prepared, Texts, sequences_of
-from model_foundry.types import SampledSequence
+from model_foundry.types import SampledSequence, check_logprob
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,7 @@ class SamplingBatch:
 
     def _note(self, event: TokenEvent, asked: Asked, row: int) -> Finished | None:
         assert self._batch is not None
+        check_logprob(event.logprob)
         tokens, prepared = asked.rows[row], asked.prepared
         tokens.append((event.token, event.logprob))
         stops = event.finish == "stop"

@@ -16,6 +16,7 @@ from model_foundry.service import copying
 from model_foundry.service.embedded import embedded
 from model_foundry.service.front import Front
 from tests.conformance.test_more_routes import new_sampler, sample_body
+from tests.conformance.test_service_by_hand import one_step, pass_body, step_body
 from tests.service_rig import KEY, Service, finish
 
 pytestmark = pytest.mark.slow
@@ -41,6 +42,24 @@ def model(api: httpx.Client, service: Service) -> str:
 @pytest.fixture(scope="module")
 def saved(api: httpx.Client, model: str) -> str:
     return finish(api, api.post("save_weights", json={"model_id": model, "path": "kept"}))["path"]
+
+
+def test_samples_of_weights_that_are_no_numbers_fail_and_others_do_not(api: httpx.Client, service: Service) -> None:
+    """They were answered with whatever token a comparison with NaN left."""
+    base, lora = str(service.base), {"rank": 1}
+    body = {"session_id": new_session(api), "model_seq_id": 0, "base_model": base, "lora_config": lora}
+    broken = finish(api, api.post("create_model", json=body))["model_id"]
+    one_step(api, broken, 1)
+    finish(api, api.post("forward_backward", json=pass_body(broken, 3)))
+    finish(api, api.post("optim_step", json={**step_body(broken, 4), "adam_params": {"learning_rate": 1e38}}))
+    path = finish(api, api.post("save_weights_for_sampler", json={"model_id": broken, "path": "x"}))["path"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [5, 6, 7]}]}
+    asked = {"prompt": prompt, "num_samples": 2, "sampling_params": {"max_tokens": 5, "stop": []}}
+    waiting = [api.post("asample", json={**asked, **of}) for of in ({"model_path": path}, {"base_model": base})]
+    failed, done = (finish(api, each) for each in waiting)
+    assert "no numbers" in failed["error"], failed
+    assert failed["category"] == "user"
+    assert len(done["sequences"]) == 2
 
 
 def test_a_number_that_a_copy_has_makes_no_model(api: httpx.Client, service: Service, saved: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from model_foundry.config.serve import ServeConfig
 from model_foundry.errors import FoundryError, ModelError, UsageError
@@ -130,6 +133,32 @@ def test_a_model_that_transformers_runs_is_served_too(tiny_folder: Callable[[str
         refused = each.post("/v1/chat/completions", chat)
         assert refused.status_code == 400
         assert "template" in refused.json()["error"]["message"]
+
+
+def broken(folder: Path, into: Path) -> Path:
+    """A copy of a model in which a norm's weights are NaN."""
+    shutil.copytree(folder, into)
+    (weights,) = into.glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "norm" in name or "ln_f" in name)
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, weights, {"format": "pt"})
+    return into
+
+
+def test_a_model_whose_weights_are_no_numbers_says_so(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """It answered with whatever token a comparison with NaN left, and nobody was told."""
+    with serving(broken(tiny_folder("llama"), tmp_path / "ours")) as each:
+        for body in (ASK | {"raw": True}, ASK | {"raw": True, "temperature": 1.0}):
+            answer = each.post("/generate", body)
+            assert answer.status_code == 500, answer.text
+            assert "no numbers" in answer.text
+        name = each.opened.catalog.default.name
+        streamed = each.post("/v1/completions", {"model": name, "prompt": "x", "stream": True})
+        assert "model_broken" in streamed.text
+    # One that transformers runs is tried when it is opened.
+    config = ServeConfig.model_validate({"model": {"name": str(broken(tiny_folder("gpt2"), tmp_path / "theirs"))}})
+    with pytest.raises(ModelError, match="no numbers"):
+        open_model(config)
 
 
 def test_an_adapter_for_another_base_is_refused(tiny: Path, tmp_path: Path) -> None:

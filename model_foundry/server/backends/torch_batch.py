@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model_foundry.errors import FoundryError
+from model_foundry.errors import BrokenModelError, FoundryError
 from model_foundry.server.backends.base import BackendError, Finish, Piece, PromptRefusedError, TokenProb, TokenRequest
 from model_foundry.server.text import Detokenizer
 from model_foundry.tokenizer import Tokenizer
-from model_foundry.types import SamplingParams
+from model_foundry.types import SamplingParams, check_logprob
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class TorchBackend:
                 event = await stream.events.get()
                 if isinstance(event, FoundryError):
                     raise event
+                check_logprob(event.logprob)
                 yield _piece(event, request, detokenizer)
                 if event.finish is not None:
                     return
@@ -267,10 +268,11 @@ class TorchBackend:
         ended = [(place, stream) for place, stream in self._streams.items() if place[0] is batch]
         logger.error("a step of the batch failed (%s); %s answers end", error, len(ended), exc_info=error)
         what = error.what if isinstance(error, FoundryError) else "the model failed on this batch"
+        told = error if isinstance(error, BrokenModelError) else BackendError(what)
         for place, stream in ended:
             batch.cancel(place[1])
             del self._streams[place]
-            _tell(stream.loop, [(stream, BackendError(what))])
+            _tell(stream.loop, [(stream, told)])
 
 
 def _tell(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Stream, Any]]) -> None:
