@@ -112,9 +112,25 @@ def exact_match(answer: str, expected: str) -> float:
     return float(normalise(answer) == normalise(expected))
 
 
+def words(text: str) -> list[str]:
+    """Normalised; in scripts that put no spaces between words each character, with its marks, is one."""
+    found: list[str] = []
+    for word in normalise(text).split():
+        begins = True
+        for character in word:
+            is_unspaced = _UNSPACED.match(character) is not None
+            is_mark = unicodedata.category(character)[0] == "M"
+            if begins or (not is_mark and (is_unspaced or _UNSPACED.match(found[-1]))):
+                found.append(character)
+            else:
+                found[-1] += character
+            begins = False
+    return found
+
+
 def word_f1(answer: str, expected: str) -> float:
     """Harmonic mean of precision and recall over the words, counted with repetition (SQuAD: Rajpurkar et al. 2016)."""
-    ours, theirs = Counter(normalise(answer).split()), Counter(normalise(expected).split())
+    ours, theirs = Counter(words(answer)), Counter(words(expected))
     if not ours or not theirs:
         return float(ours == theirs)
     num_common = sum((ours & theirs).values())

@@ -19,7 +19,7 @@ from model_foundry.data.code.syntax import syntax_problem
 from model_foundry.data.filters import refusal
 from model_foundry.errors import MissingExtraError
 from model_foundry.evals.measures import bleu_scorer
-from model_foundry.evals.metrics import METRICS, normalise, occurs, word_f1
+from model_foundry.evals.metrics import METRICS, normalise, occurs, word_f1, words
 from model_foundry.evals.readability import readability
 
 Stats = Sequence[float]
@@ -68,14 +68,26 @@ def fuzzy(answer: str, expected: str) -> float:
 @cache
 def _rouge() -> Any:
     try:
-        scorer = import_module("rouge_score.rouge_scorer")
+        scorer, tokenizers = import_module("rouge_score.rouge_scorer"), import_module("rouge_score.tokenizers")
     except ImportError as error:
         raise MissingExtraError("rouge-score", "eval") from error
-    return scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=_AnyScript(tokenizers.DefaultTokenizer(use_stemmer=True)))
+
+
+class _AnyScript:
+    """rouge-score's own words of text in ASCII, which are all that it knows; the others as `words` has them."""
+
+    def __init__(self, plain: Any) -> None:
+        self._plain = plain
+
+    def tokenize(self, text: str) -> list[str]:
+        if text.isascii():
+            return self._plain.tokenize(text)
+        return [part for word in words(text) for part in (self._plain.tokenize(word) if word.isascii() else [word])]
 
 
 def rouge(answer: str, expected: str, *, kind: str) -> float:
-    """ROUGE-1 or ROUGE-L F1 (Lin 2004) with Porter's stemmer, by rouge-score."""
+    """ROUGE-1 or ROUGE-L F1 (Lin 2004) with Porter's stemmer, by rouge-score; words of any script."""
     return float(_rouge().score(expected, answer)[kind].fmeasure)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_foundry.evals.metrics import METRICS, contains, exact_match, mean_scores, normalise, score, word_f1
+from model_foundry.evals.metrics import METRICS, contains, exact_match, mean_scores, normalise, score, word_f1, words
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,9 @@ def test_f1_counts_words_with_repetition() -> None:
     assert word_f1("a b c d", "a b") == pytest.approx(2 * 0.5 * 1 / 1.5)
     assert word_f1("yes yes yes yes", "yes") == pytest.approx(2 * 0.25 * 1 / 1.25)
     assert word_f1("x", "a b") == 0.0
+    # Where no spaces part words, each character is one, and keeps its marks: a whole sentence was one word.
+    assert word_f1("猫在垫子上", "猫坐在垫子上") == pytest.approx(2 * 5 / 11)
+    assert words("GPU很快。ที่ x") == ["gpu", "很", "快", "ที่", "x"]
     assert word_f1("", "") == 1.0
     assert word_f1("", "a") == 0.0
 

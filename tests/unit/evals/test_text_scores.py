@@ -59,6 +59,15 @@ def test_rouge_by_the_example_on_its_page() -> None:
     assert rouge(answer, expected, kind="rougeL") == pytest.approx(2 * 0.625 * (5 / 9) / (0.625 + 5 / 9))
 
 
+def test_rouge_of_other_scripts() -> None:
+    """rouge-score knows a to z: every answer in another script was worth nothing, and cafés began with "caf"."""
+    assert rouge("猫坐在垫子上", "猫坐在垫子上", kind="rougeL") == 1.0
+    assert rouge("猫在垫子上", "猫坐在垫子上", kind="rouge1") == pytest.approx(2 * 5 / 11)
+    assert rouge("кошка спит", "кошка сидит", kind="rouge1") == pytest.approx(0.5)
+    assert rouge("caf", "café", kind="rouge1") == 0.0
+    assert rouge("running café", "runs café", kind="rouge1") == 1.0, "English words keep their stems"
+
+
 @pytest.mark.parametrize("name", ["exact", "f1", "contains", "fuzzy", "rouge_1", "rouge_l", "keywords", "length"])
 def test_an_empty_answer_scores_nothing_and_breaks_nothing(name: str) -> None:
     assert score(name, "", answers=("a long expected answer",), keywords=("expected",), words=(3, 9)) == 0.0
