@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
+from model_foundry.models import fused
 from model_foundry.models.lora import Linear
 
 STACK_ROWS = 128
@@ -47,17 +49,20 @@ class Factors:
 
 @torch.no_grad()
 def fill(every: Iterable[Factors]) -> None:
-    """Read the weights of all layers in a few calls: they are hundreds, and small."""
-    downs, ups, a_parts, b_parts, scales = [], [], [], [], []
+    """Read the weights of all layers in one call: they are hundreds, and small."""
+    outs: list[torch.Tensor] = []
+    weights: list[Any] = []
+    scales: list[float] = []
     for factors in every:
-        downs += factors.down.split(factors.ranks)
-        ups += factors.ups
-        a_parts += [layer.lora_A for layer in factors.layers]
-        b_parts += [layer.lora_B for layer in factors.layers]
-        scales += [layer.scaling for layer in factors.layers]
-    if downs:
-        torch._foreach_copy_(downs, a_parts)
-        torch._foreach_copy_(ups, torch._foreach_mul(b_parts, scales))
+        outs += (*factors.down.split(factors.ranks), *factors.ups)
+        weights += [*(layer.lora_A for layer in factors.layers), *(layer.lora_B for layer in factors.layers)]
+        scales += [1.0] * len(factors.layers) + [layer.scaling for layer in factors.layers]
+    if not outs:
+        return
+    if fused.fits(*outs, *weights) and all(each.dtype == torch.float32 and each.is_contiguous() for each in weights):
+        fused.write_scaled(outs, weights, scales)
+    else:
+        torch._foreach_copy_(outs, torch._foreach_mul(weights, scales))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +135,15 @@ def _laid_out(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class AdapterStack:
-    """Parts whose rows lie one after the other, equally many, with equal ranks."""
+    """Parts whose rows lie one after the other, equally many, with equal ranks; for one pass, forward and back."""
 
     def __init__(self, parts: Sequence[Part], products: StackedProducts) -> None:
         self._parts, self._products = parts, products
         self._rows = slice(parts[0].rows.start, parts[-1].rows.stop)
         ends = torch.tensor([0, *parts[0].factors.ranks]).cumsum(0).tolist()
         self._columns = [slice(*pair) for pair in pairwise(ends)]
+        self._stacked_downs: torch.Tensor | None = None
+        self._stacked_ups: dict[int, torch.Tensor] = {}
 
     @classmethod
     def of(cls, parts: Sequence[Part], products: StackedProducts) -> list[AdapterStack]:
@@ -176,10 +183,14 @@ class AdapterStack:
         return values[self._rows].view(len(self._parts), -1, values.shape[1])
 
     def _downs(self) -> torch.Tensor:
-        return torch.stack([part.factors.down for part in self._parts])
+        if self._stacked_downs is None:
+            self._stacked_downs = torch.stack([part.factors.down for part in self._parts])
+        return self._stacked_downs
 
     def _ups(self, number: int) -> torch.Tensor:
-        return torch.stack([part.factors.ups[number] for part in self._parts])
+        if number not in self._stacked_ups:
+            self._stacked_ups[number] = torch.stack([part.factors.ups[number] for part in self._parts])
+        return self._stacked_ups[number]
 
     def _settle(self, number: int, name: str, gradients: torch.Tensor) -> None:
         """Gradients [U, ..] of one layer, to where each unit keeps them."""

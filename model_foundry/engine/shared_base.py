@@ -16,7 +16,7 @@ Shapes: N rows of a pass, padding included, n of a segment, D width, r rank, V v
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -73,13 +73,17 @@ class AdapterLayers:
     def changed(self) -> None:
         self._is_stale = True
 
-    def refresh(self, dtype: torch.dtype) -> None:
+    @staticmethod
+    def refresh(every: Iterable[AdapterLayers], dtype: torch.dtype) -> None:
         """Read the weights again where they have changed; before threads use them."""
-        if self._is_stale:
-            fill(factors for factors in self._ready.values() if factors is not None)
-            self._head_factors, self._is_stale = None, False
-        if self.head is not None and self._head_factors is None:
-            self._head_factors = self.head.factors(dtype)
+        every = list(every)
+        stale = [each for each in every if each._is_stale]
+        fill(factors for each in stale for factors in each._ready.values() if factors is not None)
+        for each in stale:
+            each._head_factors, each._is_stale = None, False
+        for each in every:
+            if each.head is not None and each._head_factors is None:
+                each._head_factors = each.head.factors(dtype)
 
     @property
     def num_parameters(self) -> int:
@@ -194,8 +198,8 @@ class SharedBase:
     def run(self, segments: Sequence[Segment], *, backward: bool) -> list[SegmentResult]:
         """One pass; with `backward`, gradients are added to the adapters' own. No adapter may come twice."""
         units: list[_Unit] = []
+        AdapterLayers.refresh((segment.adapter for segment in segments), self.decoder.compute_dtype)
         for number, segment in enumerate(segments):
-            segment.adapter.refresh(self.decoder.compute_dtype)
             units += _units(number, segment, self.num_threads)
         shares = even_shares([unit.num_tokens for unit in units], self.num_threads)
         self._on_threads(

@@ -14,7 +14,7 @@ import numpy as np
 
 from model_foundry.models.compiled_loop import IN_ORDER, loop, part
 from model_foundry.models.lanes import turn_block
-from model_foundry.models.primitives import as_float, as_int, fetch, read, shorts, write
+from model_foundry.models.primitives import as_float, as_int, fetch, floats, pointer_like, read, shorts, write
 
 U = np.uint64
 
@@ -342,6 +342,17 @@ def score_gradient(
                 if read(targets, own + other) == read(targets, own + k):
                     value += read(slopes, own + other)
             write(logits, at + U(read(targets, own + k)), value)
+
+
+@loop("int64*", "float32*", "x*")
+def write_scaled(places: Any, scales: Any, like: Any, first: int, last: int) -> None:
+    """out = scale × x of each of many arrays. places: [arrays, 3], the addresses of x, float32, and of out, as `like`
+    points to, and how many numbers there are."""
+    for array in range(first, last):
+        x, out = floats(read(places, 3 * array)), pointer_like(read(places, 3 * array + 1), like)
+        scale = read(scales, array)
+        for j in range(U(read(places, 3 * array + 2))):
+            write(out, j, read(x, j) * scale)
 
 
 SIDE = 32

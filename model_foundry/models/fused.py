@@ -297,6 +297,16 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (transposed(grad) if pays and fits(x, grad) else grad.t()) @ x
 
 
+def write_scaled(outs: Sequence[torch.Tensor], xs: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
+    """Each out = scale × x, of its shape and float32; outs are of one type, and all without gaps."""
+    numbers = torch.tensor([(x.data_ptr(), out.data_ptr(), x.numel()) for x, out in zip(xs, outs, strict=True)])
+    factors, total = torch.tensor(scales, dtype=torch.float32), sum(x.numel() for x in xs)
+    call = cpu_loops.write_scaled.of(TYPES[outs[0].dtype])
+    _by_rows(
+        call, len(outs), total // len(outs), numbers.data_ptr(), factors.data_ptr(), outs[0].data_ptr()
+    )  # fmt: skip
+
+
 def transposed(x: torch.Tensor) -> torch.Tensor:
     """x [N, D] in bfloat16 as [D, N] without gaps."""
     (num_rows, width), rows = x.shape, _as_rows(x)

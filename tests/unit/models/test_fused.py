@@ -248,6 +248,18 @@ def test_what_is_no_number_stays_in_its_row_and_comes_out(dtype: torch.dtype, th
     assert fused.gated_silu(x, x).isnan().sum() == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_small_arrays_are_written_at_once_with_torchs_bits(dtype: torch.dtype, threads: int) -> None:
+    xs = [
+        numbers(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate([(8, 576), (576, 8), (1, 1)] * 20)
+    ]
+    scales = [1.0, 32 / 7, -0.3] * 20
+    outs = [torch.empty(x.shape, dtype=dtype) for x in xs]
+    fused.write_scaled(outs, xs, scales)
+    for out, x, scale in zip(outs, xs, scales, strict=True):
+        assert torch.equal(out, (x * scale).to(dtype))
+
+
 def test_rounding_to_bfloat16_is_torchs() -> None:
     """Also of ties, of the smallest and the largest numbers, and of what is no number."""
     bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
