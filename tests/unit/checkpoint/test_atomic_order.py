@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from model_foundry.checkpoint.atomic import (
     atomic_directory,
     atomic_write,
     cut_torn_line,
+    free_bytes,
     remove_directory,
     replaced_name,
     sync_directory,
@@ -143,3 +145,18 @@ def test_a_torn_line_of_several_blocks_goes_and_the_disk_knows(tmp_path: Path, e
     path.write_bytes(b"y" * 200_000)
     assert cut_torn_line(path) == b"y" * 200_000
     assert path.read_bytes() == b""
+
+
+def test_a_line_may_be_empty_and_a_disk_may_not_say_how_full_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"\nzz")
+    assert cut_torn_line(path) == b"zz"
+    assert path.read_bytes() == b"\n"
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(shutil, "disk_usage", fails)
+    assert free_bytes(path) == 0
