@@ -63,22 +63,8 @@ def _dots(num_rows: int, num_panels: int, num_fetched: int = 0) -> Any:
         """
 
         def act(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            (
-                rows,
-                at,
-                row_step,
-                next_depth,
-                panels,
-                begin,
-                next_panel,
-                pair_step,
-                steps,
-                out,
-                to,
-                out_step,
-                add,
-                ahead,
-            ) = args
+            rows, at, row_step, next_depth, panels, begin, next_panel, pair_step = args[:8]
+            steps, out, to, out_step, add, ahead = args[8:]
             starts = [builder.add(at, builder.mul(row_step, _number(r))) for r in range(num_rows)]
             firsts = [builder.add(begin, builder.mul(next_panel, _number(p))) for p in range(num_panels)]
             places = [
