@@ -25,12 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from model_foundry.engine.adapter_stacks import AdapterStack, Factors, Gradients, Part, StackedProducts, fill
 from model_foundry.engine.alike_rows import AlikeRows
 from model_foundry.engine.losses import CHUNK_LOGITS, Inputs, Loss, score
 from model_foundry.engine.shared_head import SEGMENT_ROWS, HeadPart
 from model_foundry.engine.side_by_side import even_shares, run_side_by_side, worthwhile_shares
 from model_foundry.engine.steady_products import LEAST_ROWS, STEP_ROWS, Sizes, SteadyProduct, steady_pair
+from model_foundry.engine.unit_adapters import (
+    Adapted,
+    Factors,
+    Gradients,
+    LargeUnit,
+    SmallUnits,
+    Update,
+    fill,
+    settle,
+)
 from model_foundry.errors import EngineError
 from model_foundry.models.experts import ExpertMLP
 from model_foundry.models.head import HeadUpdate
@@ -66,7 +75,8 @@ class AdapterLayers:
 
     def __init__(self, layers: Mapping[str, Linear], head: HeadUpdate | None = None) -> None:
         self._layers, self.head = layers, head
-        self._ready: dict[tuple[str, ...], Factors | None] = {}
+        self._adapted: dict[tuple[str, ...], Adapted | None] = {}
+        self._ready: dict[tuple[str, ...], Factors] = {}
         self._head_factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._is_stale = False
 
@@ -78,7 +88,7 @@ class AdapterLayers:
         """Read the weights again where they have changed; before threads use them."""
         every = list(every)
         stale = [each for each in every if each._is_stale]
-        fill(factors for each in stale for factors in each._ready.values() if factors is not None)
+        fill(factors for each in stale for factors in each._ready.values())
         for each in stale:
             each._head_factors, each._is_stale = None, False
         for each in every:
@@ -91,11 +101,18 @@ class AdapterLayers:
                      if layer.lora_A is not None and layer.lora_B is not None)  # fmt: skip
         return layers + (0 if self.head is None else self.head.down.numel() + self.head.up.numel())
 
-    def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> Factors | None:
-        """Of layers that read the same input; None where they carry no adapter."""
+    def adapted(self, names: tuple[str, ...]) -> Adapted | None:
+        """Layers that read the same input; None where they carry no adapter."""
+        if names not in self._adapted:
+            self._adapted[names] = Adapted.of([self._layers[name] for name in names])
+        return self._adapted[names]
+
+    def factors(self, names: tuple[str, ...], dtype: torch.dtype) -> Factors:
+        """Of layers that carry one."""
         if names not in self._ready:
-            layers = [self._layers[name] for name in names]
-            self._ready[names] = Factors.of(layers, dtype) if layers[0].lora_A is not None else None
+            adapted = self.adapted(names)
+            assert adapted is not None
+            self._ready[names] = Factors.of(adapted, dtype)
         return self._ready[names]
 
     def head_part(self, *, backward: bool) -> HeadPart | None:
@@ -181,7 +198,6 @@ class SharedBase:
             self._names[layer], layer.together = name, self._project
             self._products[name] = steady_pair(layer.matrix.detach(), layer.bias, known)
         self._head = steady_pair(self.decoder.head_weight.detach().to(self.decoder.compute_dtype), None, known)
-        self._stacked = StackedProducts()
         self._alike = AlikeRows(self.decoder.config, dtype=self.decoder.compute_dtype, device=device)
         # What a pass begins with: its gradient is asked for, so that the layers' backward passes are run.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -280,7 +296,7 @@ class SharedBase:
         if backward:
             for part, (_, unit) in zip(adapted, places, strict=True):
                 if part is not None:
-                    part.settle(partial(_add, kept=unit.kept))
+                    part.settle(partial(settle, kept=unit.kept))
         return gradient
 
     def _chunks(self, num_rows: int) -> list[tuple[int, int]]:
@@ -296,59 +312,57 @@ class SharedBase:
     def _project(self, x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tensor, ...]:
         names = tuple(self._names[layer] for layer in layers)
         products = [self._products[name] for name in names]
-        parts = [
-            Part(rows, factors, unit.kept)
-            for rows, unit in self._work.places
-            if (factors := unit.segment.adapter.factors(names, x.dtype)) is not None
-        ]
-        stacks = AdapterStack.of(parts, self._stacked)
+        updates = self._updates(x, names)
         if torch.is_grad_enabled():
-            return _Project.apply(x, self._anchor, products, stacks)  # pyright: ignore[reportReturnType]
-        return _forward(x, products, stacks)[0]
+            return _Project.apply(x, self._anchor, products, updates)  # pyright: ignore[reportReturnType]
+        return _forward(x, products, updates)[0]
+
+    def _updates(self, x: torch.Tensor, names: tuple[str, ...]) -> list[Update]:
+        """What this thread's units add to layers that read x."""
+        small: list[tuple[slice, Adapted]] = []
+        large: list[Update] = []
+        for rows, unit in self._work.places:
+            adapter = unit.segment.adapter
+            if (adapted := adapter.adapted(names)) is None:
+                continue
+            if unit.kept is None and adapted.goes_by_loop(rows.stop - rows.start):
+                small.append((rows, adapted))
+            else:
+                large.append(LargeUnit(rows, adapter.factors(names, x.dtype), unit.kept))
+        return [SmallUnits(small), *large] if small else large
 
 
 _Products = Sequence[tuple[SteadyProduct, SteadyProduct]]
 
 
 def _forward(
-    x: torch.Tensor, products: _Products, stacks: Sequence[AdapterStack]
+    x: torch.Tensor, products: _Products, updates: Sequence[Update]
 ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-    """One [N, out] a layer, and x Aᵀ of every stack."""
+    """One [N, out] a layer, and what every update needs again."""
     outs = tuple(there(x) for there, _ in products)
-    return outs, [stack.forward(x, outs) for stack in stacks]
+    return outs, [update.forward(x, outs) for update in updates]
 
 
 class _Project(torch.autograd.Function):
     """Layers that read the same input, under all segments' adapters, whose gradients it adds by itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, anchor: Any, products: Any, stacks: Any) -> Any:
-        outs, hidden = _forward(x, products, stacks)
-        ctx.save_for_backward(x, *hidden)
-        ctx.products, ctx.stacks = products, stacks
+    def forward(ctx: Any, x: Any, anchor: Any, products: Any, updates: Any) -> Any:
+        outs, lows = _forward(x, products, updates)
+        ctx.save_for_backward(x, *lows)
+        ctx.products, ctx.updates = products, updates
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, *hidden = ctx.saved_tensors
+        x, *lows = ctx.saved_tensors
         grads, dx = tuple(grad.contiguous() for grad in grads), None
         if ctx.needs_input_grad[0]:
             for grad, (_, back) in zip(grads, ctx.products, strict=True):
                 dx = back(grad) if dx is None else dx.add_(back(grad))
-        for stack, low in zip(ctx.stacks, hidden, strict=True):
-            stack.backward(x, low, grads, dx)
+        for update, low in zip(ctx.updates, lows, strict=True):
+            update.backward(x, low, grads, dx)
         return dx, None, None, None
-
-
-def _add(parameter: torch.Tensor | None, gradient: torch.Tensor, scale: float, kept: Gradients | None) -> None:
-    assert parameter is not None
-    assert parameter.grad is not None
-    wide = gradient.float()
-    scaled = wide if scale == 1.0 else wide * scale
-    if kept is None:
-        parameter.grad.add_(scaled)
-    else:
-        kept.append((parameter.grad, scaled))
 
 
 def _units(number: int, segment: Segment, num_threads: int) -> list[_Unit]:

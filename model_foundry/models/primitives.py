@@ -230,6 +230,55 @@ add_weighted, add_weighted_wide = _add_weighted(1), _add_weighted(4)
 Of TOGETHER q, and of LANES l or four times as many. The sums stay in registers."""
 
 
+def _sum_of_lanes(builder: Any, value: Any) -> Any:
+    """Halves are added until one number is left."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        kind, nothing = ir.VectorType(_BITS, width), ir.Constant(value.type, ir.Undefined)
+        places = [ir.Constant(kind, [*range(start, start + width)]) for start in (0, width)]
+        halves = [builder.shuffle_vector(value, nothing, place) for place in places]
+        value = builder.fadd(*halves)
+    return builder.extract_element(value, _bits(0))
+
+
+@primitive
+def products_of_rows(
+    typing: Any, a: Any, at: Any, a_step: Any, b: Any, begin: Any, b_step: Any, size: Any, out: Any, to: Any,
+    out_step: Any,
+) -> Any:  # fmt: skip
+    """out[to + i out_step + j] = Σ_l a[at + i a_step + l] × b[begin + j b_step + l], l < size, of TOGETHER i and j.
+
+    size is a multiple of LANES. The sums stay in registers.
+    """
+
+    def add(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a_rows, at, a_step, b_rows, begin, b_step, size, out, to, out_step = args
+        fma = function(builder, "llvm.fma.v16f32", _LANES, [_LANES] * 3)
+
+        def starts(first: Any, step: Any) -> list[Any]:
+            return [builder.add(first, builder.mul(step, ir.Constant(_WORD, i))) for i in range(TOGETHER)]
+
+        a_starts, b_starts = starts(at, a_step), starts(begin, b_step)
+        nothing = ir.Constant(_LANES, [ir.Constant(_FLOAT, 0.0)] * LANES)
+        sums = [[cgutils.alloca_once_value(builder, nothing) for _ in b_starts] for _ in a_starts]
+        with cgutils.for_range(builder, builder.udiv(size, ir.Constant(_WORD, LANES))) as each:
+            place = builder.mul(each.index, ir.Constant(_WORD, LANES))
+            others = [lanes(builder, b_rows, builder.add(start, place), b.dtype) for start in b_starts]
+            for start, row in zip(a_starts, sums, strict=True):
+                own = lanes(builder, a_rows, builder.add(start, place), a.dtype)
+                for other, total in zip(others, row, strict=True):
+                    builder.store(builder.call(fma, [own, other, builder.load(total)]), total)
+        for start, row in zip(starts(to, out_step), sums, strict=True):
+            for j, total in enumerate(row):
+                there = builder.gep(out, [builder.add(start, ir.Constant(_WORD, j))])
+                builder.store(_sum_of_lanes(builder, builder.load(total)), there)
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(a, number, number, b, number, number, number, out, number, number), add
+
+
 def function(builder: Any, name: str, result: Any, args: Any) -> Any:
     known = builder.module.globals.get(name)
     return known or ir.Function(builder.module, ir.FunctionType(result, args), name)
