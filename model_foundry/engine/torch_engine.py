@@ -172,7 +172,7 @@ class TorchEngine:
         return model_id
 
     def share_base(self, model_id: str) -> None:
-        """Let adapters created from now on over this model's base share passes: see `forward_backward_together`.
+        """Let adapters created from now on over this model's base share passes: see `run_together`.
 
         Raises:
             EngineError: passes over this base, or on this device, cannot be shared.

@@ -20,7 +20,7 @@ from model_foundry.models import adapter_loops, fused
 from model_foundry.models.compiled_loop import CompiledLoop
 from model_foundry.models.lora import Linear
 
-LOOP_WORK = 128 * 32
+LOOP_WORK = 2048
 """n × r up to which a unit's products are done by the loops: for more, those of a BLAS are faster, calls included."""
 Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 """(gradient buffer, what is to be added to it)."""

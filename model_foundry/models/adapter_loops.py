@@ -66,9 +66,10 @@ def read_down(like: Any, a: Any, rank: Any, width: Any, out: Any, to: Any) -> No
 @part()
 def read_up(like: Any, b: Any, rank: Any, scale: Any, width: Any, out: Any, to: Any) -> None:
     """s B [O, r] turned, [r, O], in the compute type, and rows of zeros after it."""
-    for k in range(U(rank)):
-        for j in range(U(width)):
-            write(out, U(to) + k * U(width) + j, rounded(like, read(b, j * U(rank) + k) * scale))
+    for block in range(U(0), U(width), U(LANES)):  # what is read at a stride stays at hand
+        for k in range(U(rank)):
+            for j in range(block, block + U(LANES)):
+                write(out, U(to) + k * U(width) + j, rounded(like, read(b, j * U(rank) + k) * scale))
     for j in range(U(rank * width), U(filled_up(rank) * width)):
         write(out, U(to) + j, np.float32(0.0))
 
@@ -142,10 +143,11 @@ def turn_over(x: Any, at: Any, num: Any, width: Any, out: Any) -> None:
 @part()
 def add_turned(sums: Any, rank: Any, width: Any, scale: Any, grad: Any) -> None:
     """grad [width, rank] += scale × sums [rank, width]ᵀ."""
-    for j in range(U(width)):
+    for block in range(U(0), U(width), U(LANES)):
         for k in range(U(rank)):
-            place = j * U(rank) + k
-            write(grad, place, read(grad, place) + scale * read(sums, k * U(width) + j))
+            for j in range(block, block + U(LANES)):
+                place = j * U(rank) + k
+                write(grad, place, read(grad, place) + scale * read(sums, k * U(width) + j))
 
 
 @part()

@@ -83,6 +83,10 @@ class Lanes:
         lane = self._lanes.get(name)
         return None if lane is None or lane.next_seq is None else max([lane.next_seq - 1, *lane.held])
 
+    def __contains__(self, name: object) -> bool:
+        """Whether anything waits in a lane, or is being done."""
+        return name in self._lanes
+
     def is_ready(self, name: str) -> bool:
         """Whether something could be done now in a lane."""
         lane = self._lanes.get(name)

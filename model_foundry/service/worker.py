@@ -26,13 +26,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from model_foundry.errors import CheckpointError, DataError, EngineError, FoundryError, ModelError, OutOfMemoryError
 from model_foundry.service.books import Books, Model, Operation
+from model_foundry.service.company import Company
 from model_foundry.service.execute import Executor, Outcome
 from model_foundry.service.lanes import Lanes
 from model_foundry.service.tensors import Pass
 
 _RETRY_SECONDS = 1.0
-GATHER_SECONDS = 0.015
-"""How long a pass waits for others to share it with, where the one before was shared: their next is about to come."""
 STEPS_SECONDS = 0.05
 """So long the first of several steps waits for the others, that its reply is written down with theirs."""
 logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class Worker:
         self._is_open = True
         self._current: Operation | None = None
         self._since = self._spent = 0.0
-        self._last_group = 1
+        self._company = Company()
         self._places: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -73,6 +72,7 @@ class Worker:
             # Read with the lock held: a lane that was left a moment ago begins again after what was done last.
             model = self.books.models.get(operation.lane)
             self._lanes.add(operation, next_seq=None if model is None else model.done_seq + 1)
+            self._company.came(operation.lane, time.perf_counter())
             if model is not None and model.state != "live":
                 self._calls.append(partial(self._fail_waiting, operation.lane, "there is no such model any more"))
             self._changed.notify()
@@ -277,9 +277,10 @@ class Worker:
         ])  # fmt: skip
         seconds = time.perf_counter() - began
         with self._changed:
+            self._company.passed([done.lane for done, _ in group], seconds)
             for (done, _), share in zip(group, shares, strict=True):
                 self._lanes.charge(done, seconds * share)
-                self._lanes.settle(done)
+                self._settle(done)
 
     def _do_steps(self, operation: Operation | None) -> None:
         """A step, with those of other models in memory that wait for theirs: their replies are one transaction."""
@@ -304,26 +305,31 @@ class Worker:
         with self._changed:
             for each, _, seconds in done:
                 self._lanes.charge(each, seconds + shared)
-                self._lanes.settle(each)
+                self._settle(each)
+
+    def _settle(self, operation: Operation) -> None:
+        """With the lock held: an operation of a model is done, and perhaps nothing else is asked of it."""
+        self._lanes.settle(operation)
+        if operation.lane not in self._lanes:
+            self._company.answered(operation.lane, time.perf_counter())
 
     def _steps_too(self, lane: str, stepped: set[str]) -> bool:
         """One that is not in memory would drive another out, whose step is not in the journal yet."""
         return lane not in stepped and self.executor.host.is_resident(lane)
 
     def _gather(self, operation: Operation, asked: Pass) -> list[tuple[Operation, Pass]]:
-        """Passes of as many models as one piece holds; those of the group before are waited for, a moment."""
+        """Passes of as many models as one piece holds; those that are about to come are waited for."""
         host = self.executor.host
         group, lanes = [(operation, asked)], {operation.lane}
         left = (host.engine.micro_batch_tokens or 0) - _num_tokens(asked)
-        deadline = time.perf_counter() + GATHER_SECONDS
         while left > 0 and len(group) < host.max_models:
             with self._changed:
                 found = self._lanes.take_like(operation.kind, lambda lane: lane not in lanes)
                 if found is None:
-                    remaining = deadline - time.perf_counter()
-                    if len(group) >= self._last_group or remaining <= 0 or not self._is_open:
+                    awaited = self._company.awaited_seconds(lanes, time.perf_counter())
+                    if not awaited or not self._is_open:
                         break
-                    self._changed.wait(remaining)
+                    self._changed.wait(awaited)
                     continue
             host.kept.add(found.lane)
             try:
@@ -344,7 +350,6 @@ class Worker:
             group.append((found, other))
             lanes.add(found.lane)
             left -= _num_tokens(other)
-        self._last_group = len(group)
         return group
 
     def _finish(self, done: Sequence[tuple[Operation, Outcome | Exception, float]]) -> None:
