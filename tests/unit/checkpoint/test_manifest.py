@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 
 from model_foundry.checkpoint.manifest import (
     MANIFEST_NAME,
+    FileRecord,
     HashedFile,
+    _begin_hash,
     hash_file,
+    link_file,
     read_manifest,
     recording,
     verify_manifest,
@@ -151,3 +155,57 @@ def test_a_folder_is_verified_at_the_end_of_the_process_too(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_a_large_file_is_whole_to_its_last_byte(tmp_path: Path) -> None:
+    """Written past the page cache in whole blocks; what is left over comes at the end."""
+    data = bytes(range(256)) * 6000
+    with HashedFile(tmp_path / "weights", planned_bytes=len(data)) as file:
+        file.write(data)
+    assert (tmp_path / "weights").read_bytes() == data
+
+
+def test_what_a_link_was_found_to_be_is_not_read_again(folder: Path, tmp_path: Path) -> None:
+    """A record that is not true shows whether it was taken."""
+    (tmp_path / "next").mkdir()
+    record = FileRecord(1000, "0" * 64)
+    with recording():
+        link_file(folder / "state" / "weights", tmp_path / "next" / "weights", record=record)
+        assert write_manifest(tmp_path / "next").files == {"weights": record}
+    link_file(folder / "config.json", tmp_path / "next" / "config.json", record=record)
+    assert write_manifest(tmp_path / "next").files == {
+        "config.json": hash_file(folder / "config.json"), "weights": hash_file(folder / "state" / "weights")
+    }  # fmt: skip
+
+
+def test_what_is_written_after_a_save_is_no_part_of_it(tmp_path: Path) -> None:
+    with recording() as current:
+        write_file(tmp_path / "one", b"1")
+    write_file(tmp_path / "two", b"2")
+    assert set(current.records) == {str(tmp_path / "one")}
+    assert set(current.planned_bytes) == {str(tmp_path / "one")}
+
+
+def test_a_link_that_was_put_into_a_checkpoint_is_named_unless_it_is_hidden(folder: Path) -> None:
+    (folder / ".note").symlink_to(folder / "config.json")
+    verify_manifest(folder)
+    (folder / "more").symlink_to(folder / "config.json")
+    with pytest.raises(CheckpointCorruptError, match="not in the manifest"):
+        verify_manifest(folder)
+
+
+def test_files_are_read_without_threads_where_none_can_be_started(folder: Path) -> None:
+    readers = ThreadPoolExecutor(1)
+    readers.shutdown()
+    path = folder / "config.json"
+    assert _begin_hash(readers, path).result(timeout=5) == hash_file(path)
+    with pytest.raises(FileNotFoundError):
+        _begin_hash(readers, folder / "gone").result(timeout=5)
+
+
+def test_a_manifest_can_be_read_by_people_and_by_any_parser(folder: Path) -> None:
+    write_manifest(folder, fields={"name": "Über"})
+    assert '"name": "Über"' in (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    assert read_manifest(folder).fields == {"name": "Über"}
+    with pytest.raises(ValueError, match="JSON"):
+        write_manifest(folder, fields={"loss": float("nan")})
