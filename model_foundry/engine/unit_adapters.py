@@ -1,8 +1,8 @@
 """Adapters' products beside a shared base's, of units of rows: many small ones in one call, large ones one by one.
 
 Hundreds of small products take longer to call than to compute, so a compiled loop does those of all small units at
-once. Which way a unit goes, and so its bits, depends on its own rows and adapter alone. It knows layers and their
-gradients. It knows no passes.
+once. Which way a unit goes, and so its bits, depends on its own rows and adapter alone, not on who else is there nor on
+the number of threads. It knows layers and their gradients. It knows no passes.
 
 Shapes: N rows of a pass, n of a unit, D inputs, r rank, R the sum of ranks of layers that read the same input.
 """
@@ -16,12 +16,15 @@ from typing import Any, Protocol
 
 import torch
 
+from model_foundry.engine.side_by_side import MIN_SHARE_TOKENS
 from model_foundry.models import adapter_loops, fused
 from model_foundry.models.compiled_loop import CompiledLoop
 from model_foundry.models.lora import Linear
 
 LOOP_WORK = 2048
 """n × r up to which a unit's products are done by the loops: for more, those of a BLAS are faster, calls included."""
+LOOP_ROWS = 2 * MIN_SHARE_TOKENS
+"""Rows from which on they never do: as many may be cut into units, by the number of threads."""
 Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 """(gradient buffer, what is to be added to it)."""
 
@@ -62,7 +65,8 @@ class Adapted:
 
     def goes_by_loop(self, num_rows: int) -> bool:
         """Whether a unit of so many rows is a small one."""
-        return self.fits_loops and num_rows % adapter_loops.TOGETHER == 0 and num_rows * max(self.ranks) <= LOOP_WORK
+        is_small = num_rows < LOOP_ROWS and num_rows * max(self.ranks) <= LOOP_WORK
+        return is_small and self.fits_loops and num_rows % adapter_loops.TOGETHER == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,9 @@ def _parts(word: str) -> list[str]:
     parts: list[tuple[str, bool]] = []
     for character in word:
         category = unicodedata.category(character)[0]
-        is_symbol = category == "S" or character in _MEANT or character in "!#"
-        if parts and (category == "M" or parts[-1][1] == is_symbol):
+        is_symbol = category == "S" or character in _MEANT or character == "!"
+        ends = bool(parts) and parts[-1][0].endswith("#")  # it is kept where it ends a word, whatever follows
+        if parts and (category == "M" or character == "#" or (parts[-1][1] == is_symbol and not ends)):
             parts[-1] = parts[-1][0] + character, parts[-1][1]
         else:
             parts.append((character, is_symbol))

@@ -124,6 +124,10 @@ class Lanes:
         lane.next_seq = operation.seq
         lane.held[operation.seq] = operation
 
+    def has_samples(self) -> bool:
+        """Whether sampling operations wait."""
+        return any(lane.next_seq is None for lane in self._ready())
+
     def take_sample(self, is_welcome: Callable[[str], bool]) -> Operation | None:
         """The next sampling operation of the owner who has used least among those who are welcome."""
         ready = [lane for lane in self._ready() if lane.next_seq is None and is_welcome(lane.owner)]

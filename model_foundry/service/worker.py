@@ -26,9 +26,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from model_foundry.errors import CheckpointError, DataError, EngineError, FoundryError, ModelError, OutOfMemoryError
 from model_foundry.service.books import Books, Model, Operation
-from model_foundry.service.company import Company
+from model_foundry.service.company import Company, Group
 from model_foundry.service.execute import Executor, Outcome
-from model_foundry.service.lanes import Lanes
+from model_foundry.service.lanes import PASSES, Lanes
 from model_foundry.service.tensors import Pass
 
 _RETRY_SECONDS = 1.0
@@ -72,7 +72,7 @@ class Worker:
             # Read with the lock held: a lane that was left a moment ago begins again after what was done last.
             model = self.books.models.get(operation.lane)
             self._lanes.add(operation, next_seq=None if model is None else model.done_seq + 1)
-            self._company.came(operation.lane, time.perf_counter())
+            self._company.came(operation.lane, time.perf_counter(), is_pass=operation.kind in PASSES)
             if model is not None and model.state != "live":
                 self._calls.append(partial(self._fail_waiting, operation.lane, "there is no such model any more"))
             self._changed.notify()
@@ -270,14 +270,15 @@ class Worker:
             outcomes = [error] * len(group)
         host.kept = set()
         seconds = time.perf_counter() - began
-        total = sum(_num_tokens(each) for _, each in group) or 1
-        shares = [_num_tokens(each) / total for _, each in group]
+        num_tokens = {done.lane: _num_tokens(each) for done, each in group}
+        took = Group(operation.kind, num_tokens, seconds)
+        shares = [each / (sum(num_tokens.values()) or 1) for each in num_tokens.values()]
         self._finish([
             (done, outcome, seconds * share) for (done, _), outcome, share in zip(group, outcomes, shares, strict=True)
         ])  # fmt: skip
         seconds = time.perf_counter() - began
         with self._changed:
-            self._company.passed([done.lane for done, _ in group], seconds)
+            self._company.passed(took)
             for (done, _), share in zip(group, shares, strict=True):
                 self._lanes.charge(done, seconds * share)
                 self._settle(done)
@@ -326,8 +327,8 @@ class Worker:
             with self._changed:
                 found = self._lanes.take_like(operation.kind, lambda lane: lane not in lanes)
                 if found is None:
-                    awaited = self._company.awaited_seconds(lanes, time.perf_counter())
-                    if not awaited or not self._is_open:
+                    awaited = self._company.awaited_seconds(operation.kind, left, lanes, time.perf_counter())
+                    if not awaited or self._has_other_work():
                         break
                     self._changed.wait(awaited)
                     continue
@@ -351,6 +352,10 @@ class Worker:
             lanes.add(found.lane)
             left -= _num_tokens(other)
         return group
+
+    def _has_other_work(self) -> bool:
+        """With the lock held: whether somebody would be kept waiting who does not take part in passes."""
+        return not self._is_open or bool(self._calls) or self.executor.samples.is_active or self._lanes.has_samples()
 
     def _finish(self, done: Sequence[tuple[Operation, Outcome | Exception, float]]) -> None:
         """Replies, and what was changed, into the journal, in one transaction; then their clients hear of it.

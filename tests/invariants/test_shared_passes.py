@@ -168,6 +168,24 @@ def gradients(engine: TorchEngine, model: str) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", [(128, 128), (120, 120), (70, 58), (130, 140)])
+def test_what_a_row_gets_does_not_depend_on_the_number_of_threads(
+    lengths: tuple[int, ...], dtype: str, tiny_folder: TinyFolder
+) -> None:
+    """Batches that two threads share, and such that they do not."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            tenants = Tenants.create(tiny_folder("llama-tied"), dtype, shared=True, threads=threads)
+            batches = [rows(number, lengths, loss) for number, (loss, _) in enumerate(LOSSES)]
+            found.append(run_alone(tenants, tenants.requests(batches)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert all(map(np.array_equal, one.logprobs, other.logprobs))
+
+
 @pytest.mark.slow
 def test_nan_in_one_adapter_stays_there(tiny_folder: TinyFolder) -> None:
     sick, well = (Tenants.create(tiny_folder("llama-tied"), "float32", shared=True) for _ in range(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -76,7 +78,7 @@ def check(rows: slice, unit: Adapted, first: Rows, after: Rows, gradients: list[
 def test_small_units_of_any_ranks_get_their_own_sums(dtype: torch.dtype) -> None:
     ranks, sizes = [(4, 8), (1, 3), (5, 16)], [16, 32, 16]
     units, ends = [adapted(rank, seed) for seed, rank in enumerate(ranks)], [0, 16, 48, 64]
-    places = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    places = [slice(*pair) for pair in pairwise(ends)]
     assert all(unit.goes_by_loop(size) for unit, size in zip(units, sizes, strict=True))
     first, after = Rows(80, dtype), Rows(80, dtype)
     before = [[each.clone() for each in buffers(unit)] for unit in units]
@@ -120,6 +122,7 @@ def test_a_small_unit_has_the_same_bits_beside_others(rank: int, dtype: torch.dt
 def test_which_way_a_unit_goes_depends_on_its_rows_and_adapter() -> None:
     unit = adapted((8, 16), seed=0)
     assert [unit.goes_by_loop(num_rows) for num_rows in (16, 18, 128, 144)] == [True, False, True, False]
+    assert not adapted((1, 1), seed=0).goes_by_loop(256)  # which threads may share
     odd = adapted((8, 16), seed=0, widths=(48, 152))
     assert not odd.goes_by_loop(16)
     assert Adapted.of([Linear(torch.zeros(48, NUM_IN), None)]) is None

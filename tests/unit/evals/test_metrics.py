@@ -83,6 +83,12 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
 
 
+def test_a_sharp_belongs_to_its_word_whatever_follows() -> None:
+    assert normalise("C#=5") == normalise("C# = 5") == "c# = 5"
+    assert normalise("a#\u00ac") == "a# \u00ac"
+    assert normalise("F#/C# f#x") == "f# c# f# x"
+
+
 def test_means_of_no_cases_are_absent_not_zero() -> None:
     assert mean_scores([]) == {}
     assert mean_scores([score("a", "a"), score("b", "a")])["exact"] == 0.5
