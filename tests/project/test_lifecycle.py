@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from model_foundry.config.load import load_config
 from model_foundry.config.pretrain import ExperimentConfig
 from model_foundry.config.schema import TrainConfig
@@ -26,6 +28,7 @@ def test_the_chat_model_starts_from_the_model_that_is_pretrained() -> None:
         assert f"$(LIFE){str(named).rpartition('runs/lifecycle')[2]}" in makefile
 
 
+@pytest.mark.slow
 def test_the_corpus_is_prose_without_repeats_and_the_same_every_time(tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for out in outs:

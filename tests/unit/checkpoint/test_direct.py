@@ -27,6 +27,7 @@ def written(path: Path, parts: list[bytes], *, planned_bytes: int) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 7, 4095, 4096, 4097, MEBIBYTE - 1, MEBIBYTE, MEBIBYTE + 1]), max_size=6),

@@ -10,7 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("killing.py")
+pytestmark = pytest.mark.slow
 
 
 def run_script(*arguments: str) -> dict[str, int]:

@@ -71,6 +71,7 @@ def place(template: Path, root: Path, name: str, step: int) -> Path:
     return root / name
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fates=st.lists(st.sampled_from(["good", "good", "flipped", "truncated", "no manifest"]), min_size=1, max_size=7),

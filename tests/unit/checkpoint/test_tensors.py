@@ -21,6 +21,7 @@ DTYPES = [np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.i
 arrays = st.sampled_from(DTYPES).flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, min_side=0)))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(tensors=st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda n: n != "__metadata__"), arrays))
 def test_files_hold_what_the_library_reads(

@@ -98,6 +98,7 @@ def test_a_users_mistake_shows_place_and_next_step_and_no_traceback(tmp_path: Pa
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_with_json_the_error_is_an_object_on_stdout_too(tmp_path: Path) -> None:
     result = run("config", "check", "nowhere.yaml", "--json", cwd=tmp_path)
     error = json.loads(result.stdout)["error"]
@@ -165,6 +166,7 @@ def test_an_unforeseen_error_names_a_log_with_the_traceback(capsys: pytest.Captu
     assert "'x.yaml'" in text
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = run("config", "check", "nowhere.yaml", cwd=tmp_path, FOUNDRY_DEBUG="1")
     assert "Traceback" in result.stderr
@@ -181,6 +183,7 @@ def test_a_reader_that_leaves_early_is_not_answered_with_a_traceback() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_show_a_character_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("zahl: ×\n", encoding="utf-8")
     result = run("config", "check", "ключ=1", "a.yaml", cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")

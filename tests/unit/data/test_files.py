@@ -233,6 +233,7 @@ def peak_bytes(records: Iterator[Record]) -> tuple[int, int]:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.csv.zst", "b.json"])
 def test_memory_is_bounded_by_a_row_and_not_by_the_file(name: str, tmp_path: Path) -> None:
     """Prevents a corpus larger than memory from being read into it."""
@@ -250,6 +251,7 @@ def test_memory_is_bounded_by_a_row_and_not_by_the_file(name: str, tmp_path: Pat
     assert peak < (20e6 if "zst" in name else 8e6) < len(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", list(PACKINGS.values())[1:], ids=list(PACKINGS)[1:])
 def test_a_decompression_bomb_does_not_fill_the_memory(
     pack: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

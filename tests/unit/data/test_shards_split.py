@@ -27,6 +27,7 @@ def test_pieces_of_a_document_decide_as_the_whole_does(text: str, cuts: list[int
     assert place_of(pieces or [text]) == place_of([text])
 
 
+@pytest.mark.slow
 @given(st.text(), st.floats(0, 0.99))
 def test_a_document_is_on_exactly_one_side(text: str, share: float) -> None:
     assert Split("train", share).holds([text]) != Split("validation", share).holds([text])

@@ -43,6 +43,7 @@ def test_the_bytes_of_a_seed_never_change(kind: str, tmp_path: Path) -> None:
     assert hashlib.sha256(data).hexdigest()[:16] == PUBLISHED[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rows_are_of_a_known_format_all_different_and_other_for_another_seed(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"

@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_mlx_lacks_is_refused_where_it_was_asked_for_and_said_where_not(
     what: str, tiny_folder: TinyFolder

@@ -48,6 +48,7 @@ def tokens(events: list[TokenEvent]) -> list[int]:
     return [event.token for event in events]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 4}])
 def test_answers_are_those_of_the_engine(settings: dict[str, Any], model: LanguageModel) -> None:
     """Prompts of one block, of several, of several segments: the other path keeps its cache in one piece."""

@@ -73,6 +73,7 @@ def bits(events: list[TokenEvent]) -> list[tuple[int, float]]:
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.slow
 def test_answers_are_those_of_torch(changes: dict[str, Any], threads: int, tmp_path: Path) -> None:
     """Prompts of one block, of several, at the edges of segments and beyond them, in one batch."""
     folder = write_tiny_model(tmp_path / "model", **{"hidden_size": 64, "head_dim": 16, **changes})
@@ -83,6 +84,7 @@ def test_answers_are_those_of_torch(changes: dict[str, Any], threads: int, tmp_p
         assert [event.logprob for event in mine] == pytest.approx([event.logprob for event in other], abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_answer_has_its_bits_in_any_company_and_on_any_threads(dtype: torch.dtype, tmp_path: Path) -> None:
     model = load(write_tiny_model(tmp_path / "model", "qwen3", **WIDE), dtype)
@@ -97,6 +99,7 @@ def test_an_answer_has_its_bits_in_any_company_and_on_any_threads(dtype: torch.d
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not have_products(), reason="this processor multiplies no bfloat16")
 def test_tiles_give_what_torch_gives(threads: int, tmp_path: Path) -> None:
     """In bfloat16, where torch rounds elsewhere within attention: near, and as near to float32 as torch is."""
@@ -136,6 +139,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_row_by_row(dtype: torch.dtype, threads: int, tmp_path: Path) -> None:
     """What torch gives, and in the bits that an answer has alone; DoRA's rows go through torch, beside the others."""
@@ -199,6 +203,7 @@ def test_what_the_loop_does_not_do_goes_through_torch(kind: str, changes: dict[s
     assert [event.finish for event in ask(batch, [9], max_tokens=2)[0]] == [None, "length"]
 
 
+@pytest.mark.slow
 def test_packed_weights_are_not_read_as_numbers(tiny_folder: TinyFolder) -> None:
     model = load_language_model(tiny_folder("qwen3"), dtype=torch.float32, quantization="nf4")
     assert isinstance(model, NativeModel)

@@ -117,6 +117,7 @@ def test_an_order_of_the_weight_is_compared_before_tiles_are_read_from_it(monkey
     assert Product(torch.randn(40, 24, dtype=torch.bfloat16)).tiles is None
 
 
+@pytest.mark.slow
 def test_where_nothing_is_compiled_torch_multiplies() -> None:
     """A loop that was asked for all the same is no loop, and serving ended with an error of the compiler's."""
     code = """

@@ -64,6 +64,7 @@ def test_it_stays_within_its_bounds() -> None:
     assert scale.value == LARGEST_SCALE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, lora", [("llama", None), ("llama", LORA), ("qwen3-moe", None)])
 def test_an_overflow_skips_the_step_halves_the_scale_and_changes_nothing(
     kind: str, lora: LoraConfig | None, tmp_path: Path

@@ -41,6 +41,7 @@ def logprobs_of_next(loaded: Loaded, tokens: np.ndarray) -> np.ndarray:
         return torch.log_softmax(hidden[-1] @ model.head.t(), dim=0).numpy()
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_largest_logit_of_the_whole_row(loaded: Loaded) -> None:
     own, model_id = loaded
     starts = prompts(9, 1, 30)
@@ -70,6 +71,7 @@ def test_logprobs_are_those_of_the_loss(loaded: Loaded) -> None:
 SETTINGS = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.5, "top_p": 0.8}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_draws_do_not_depend_on_what_else_is_in_the_batch(settings: dict[str, Any], loaded: Loaded) -> None:
     """An evaluation must not change its answers with its batch size."""

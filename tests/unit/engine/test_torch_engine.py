@@ -330,6 +330,7 @@ def test_facts_of_a_model(tiny_folder: TinyFolder) -> None:
     assert (one["implementation"], one["context"], one["dtype"]) == ("native", 2048, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen3-moe", "gpt2"])
 def test_adapters_over_a_base_that_is_held_share_its_weights(kind: str, tiny_folder: TinyFolder) -> None:
     """One copy of the base however many models; and what a model on shared weights does, it does alone."""

@@ -25,6 +25,7 @@ def ask(suite: Suite, target: ScriptedTarget, *, again: bool = False) -> SuiteRe
     return run_suite(suite, target, asking=Asking(4), again=again)
 
 
+@pytest.mark.slow
 def test_a_model_that_always_says_nothing_gets_its_zeros() -> None:
     """Prevents an average over the answers that are left when empty ones are dropped, and a crash."""
     result = ask(load_suite("quality"), ScriptedTarget())

@@ -18,6 +18,7 @@ def numbers(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 256, 257, 1000])
 def test_the_next_token_of_each_row(width: int, dtype: torch.dtype, threads: int) -> None:
@@ -66,6 +67,7 @@ def weighted(
         add_weighted(weights, start, step, rows, start * size, count, size, sums, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("wide", [0, 1])

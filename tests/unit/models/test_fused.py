@@ -30,6 +30,7 @@ def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 48, 576])
 def test_a_norm_and_its_gradients(width: int, dtype: torch.dtype, threads: int) -> None:
@@ -96,6 +97,7 @@ def test_the_gradient_of_scores_with_a_target_twice(dtype: torch.dtype, threads:
     assert far(fused.score_gradient_(logits, normaliser, targets, slopes), wanted) < BOUND[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("looked_up", [False, True])
 def test_tokens_are_laid_out_by_head_and_back(looked_up: bool, dtype: torch.dtype, threads: int) -> None:
@@ -128,6 +130,7 @@ def test_tokens_are_laid_out_by_head_and_back(looked_up: bool, dtype: torch.dtyp
     assert (back[others] == 7.0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_and_its_norm(dtype: torch.dtype, threads: int) -> None:
     """The sum is rounded before its norm is taken, as it is where both are done for themselves."""
@@ -149,6 +152,7 @@ def test_a_sum_and_its_norm(dtype: torch.dtype, threads: int) -> None:
     assert torch.equal(with_more[1], alone[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queries_are_turned_and_keys_and_values_kept(dtype: torch.dtype, threads: int) -> None:
     """Rows of nobody write no keys: their places would be somebody's."""
@@ -177,6 +181,7 @@ def test_queries_are_turned_and_keys_and_values_kept(dtype: torch.dtype, threads
     assert (cache[others] == 7.0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_is_joined_from_its_stretches(dtype: torch.dtype, threads: int) -> None:
     """What a row does not have counts for nothing, whatever stands there; and longer rows do not show in it."""

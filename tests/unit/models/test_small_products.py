@@ -60,6 +60,7 @@ def as_panels(x: torch.Tensor) -> torch.Tensor:
     return in_tiles(x, OUTPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_a_square_is_made_from_rows_and_from_tiles(way: str, in_pieces: bool) -> None:

@@ -50,6 +50,7 @@ def exactly(own: Parts, lengths: list[int], window: int | None) -> Parts:
     return (out.detach(), *torch.autograd.grad(out, leaves, own[3].double()))
 
 
+@pytest.mark.slow
 @TILED
 @pytest.mark.parametrize("rope", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ def test_the_gradient_of_a_weight(num_inputs: int, dtype: torch.dtype) -> None:
     assert float((fused.weight_gradient(grad, x).double() - wanted).norm() / wanted.norm()) < 2**-7
 
 
+@pytest.mark.slow
 @TILED
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("heads", "kv", "width"), [(6, 2, 64), (2, 2, 16), (3, 1, 80)])

@@ -104,6 +104,7 @@ def encoder_of(backend: Backend) -> PieceEncoder:
     return PieceEncoder(cuts, atoms=added, encode=encode, model=lambda: backend.model, dtype=np.dtype("<u2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_ids_and_spans_are_those_of_the_whole_text(name: str) -> None:
     """A cut that a token reaches across would train on other ids than the model is asked with."""
@@ -132,6 +133,7 @@ def test_ids_and_spans_are_those_of_the_whole_text(name: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_text_may_be_cut_where_it_is_said(name: str) -> None:
     """Documents longer than memory are encoded in sections; a token lost at a border is lost for good."""

@@ -101,6 +101,7 @@ def test_nothing_big_is_made_of_something_small(source: str) -> None:
     assert time.thread_time() - start < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [

@@ -59,6 +59,7 @@ def encoded(table: WordTable, texts: list[str]) -> list[list[int]]:
     return [part.tolist() for part in np.split(words.tokens, places[1:-1])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("digits", STEPS)
 def test_ids_are_those_of_each_text(digits: str) -> None:
     """A word cut elsewhere than the tokenizer cuts has other ids, and nobody would see it."""

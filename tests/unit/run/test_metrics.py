@@ -104,6 +104,7 @@ def test_a_log_that_ends_before_the_checkpoint_is_said(tmp_path: Path, caplog: p
     assert "ends at step 2, the run goes on after step 5" in caplog.text
 
 
+@pytest.mark.slow
 @given(steps=st.lists(st.integers(1, 20), max_size=12).map(sorted), cut=st.integers(0, 21))
 def test_truncated_and_continued_equals_undisturbed(
     steps: list[int], cut: int, tmp_path_factory: pytest.TempPathFactory

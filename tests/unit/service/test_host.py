@@ -82,6 +82,7 @@ def state_of(host: Host, model: Model, folder: Path) -> dict[str, bytes]:
     return files_of(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [True, False], ids=["with-optimizer", "weights-alone"])
 @pytest.mark.parametrize("linked_from", [0.0, 1e9], ids=["linked", "copied"])
 def test_what_was_loaded_outlives_its_checkpoint(

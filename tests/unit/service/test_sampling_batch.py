@@ -52,6 +52,7 @@ def finish(batch: SamplingBatch) -> dict[str, list[SampledSequence]]:
     return found
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_engine(batch: SamplingBatch) -> None:
     """Copies of a prompt differ from each other, and are the same as when the engine draws them by itself."""
     want = sample_alone(batch.host.engine, batch.host.base_id, asked(5), batch.texts)
@@ -159,6 +160,7 @@ def test_what_cannot_be_held_is_refused_and_leaves_nothing(batch: SamplingBatch)
     assert not batch.owners()
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_ends_its_samples_and_nothing_else(
     batch: SamplingBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

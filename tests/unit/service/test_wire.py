@@ -170,6 +170,7 @@ def test_a_small_body_is_not_laid_out_over_all_memory() -> None:
         json_rows((1, {"data": [], "dtype": "int64", "shape": [0, 2**31 - 1]}), (3, {**plain[1], "data": [2, 2, 2]}))
 
 
+@pytest.mark.slow
 def test_sparse_tensors_are_bounded_together() -> None:
     """Each may be as large as is allowed, and cost a body of a hundred of them nothing."""
     empty = {"data": [], "dtype": "int64", "shape": [1, 30_000_000],
