@@ -37,6 +37,7 @@ from model_foundry.engine.unit_adapters import (
     LargeUnit,
     SmallUnits,
     Update,
+    compile_loops,
     fill,
     settle,
 )
@@ -202,6 +203,7 @@ class SharedBase:
         # What a pass begins with: its gradient is asked for, so that the layers' backward passes are run.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._on_threads([self._try, *([_nothing] * (self.num_threads - 1))])
+        compile_loops(self.decoder.compute_dtype)
 
     def _try(self) -> None:
         """Raises EngineError where this machine's products cannot be relied on; every shape once."""

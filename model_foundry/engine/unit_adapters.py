@@ -118,6 +118,13 @@ class Update(Protocol):
         ...
 
 
+def compile_loops(dtype: torch.dtype) -> None:
+    """Before the first pass rather than in it: on a new machine that takes seconds."""
+    if fused.COMPILES and dtype in fused.TYPES:
+        for loop in (adapter_loops.forward, adapter_loops.backward):
+            loop.of(fused.TYPES[dtype])
+
+
 class SmallUnits:
     """Of any ranks; gradients are added at once.
 
