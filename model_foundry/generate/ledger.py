@@ -41,9 +41,9 @@ class CeilingReachedError(Exception):
 class Money:
     """Nano-dollars: billed, reserved for what has no answer yet, and the worst case of what was given up."""
 
-    spent: int = 0
-    reserved: int = 0
-    lost: int = 0
+    spent: int
+    reserved: int
+    lost: int
 
     @property
     def committed(self) -> int:

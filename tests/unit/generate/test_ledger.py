@@ -49,6 +49,7 @@ def test_the_ceiling_counts_what_has_no_answer_at_its_worst(ledger: Ledger) -> N
     with pytest.raises(CeilingReachedError) as caught:
         send(ledger, 2, 3, ceiling=399)
     assert caught.value.needed == 400
+    assert str(caught.value) == "400"
     assert ledger.counts()["planned"] == 2
     ledger.record([("id-0-1", REPLY), ("id-1-1", Failure("expired"))], batch=1)
     assert (ledger.money().spent, ledger.money().reserved) == (30, 0)
