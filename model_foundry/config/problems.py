@@ -96,15 +96,25 @@ def _section_problem(dotted: str, node: Node, schema: type[BaseModel]) -> Proble
 
 
 def unknown_key_hint(dotted: str, schema: type[BaseModel]) -> str | None:
-    """What the unknown key may have meant: a field like it, or a field of another command."""
+    """What the unknown key may have meant: a field like it, or of another command, or one that its section has."""
     if dotted.rpartition(".")[2] == "inherits":
         return "inherits stands at the top of a file"
     for command, other in COMMAND_SCHEMAS.items():
         if other is not schema and (dotted in schema_fields(other) or dotted in schema_sections(other)):
             is_method = command == "train" and schema in METHOD_SCHEMAS.values()
             return f"It belongs to foundry {'train method=sft' if is_method else command}"
-    like = field_like(dotted, schema)
-    return f"Did you mean {like}?" if like else None
+    if like := field_like(dotted, schema):
+        return f"Did you mean {like}?"
+    section = dotted.rpartition(".")[0]
+    while section and section not in schema_sections(schema):
+        section = section.rpartition(".")[0]
+    return f"{f'{section} has' if section else 'There are'} {', '.join(_names_in(section, schema))}"
+
+
+def _names_in(section: str, schema: type[BaseModel]) -> list[str]:
+    """Fields, and then sections, that stand right in a section; "" is the top."""
+    paths = (*schema_fields(schema), *schema_sections(schema))
+    return [path.rpartition(".")[2] for path in paths if path.rpartition(".")[0] == section]
 
 
 def _value_hint(spec: FieldSpec, value: Any) -> str | None:

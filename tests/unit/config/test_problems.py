@@ -57,8 +57,17 @@ def test_an_unknown_section_is_named_once_whatever_it_holds(tmp_path: Path) -> N
     assert error.where == f"{tmp_path / 'a.yaml'}:1"
 
 
-def test_a_key_like_nothing_gets_no_suggestion() -> None:
-    assert error_of("zebra=1").hint is None
+def test_a_key_like_nothing_is_answered_with_what_there_is() -> None:
+    hint = error_of("zebra=1").hint
+    assert hint is not None
+    assert hint.startswith("There are ")
+    assert {"run_dir", "training", "lora"} <= set(hint.removeprefix("There are ").split(", "))
+    for key in ("data.zebra", "data.zebra.stripes"):
+        hint = error_of(f"{key}=1").hint
+        assert hint is not None
+        assert hint.startswith("data has ")
+        assert "max_length" in hint
+        assert "run_dir" not in hint
 
 
 def test_a_key_of_another_command_says_whose_it_is() -> None:
