@@ -68,7 +68,7 @@ def field_like(path: str, schema: type[BaseModel]) -> str | None:
     last = close(word, (name.rpartition(".")[2] for name in names), cutoff=0.75)
     if last:
         return _named(last, names, near=section)
-    return close(path, names, cutoff=0.75)
+    return close(path, (name for name in names if not path.startswith(f"{name}.")), cutoff=0.75)
 
 
 def _named(word: str, names: Sequence[str], *, near: str) -> str | None:

@@ -59,11 +59,11 @@ def tokenise_pairs(rows: RowSet, renderer: Renderer, *, max_length: int, overlen
     bad.raise_if_any(num_rows=len(rows.rows), path=rows.path, hint=hint)
     paired = _join(rows, answers)
     if not paired.pairs.datums:
-        why = "; ".join(f"{count:,} {reason}" for reason, count in paired.pairs.reasons.items())
+        why = "; ".join(f"{reason} ({count:,})" for reason, count in paired.pairs.reasons.items())
         raise DataError(
             f"no pair is left to train on: {why}",
             where=None if rows.path is None else str(rows.path),
-            hint="Raise data.max_length, or mend the rows that are named above",
+            hint="; the first is ".join(["Mend such rows or raise data.max_length", *paired.pairs.first_dropped[:1]]),
         )
     return paired
 

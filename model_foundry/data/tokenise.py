@@ -132,7 +132,7 @@ def tokenise_rows(
     hint = next((problem.hint for problem in problems if problem.hint), None)
     bad.raise_if_any(num_rows=len(rows.rows), path=rows.path, hint=hint)
     if not made.datums:
-        why = "; ".join(f"{count:,} {reason}" for reason, count in made.reasons.items())
+        why = "; ".join(f"{reason} ({count:,})" for reason, count in made.reasons.items())
         raise DataError(
             f"no row is left to train on: {why}",
             where=None if rows.path is None else str(rows.path),

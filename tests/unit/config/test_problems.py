@@ -62,6 +62,7 @@ def test_a_key_like_nothing_is_answered_with_what_there_is() -> None:
     assert hint is not None
     assert hint.startswith("There are ")
     assert {"run_dir", "training", "lora"} <= set(hint.removeprefix("There are ").split(", "))
+    assert (error_of("criteria.foo=1").hint or "").startswith("criteria has ")
     for key in ("data.zebra", "data.zebra.stripes"):
         hint = error_of(f"{key}=1").hint
         assert hint is not None

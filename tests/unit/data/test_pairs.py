@@ -98,5 +98,6 @@ def test_answers_that_are_cut_are_counted_once_a_pair(renderer: Renderer) -> Non
 
 
 def test_nothing_left_is_an_error(renderer: Renderer) -> None:
-    with pytest.raises(DataError, match="no pair is left to train on: 1 two answers of the same tokens"):
+    with pytest.raises(DataError, match=r"no pair is left to train on: two answers of the same tokens \(1\)") as caught:
         paired(renderer, {"prompt": "q", "chosen": "a", "rejected": "a"})
+    assert "the first is f:1: two answers" in (caught.value.hint or "")

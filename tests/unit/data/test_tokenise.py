@@ -77,7 +77,7 @@ def test_a_row_of_exactly_max_length_stays(renderer: Renderer) -> None:
     rows = row_set(conversation("q", "a"))
     length = len(renderer.render(rows.rows[0].messages).tokens)
     assert tokenise_rows(rows, renderer, max_length=length).num_dropped == 0
-    with pytest.raises(DataError, match="no row is left to train on: 1 longer than"):
+    with pytest.raises(DataError, match=r"no row is left to train on: longer than .* tokens \(1\)"):
         tokenise_rows(rows, renderer, max_length=length - 1)
 
 
@@ -90,7 +90,7 @@ def test_a_row_without_an_assistant_turn_is_an_error(renderer: Renderer) -> None
 
 def test_no_assistant_tokens_in_the_whole_set_is_an_error(renderer: Renderer) -> None:
     rows = row_set(conversation("q " * 99, "a"), conversation("q " * 99, "b"))
-    with pytest.raises(DataError, match="no row is left to train on: 2 nothing to train on once truncated"):
+    with pytest.raises(DataError, match=r"no row is left to train on: nothing to train on once truncated \(2\)"):
         tokenise_rows(rows, renderer, max_length=16, overlength="truncate")
 
 
