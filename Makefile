@@ -54,7 +54,7 @@ lifecycle: $(STAMP) ## raw text to a chat model: corpus, vocabulary, pretraining
 test: $(STAMP) ## every test but the long proofs; the GPU's where there is one
 	@$(PYTEST) $(PARALLEL) -m "not prove$(NOT_GPU)" tests $(ARGS)
 
-test-unit: $(STAMP) ## the quick tests, under 30 seconds
+test-unit: $(STAMP) ## the quick tests, under a minute on two cores
 	@$(PYTEST) $(PARALLEL) -m "not slow and not prove$(NOT_GPU)" tests/unit tests/project $(ARGS)
 
 # The three tiers. FT_TEST_MODEL and FT_E2E_MODEL_ID name other models; ARGS=--short does fewer steps in the full tiers.

@@ -12,8 +12,7 @@ from model_foundry.config.schema import TrainConfig
 from model_foundry.engine.base import EngineKind, LocalEngine
 from model_foundry.engine.choose import choose_engine, open_engine
 from model_foundry.engine.platform import resident_memory_bytes
-from model_foundry.engine.ranks import current
-from model_foundry.engine.sharded_engine import ShardedEngine
+from model_foundry.engine.ranks import Ranks, current
 from model_foundry.engine.torch_engine import TorchEngine
 from model_foundry.evals.rehearsal import Asked
 from model_foundry.models.memory import MemoryEstimate
@@ -94,7 +93,7 @@ def open_session(
         optimizer=work.config.training.optimizer, num_processes=1 if ranks is None else ranks.size,
         loss_fn=work.objective.loss_fn,
     )  # fmt: skip
-    engine: LocalEngine = open_engine(choice.name, options) if ranks is None else ShardedEngine(ranks, **options)
+    engine: LocalEngine = open_engine(choice.name, options) if ranks is None else _sharded(ranks, options)
     why = choice.why if engine_before is None else "as this run was begun"
     logger.info("engine: %s on %s (%s)", engine.kind, engine.device.type, why)
     process_bytes = resident_memory_bytes()
@@ -121,6 +120,13 @@ def open_session(
     compiling = choose_compiling(work, engine, model_id, seconds=plan["seconds"], before=compiling_before)
     plan["compiling"] = None if compiling is None else compiling.as_dict()
     return Session(work, engine, model_id, process_bytes, memory, trial, plan)
+
+
+def _sharded(ranks: Ranks, options: Mapping[str, Any]) -> LocalEngine:
+    # Loading torch's sharded tensors takes a second, which one process does not need to wait for.
+    from model_foundry.engine.sharded_engine import ShardedEngine
+
+    return ShardedEngine(ranks, **options)
 
 
 def _fit(

@@ -67,6 +67,7 @@ def test_the_environment_chooses_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     assert model_name("FT_TEST_MODEL", "FT_E2E_MODEL_ID") == "mine"
 
 
+@pytest.mark.slow
 def test_the_report_names_the_model_of_each_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tier 2 takes FT_TEST_MODEL first and tier 3 FT_E2E_MODEL_ID, and the report named one for both."""
     monkeypatch.setenv("FT_TEST_MODEL", "no-such-a")

@@ -85,6 +85,7 @@ def test_the_schema_is_json_schema(verb: str) -> None:
     assert set(COMMAND_SCHEMAS[verb].model_fields) < set(described["properties"])
 
 
+@pytest.mark.slow
 def test_checking_loads_no_model_and_no_torch(config: Path) -> None:
     script = (
         "import sys\nfrom model_foundry.cli.main import main\n"

@@ -89,6 +89,7 @@ def test_usage_errors_are_one_line_and_exit_with_2(arguments: list[str], capsys:
     assert "--help" in said.err
 
 
+@pytest.mark.slow
 def test_a_users_mistake_shows_place_and_next_step_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\nlearning_rate: 3\n", encoding="utf-8")
     result = run("config", "check", "a.yaml", cwd=tmp_path)
@@ -173,6 +174,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert result.stderr.rstrip().splitlines()[-1].startswith("error: nowhere.yaml")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_not_answered_with_a_traceback() -> None:
     """`foundry config schema | head -1`"""
     command = f"{sys.executable} -m model_foundry config schema | head -c 1"
@@ -191,6 +193,7 @@ def test_a_terminal_that_cannot_show_a_character_is_no_error(tmp_path: Path) -> 
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_a_sentence_and_exit_code_3(tmp_path: Path) -> None:
     """The configuration is a pipe that nobody writes to, so the command waits where a signal finds it."""
     pipe = tmp_path / "a.yaml"

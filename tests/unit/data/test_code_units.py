@@ -278,6 +278,7 @@ SNIPPETS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(SNIPPETS), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_whatever_stands_around_it_a_unit_is_a_slice_of_the_text(parts: list[str]) -> None:

@@ -65,6 +65,7 @@ def test_answers_are_those_of_the_engine(settings: dict[str, Any], model: Langua
     assert batch.cache_tokens_used == 0
 
 
+@pytest.mark.slow
 def test_one_token_a_step_and_none_when_idle(model: LanguageModel) -> None:
     batch = ContinuousBatch(model, device=CPU, max_cache_tokens=4096)
     assert batch.step() == []

@@ -90,6 +90,7 @@ def test_an_overflow_skips_the_step_halves_the_scale_and_changes_nothing(
     assert output.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama-tied", "moe-balanced"])
 def test_it_learns_what_float32_learns(kind: str, tmp_path: Path) -> None:
     """Prevents a scale that is not divided out, of the head, of the layers or of the routers' balance."""

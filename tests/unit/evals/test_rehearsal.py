@@ -33,6 +33,7 @@ def suite_of(folder: Path, rows: list[Any], **changes: Any) -> Suite:
     return load_suite(str(folder / "mine.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", builtin_suites())
 def test_every_suite_that_comes_along_can_be_asked(name: str, renderer: Renderer) -> None:
     rehearse(load_suite(name), renderer, context=8192)

@@ -53,6 +53,7 @@ def test_bleu_s_length_penalty_counts_empty_answers() -> None:
     assert measured("bleu", rows[1:]).value == 0.0
 
 
+@pytest.mark.slow
 def test_rouge_by_the_example_on_its_page() -> None:
     answer, expected = "The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog"
     assert rouge(answer, expected, kind="rouge1") == pytest.approx(2 * 0.75 * (6 / 9) / (0.75 + 6 / 9))

@@ -95,6 +95,7 @@ def host_of(server: Server) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
+@pytest.mark.slow
 def test_the_model_is_made_of_what_the_modelfile_says_and_asked(server: Server, folder: Path) -> None:
     answer = register(folder, "fox", question="What colour is the cat?", host=host_of(server))
     assert answer == "Grey."
@@ -107,6 +108,7 @@ def test_the_model_is_made_of_what_the_modelfile_says_and_asked(server: Server, 
     assert made["parameters"] == {"stop": ["<|im_end|>", "</s>"], "num_ctx": 2048}
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_top_of_a_base_that_is_sent_by_itself(server: Server, folder: Path) -> None:
     """The base's name is its hash: a second adapter over it sends no second base."""
     (folder / "fox-adapter-f16.gguf").write_bytes(b"GGUF adapter")
@@ -127,6 +129,7 @@ def test_nobody_there_is_said_with_the_next_command(server: Server, folder: Path
     assert "ollama create fox -f Modelfile" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_refusal_and_a_silent_model_are_said(server: Server, folder: Path) -> None:
     server.answer = " "
     with pytest.raises(FoundryError, match="answers nothing"):

@@ -65,6 +65,7 @@ def test_one_code_is_loaded_once(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(loads) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty", "half", "a bit", "writable by others"])
 def test_what_is_damaged_or_may_be_others_is_made_again(damage: str, home: Path, run: Callable[..., bool]) -> None:
     assert run()

@@ -166,6 +166,7 @@ def test_what_a_killed_fetch_left_is_removed(tiny_model: MakeModel, own_home: Pa
     assert neighbour.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_fill_an_entry_once(tiny_model: MakeModel, own_home: Path, tmp_path: Path) -> None:
     """Two runs started together would otherwise both convert, and one would rename over what the other has mapped."""
     script = (
@@ -284,6 +285,7 @@ def test_a_file_that_only_calls_itself_gguf_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path), say=ignore)
 
 
+@pytest.mark.slow
 def test_a_hub_that_accepts_and_never_answers_costs_seconds_not_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with socket.socket() as silent:

@@ -64,6 +64,7 @@ def test_a_gated_silu_of_two_halves_of_one_matrix(dtype: torch.dtype, threads: i
         assert far(found, x.grad) < BOUND[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 9])
 def test_a_causal_softmax_and_its_gradient(window: int | None, dtype: torch.dtype, threads: int) -> None:
@@ -222,6 +223,7 @@ def test_a_row_has_the_same_bits_in_every_company(width: int, dtype: torch.dtype
             assert torch.equal(found, wanted[row : row + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_lie_apart_and_gradients_that_are_one_number(dtype: torch.dtype, threads: int) -> None:
     """A sum's gradient is expanded and has no strides; a slice of a product has larger ones."""
@@ -253,6 +255,7 @@ def test_what_is_no_number_stays_in_its_row_and_comes_out(dtype: torch.dtype, th
     assert fused.gated_silu(x, x).isnan().sum() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_small_arrays_are_written_at_once_with_torchs_bits(dtype: torch.dtype, threads: int) -> None:
     xs = [
@@ -306,6 +309,7 @@ def test_memory_that_a_loop_saw_can_be_given_back() -> None:
     assert x.untyped_storage().size() == 0
 
 
+@pytest.mark.slow
 def test_a_target_outside_the_vocabulary_is_an_error_and_not_a_write_elsewhere() -> None:
     inputs = {"target_tokens": torch.tensor([3, 99]), "weights": torch.ones(2)}
     with pytest.raises((IndexError, RuntimeError)):

@@ -89,6 +89,7 @@ def cases(kind: torch.dtype) -> dict[str, tuple[CompiledLoop, list[Any]]]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("name", list(cases(torch.float32)))
 def test_where_numbers_lie_does_not_show(name: str, kind: torch.dtype) -> None:

@@ -84,6 +84,7 @@ def test_a_square_is_made_from_rows_and_from_tiles(way: str, in_pieces: bool) ->
     assert torch.all(out[:, :OUTPUTS] == 0.5), "nothing beside it was written"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_few_rows_meet_weights_and_a_row_s_bits_are_its_own(way: str) -> None:
     torch.manual_seed(0)

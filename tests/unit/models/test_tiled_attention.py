@@ -76,6 +76,7 @@ def test_answer_and_gradients_are_those_of_double_precision(
         assert float((found.double() - wanted).abs().max() / wanted.abs().max()) < 2**-5
 
 
+@pytest.mark.slow
 @TILED
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_rows_bits_are_those_it_has_alone(window: int | None, threads: int) -> None:
@@ -189,6 +190,7 @@ def test_blocks_of_prompts_see_their_own_keys(
         assert float((mine - wanted).norm() / wanted.norm()) < 2**-7
 
 
+@pytest.mark.slow
 @TILED
 @pytest.mark.parametrize("window", [None, 40])
 def test_how_a_prompt_is_cut_does_not_show(window: int | None) -> None:

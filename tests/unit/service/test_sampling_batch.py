@@ -64,6 +64,7 @@ def test_samples_are_those_of_the_engine(batch: SamplingBatch) -> None:
     assert len({tuple(row.tokens) for row in got["a:0"]}) > 1
 
 
+@pytest.mark.slow
 def test_a_thousand_samples_leave_places_for_others(batch: SamplingBatch) -> None:
     """One operation of a hundred samples must not make another tenant's single one wait for them all."""
     assert batch.can_batch()
