@@ -52,16 +52,9 @@ class Adapted:
         if not factors:
             return None
         every = [factor for pair in factors for factor in pair]
-        return cls(
-            layers,
-            factors,
-            [down.shape[0] for down, _ in factors],
-            (
-                all(width % adapter_loops.LANES == 0 for layer in layers for width in layer.shape)
-                and fused.fits(*every)
-                and all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in every)
-            ),
-        )
+        fits = fused.fits(*every) and all(each.dtype == torch.float32 and each.is_contiguous() for each in every)
+        fits &= all(width % adapter_loops.LANES == 0 for layer in layers for width in layer.shape)
+        return cls(layers, factors, [down.shape[0] for down, _ in factors], fits)
 
     def goes_by_loop(self, num_rows: int) -> bool:
         """Whether a unit of so many rows is a small one."""
