@@ -60,10 +60,11 @@ def tokenise_pairs(rows: RowSet, renderer: Renderer, *, max_length: int, overlen
     paired = _join(rows, answers)
     if not paired.pairs.datums:
         why = "; ".join(f"{reason} ({count:,})" for reason, count in paired.pairs.reasons.items())
+        first = next(iter(paired.pairs.first_dropped), "not known")
         raise DataError(
             f"no pair is left to train on: {why}",
             where=None if rows.path is None else str(rows.path),
-            hint="; the first is ".join(["Mend such rows or raise data.max_length", *paired.pairs.first_dropped[:1]]),
+            hint=f"Mend such rows or raise data.max_length; the first is {first}",
         )
     return paired
 

@@ -82,7 +82,7 @@ def export(
             say("reading it back")
             found = measure(folder, kind, subject, merge, probe, precision=draft.precision, files=draft.files)
             draft.checks += found
-            require_passed(draft.checks, where=str(out), formats=quants)
+            require_passed(draft.checks, where=str(out), formats=quants, finer=_finer(kind, dtype, quants))
             certificate = write_certificate(folder, subject.origin, draft, kind=kind)
             fields = {"kind": kind, "precision": draft.precision, "origin": certificate["origin"]}
             write_manifest(folder, fields=fields)
@@ -133,9 +133,18 @@ def _refuse_wishes(
     return derive(subject.renderer) if kind == "ollama" else None
 
 
-def require_passed(checks: Sequence[Check], *, where: str, formats: Sequence[str] = ()) -> None:
+def _finer(kind: Kind, dtype: str | None, quants: Sequence[str]) -> str:
+    """The option that asks for less rounding; "" where there is none."""
+    if kind == "merged":
+        return "" if dtype == "float32" else "--dtype float32"
+    if kind == "adapter" or "f32" in quants:
+        return ""
+    return "--quant f32" if "f16" in quants else "--quant f16"
+
+
+def require_passed(checks: Sequence[Check], *, where: str, formats: Sequence[str] = (), finer: str = "") -> None:
     """Raises: CheckFailedError naming the first check that failed, what was measured, how many others failed, and
-    which of several formats would have passed.
+    which of several formats would have passed, or the option that asks for a finer one.
     """
     failed = [check for check in checks if not check.passed]
     if not failed:
@@ -147,6 +156,8 @@ def require_passed(checks: Sequence[Check], *, where: str, formats: Sequence[str
     hint = "Nothing was written."
     if well and len(well) < len(formats):
         hint += f" Every other format passed: --quant {','.join(well)}"
+    elif finer and first.name.endswith(": adapter's effect"):
+        hint += f" The format loses too much of so small an effect; a finer one is {finer}"
     raise CheckFailedError(what, where=where, hint=hint)
 
 

@@ -64,14 +64,14 @@ def read_down(like: Any, a: Any, rank: Any, width: Any, out: Any, to: Any) -> No
 
 
 @part()
-def read_up(like: Any, b: Any, rank: Any, scale: Any, width: Any, out: Any, to: Any) -> None:
+def read_up(like: Any, b: Any, rank: Any, scale: Any, width: Any, out: Any) -> None:
     """s B [O, r] turned, [r, O], in the compute type, and rows of zeros after it."""
     for block in range(U(0), U(width), U(LANES)):  # what is read at a stride stays at hand
         for k in range(U(rank)):
             for j in range(block, block + U(LANES)):
-                write(out, U(to) + k * U(width) + j, rounded(like, read(b, j * U(rank) + k) * scale))
+                write(out, k * U(width) + j, rounded(like, read(b, j * U(rank) + k) * scale))
     for j in range(U(rank * width), U(filled_up(rank) * width)):
-        write(out, U(to) + j, np.float32(0.0))
+        write(out, j, np.float32(0.0))
 
 
 @part()
@@ -90,14 +90,14 @@ def weighted_sums(
 
 @part()
 def add_spread(
-    low: Any, at: Any, step: Any, factor: Any, begin: Any, rank: Any, width: Any, out: Any, to: Any, num: Any, sums: Any
+    low: Any, at: Any, step: Any, factor: Any, rank: Any, width: Any, out: Any, to: Any, num: Any, sums: Any
 ) -> None:  # fmt: skip
     """out [num, width] += low [num, rank] × factor [rank, width]."""
     column = 0
     while column < width:
         lanes = WIDE if column + WIDE <= width else LANES
         for row in range(0, num, TOGETHER):
-            weighted_sums(low, at + row * step, step, factor, begin + column, rank, width, sums, column, lanes)
+            weighted_sums(low, at + row * step, step, factor, column, rank, width, sums, column, lanes)
             for q in range(TOGETHER):
                 place = U(to + (row + q) * width + column)
                 for j in range(U(lanes)):
@@ -122,13 +122,13 @@ def gradient_of_factor(
 
 @part()
 def products(
-    x: Any, at: Any, num: Any, width: Any, factor: Any, begin: Any, rank: Any, out: Any, to: Any, step: Any
+    x: Any, at: Any, num: Any, width: Any, factor: Any, rank: Any, out: Any, to: Any, step: Any
 ) -> None:  # fmt: skip
     """out [num, rank], from row to row `step`, = x [num, width] × factor [rank, width]ᵀ."""
     for k in range(0, rank, TOGETHER):
         for row in range(0, num, TOGETHER):
             products_of_rows(
-                x, at + row * width, width, factor, begin + k * width, width, width, out, to + row * step + k, step
+                x, at + row * width, width, factor, k * width, width, width, out, to + row * step + k, step
             )  # fmt: skip
 
 
@@ -191,13 +191,13 @@ def forward(
         row, num, place, facts = read(units, own), read(units, own + 1), read(units, own + 2), own + HEAD
         step, factor = all_ranks(units, facts, num_layers), floats(room)
         read_downs(x, units, facts, num_layers, width, factor)
-        products(x, row * width, num, width, factor, 0, step, low, place, step)
+        products(x, row * width, num, width, factor, step, low, place, step)
         for layer in range(num_layers):
             rank, num_out = rank_of(units, facts), read(layers, 2 * layer + 1)
             scale, out = read(scales, unit * num_layers + layer), pointer_like(read(layers, 2 * layer), x)
-            read_up(x, floats(read(units, facts + 1)), read(units, facts + 4), scale, num_out, factor, 0)
+            read_up(x, floats(read(units, facts + 1)), read(units, facts + 4), scale, num_out, factor)
             sums = floats(room + FLOAT_BYTES * rank * num_out)
-            add_spread(low, place, step, factor, 0, rank, num_out, out, row * num_out, num, sums)
+            add_spread(low, place, step, factor, rank, num_out, out, row * num_out, num, sums)
             place += rank
             facts += EACH
 
@@ -224,8 +224,8 @@ def backward(
         for layer in range(num_layers):
             rank, num_out, own_rank = rank_of(units, facts), read(layers, 2 * layer + 1), read(units, facts + 4)
             scale, grad = read(scales, unit * num_layers + layer), pointer_like(read(layers, 2 * layer), x)
-            read_up(x, floats(read(units, facts + 1)), own_rank, scale, num_out, factor, 0)
-            products(grad, row * num_out, num, num_out, factor, 0, rank, d_low, at, step)
+            read_up(x, floats(read(units, facts + 1)), own_rank, scale, num_out, factor)
+            products(grad, row * num_out, num, num_out, factor, rank, d_low, at, step)
             sums = floats(rest + FLOAT_BYTES * rank * num_out)
             gradient_of_factor(turned, at * num, num, grad, row * num_out, rank, num_out, sums)
             add_turned(sums, own_rank, num_out, scale, floats(read(units, facts + 3)))
@@ -237,7 +237,7 @@ def backward(
         if with_dx:
             read_downs(x, units, own + HEAD, num_layers, width, factor)
             sums = floats(rest + FLOAT_BYTES * step * width)
-            add_spread(d_low, 0, step, factor, 0, step, width, dx, row * width, num, sums)
+            add_spread(d_low, 0, step, factor, step, width, dx, row * width, num, sums)
 
 
 def room_of(num_rows: int, ranks: Sequence[int], num_outs: Sequence[int], width: int) -> int:

@@ -108,12 +108,14 @@ def test_an_exported_adapter_still_knows_its_base(subject: Subject, tmp_path: Pa
 def test_an_adapter_that_rounding_swallows_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     """The merged model would be the base model, and nothing would say so."""
     weak = make_subject(tmp_path / "weak", adapter_scale=0.003)
-    with pytest.raises(CheckFailedError, match="adapter's effect"):
+    with pytest.raises(CheckFailedError, match=r"adapter's effect.*a finer one is --dtype float32$"):
         export(weak, tmp_path / "out" / "merged", kind="merged", dtype="bfloat16")
     assert list((tmp_path / "out").iterdir()) == []
     assert export(weak, tmp_path / "out" / "merged", kind="merged", dtype="float32")["passed"]
     with pytest.raises(CheckFailedError, match=r"--quant f32$"):  # minutes of measuring, and no word of the rest
         export(weak, tmp_path / "out" / "gguf", kind="gguf", quants=("q4_0", "f32"))
+    with pytest.raises(CheckFailedError, match=r"a finer one is --quant f16$"):
+        export(weak, tmp_path / "out" / "gguf", kind="gguf", quants=("q4_0",))
 
 
 def test_a_full_disk_leaves_nothing(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
