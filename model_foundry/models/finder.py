@@ -262,13 +262,25 @@ class _Finder:
         elif no_hub:
             asked = "no model hub answers" if fetch.hub_allowed() else "HF_HUB_OFFLINE is set, so no hub was asked"
             what = f"there is no such folder, it is not in the cache, and {asked}"
-        guess = (close or by_last or [""])[0]
+        guess = (_folders_like(name) or close or by_last or [""])[0]
         hint = f"Did you mean {guess}?" if guess else f"Known names: {', '.join(sorted(set(known)))}."
         return ModelNotFoundError(what, where=name or "(empty name)", hint=hint)
 
     def _answers_to(self, entry: CacheEntry) -> bool:
         """Whether the entry is found by its name; what was made of a file is found by that file."""
         return entry.folder == entry_folder(entry.name, home=self.home)
+
+
+def _folders_like(name: str) -> list[str]:
+    """The folder beside it that a path most likely means: runs/demo for runs/demoo."""
+    path = Path(name).expanduser()
+    if len(path.parts) < 2:
+        return []
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+    return [str(path.with_name(like)) for like in difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)]
 
 
 def _model_folder(name: str, path: Path) -> ModelSource:

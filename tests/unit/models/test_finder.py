@@ -85,6 +85,18 @@ def test_a_cached_name_is_one_of_the_guesses(tiny_model: MakeModel, own_home: Pa
         resolve_model("acme/rockt", say=ignore)
 
 
+def test_a_folder_beside_it_is_one_of_the_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demon.txt").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/demoo", str(tmp_path / "runs" / "dmo")):
+        meant = name.replace("demoo", "demo").replace("dmo", "demo")
+        with pytest.raises(ModelNotFoundError, match=f"Did you mean {meant}\\?"):
+            resolve_model(name, say=ignore)
+    with pytest.raises(ModelNotFoundError, match="Known names"):
+        resolve_model("nowhere/zzzz", say=ignore)
+
+
 def test_what_was_made_of_a_file_is_no_name_to_ask_for(tiny_model: MakeModel, own_home: Path) -> None:
     """Prevents the tokenizer that was read out of a GGUF from being offered as a model."""
     cache_as("acme/rocket", tiny_model(), own_home)
